@@ -1,0 +1,62 @@
+# Every target makes `.venv` and installs what it needs. PYTHON names the interpreter; pip's own variables (PIP_CONSTRAINT ...) apply.
+
+PYTHON ?= python3
+VENV := .venv/bin
+INSTALLED := .venv/.installed
+READY := .venv/.installed-dev
+OFFLINE := HF_HUB_OFFLINE=1
+TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
+
+.PHONY: quickstart test test-all lint types bench gpu wheel
+.DEFAULT_GOAL := quickstart
+
+$(INSTALLED): pyproject.toml
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --editable .
+	touch $@
+
+$(READY): $(INSTALLED)
+	$(VENV)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Train the embedded model with RL on this machine and write runs/quickstart/report.html; ARGS=--overwrite replaces an older run.
+quickstart: $(INSTALLED)
+	$(OFFLINE) $(VENV)/adascope-fast train configs/quickstart.toml $(ARGS)
+
+# The kernels run a second time under Triton's interpreter, in a process of its own: the switch is read at import.
+test: $(READY)
+	$(TEST)
+	TRITON_INTERPRET=1 $(TEST) tests/kernels
+
+test-all: $(READY)
+	$(TEST) -m "not gpu"
+	TRITON_INTERPRET=1 $(TEST) tests/kernels -m "not gpu"
+
+lint: $(READY)
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+
+types: $(READY)
+	$(VENV)/pyright
+
+bench: $(READY)
+	$(OFFLINE) $(VENV)/python bench/quickstart.py
+
+gpu: $(READY)
+	@if $(VENV)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(TEST) -m gpu; \
+	else echo "no GPU is present: the GPU tests were not run"; fi
+
+# Build the wheel (through the sdist, so that both are tried), install it in a clean environment, and use it from outside the checkout.
+wheel: $(READY)
+	@set -eu; \
+	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; checkout=$$PWD; \
+	$(VENV)/python -m build --outdir "$$work" .; \
+	$(PYTHON) -m venv "$$work/venv"; \
+	"$$work/venv/bin/python" -m pip install --quiet "$$work"/*.whl; \
+	cd "$$work"; export $(OFFLINE) OMP_NUM_THREADS=1; unset PYTHONPATH; \
+	venv/bin/python "$$checkout/tests/installed.py" "$$work/venv"; \
+	venv/bin/adascope-fast --help; \
+	venv/bin/adascope-fast train "$$checkout/configs/tiny.toml" run.folder="$$work/run"; \
+	test -s "$$work/run/report.html"; \
+	echo "wheel: installed, imported and run from outside the checkout"
