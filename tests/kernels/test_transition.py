@@ -1,0 +1,179 @@
+"""The transition kernels, interpreted, against the reference in float64: value, gradient, and what must be exact."""
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run here under TRITON_INTERPRET=1 alone", allow_module_level=True)
+
+from adascope_fast import reference
+from adascope_fast.kernels import transition
+from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS, split
+
+# A gradient is stored in the dtype of the output, and the interpreter truncates to bfloat16 where a GPU rounds.
+RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+VALUE_RTOL = 5e-6
+GUIDANCE = 3.5
+
+
+def _random(n, d, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(n * 1000 + d)
+    latents = torch.randn(4, n, d, generator=generator).to(dtype).unbind(0)
+    return *latents, 0.2 + torch.rand(n, 3, generator=generator)
+
+
+def _run(operation, sample, output, uncond, prev_sample, coef, weight) -> tuple[Any, Any, Any]:
+    """Value, and the gradient in both outputs of a weighted sum of the rows."""
+    output = output.detach().clone().requires_grad_()
+    uncond = None if uncond is None else uncond.detach().clone().requires_grad_()
+    value = operation(sample, output, uncond, GUIDANCE, prev_sample, coef)
+    (value * weight).sum().backward()
+    return value.detach(), output.grad, None if uncond is None else uncond.grad
+
+
+def _assert_equals_reference(sample, output, uncond, prev_sample, coef):
+    weight = torch.linspace(-1, 2, len(coef))
+    got = _run(transition.guided_transition_log_prob, sample, output, uncond, prev_sample, coef, weight)
+    double = [None if x is None else x.double() for x in (sample, output, uncond, prev_sample, coef, weight)]
+    want = _run(reference.guided_transition_log_prob, *double)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=VALUE_RTOL, atol=1e-6)
+    for result, exact, model in zip(got[1:], want[1:], (output, uncond), strict=True):
+        if model is not None:
+            assert result.dtype == model.dtype
+            scale = exact.abs().max().item() if exact.numel() else 0.0
+            smallest = torch.finfo(model.dtype).smallest_normal * torch.finfo(model.dtype).eps
+            torch.testing.assert_close(result.double(), exact, rtol=RTOL[model.dtype], atol=2e-6 * scale + smallest)
+
+
+@pytest.mark.parametrize("dtype", RTOL)
+@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(0, 5), (1, 1), (3, 1000), (2, 4 * 17 * 16)])
+def test_log_prob_and_its_gradient(n, d, dtype, is_guided):
+    sample, output, prev_sample, uncond, coef = _random(n, d, dtype)
+    _assert_equals_reference(sample, output, uncond if is_guided else None, prev_sample, coef)
+
+
+def test_log_prob_of_a_row_of_several_chunks():
+    assert split(8200)[0] == 2
+    sample, output, prev_sample, _, coef = _random(1, 8200)
+    _assert_equals_reference(sample, output, None, prev_sample, coef)
+
+
+def test_chunks_cover_every_row_length():
+    for d in (1, 1023, 8192, 8193, 65536, 131073, 262144, 1_000_003):
+        num_splits, chunk = split(d)
+        assert num_splits <= MAX_SPLITS
+        assert chunk % BLOCK == 0
+        assert num_splits * chunk >= d
+
+
+def test_dtypes_may_differ():
+    sample, output, prev_sample, uncond, coef = _random(2, 100)
+    _assert_equals_reference(sample, output.bfloat16(), uncond.half(), prev_sample, coef)
+
+
+def test_any_layout_of_the_latents():
+    sample, output, prev_sample, uncond, coef = _random(3, 4 * 6 * 8)
+    trajectory = torch.stack([sample, prev_sample], 1)  # [n, t, d]: rows are 2 d apart
+    channels_last = output.view(3, 4, 6, 8).to(memory_format=torch.channels_last)
+    misaligned = torch.cat([torch.zeros(1), uncond.flatten()])[1:].view(3, 4, 6, 8)
+    latents = (trajectory[:, 0].view(3, 4, 6, 8), channels_last, misaligned, trajectory[:, 1].view(3, 4, 6, 8))
+    _assert_equals_reference(*latents, coef)
+    repeated = sample[:1].expand(3, -1)
+    _assert_equals_reference(repeated, output, uncond[:, :1].expand(3, 192), prev_sample, coef.t().contiguous().t())
+
+
+def test_expanded_upstream_gradient():
+    sample, output, prev_sample, _, coef = _random(3, 50)
+    output.requires_grad_()
+    transition.transition_log_prob(sample, output, prev_sample, coef).mean().backward()
+    got, output.grad = output.grad, None
+    reference.transition_log_prob(sample, output, prev_sample, coef).mean().backward()
+    assert got is not None
+    torch.testing.assert_close(got, output.grad)
+
+
+def test_detached_unconditional_output_receives_no_gradient():
+    sample, output, prev_sample, uncond, coef = _random(2, 30)
+    output.requires_grad_()
+    transition.guided_transition_log_prob(sample, output, uncond, GUIDANCE, prev_sample, coef).sum().backward()
+    assert uncond.grad is None
+    assert output.grad is not None
+    assert output.grad.isfinite().all()
+
+
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_run():
+    sample, output, prev_sample, uncond, coef = _random(5, 1500)
+    rows = (sample, output, uncond, prev_sample, coef)
+    weight = torch.ones(5)
+    together = _run(transition.guided_transition_log_prob, *rows, weight)
+    again = _run(transition.guided_transition_log_prob, *rows, weight)
+    alone = _run(transition.guided_transition_log_prob, *[x[3:4] for x in (*rows, weight)])
+    for whole, repeated, single in zip(together, again, alone, strict=True):
+        assert torch.equal(whole, repeated)
+        assert torch.equal(whole[3:4], single)
+
+
+@pytest.mark.parametrize("dtype", RTOL)
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_step_equals_the_reference_and_its_ratio_is_exactly_one(dtype, is_guided):
+    sample, output, noise, uncond, coef = _random(3, 2 * 10 * 11, dtype)
+    sample, output, noise, uncond = (x.view(3, 2, 10, 11) for x in (sample, output, noise, uncond))
+    guidance = {"output_uncond": uncond if is_guided else None, "guidance_scale": GUIDANCE}
+    prev_sample, old_log_prob = transition.transition_step(sample, output, noise, coef, **guidance)
+    want, _ = reference.transition_step(sample, output, noise, coef, **guidance)
+    assert prev_sample.dtype == dtype
+    assert prev_sample.shape == sample.shape
+    torch.testing.assert_close(prev_sample, want, rtol=RTOL[dtype], atol=1e-6)
+    used = uncond if is_guided else None
+    log_prob = transition.guided_transition_log_prob(sample, output, used, GUIDANCE, prev_sample, coef)
+    assert torch.equal((log_prob - old_log_prob).exp(), torch.ones(3))
+
+
+def test_deterministic_step_is_its_mean_and_has_no_log_prob():
+    sample, output, noise, _, coef = _random(3, 20)
+    coef[1, 2] = 0.0
+    prev_sample, log_prob = transition.transition_step(sample, output, noise, coef)
+    torch.testing.assert_close(prev_sample[1], coef[1, 0] * sample[1] + coef[1, 1] * output[1])
+    assert log_prob.isnan().tolist() == [False, True, False]
+
+
+def test_nan_stays_in_its_row():
+    sample, output, prev_sample, uncond, coef = _random(3, 40)
+    output[1, 7] = math.nan
+    rows = (sample, output, uncond, prev_sample, coef)
+    value, grad, grad_uncond = _run(transition.guided_transition_log_prob, *rows, torch.ones(3))
+    for result in (value[:, None], grad, grad_uncond):
+        assert result.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_operators_pass_torch_opcheck():
+    sample, output, prev_sample, uncond, coef = _random(2, 12)
+    torch.library.opcheck(transition.log_prob_op, (sample, output, uncond, GUIDANCE, prev_sample, coef))
+    transposed = output.t().contiguous().t()
+    torch.library.opcheck(transition.step_op, (sample, transposed, None, 1.0, prev_sample, coef))
+    arguments = (torch.ones(2), sample, output, uncond, GUIDANCE, prev_sample, coef, True)
+    torch.library.opcheck(transition.log_prob_backward_op, arguments)
+
+
+# torch.compile itself instantiates an autograd.Function, and deprecates that.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_without_a_graph_break():
+    sample, output, prev_sample, uncond, coef = _random(2, 12)
+    rows = (sample, output, uncond, prev_sample, coef)
+    want = _run(transition.guided_transition_log_prob, *rows, torch.ones(2))
+    compiled = torch.compile(transition.guided_transition_log_prob, fullgraph=True, backend="aot_eager")
+    for got, value in zip(_run(compiled, *rows, torch.ones(2)), want, strict=True):
+        assert torch.equal(got, value)
+
+
+def test_wrong_shapes_are_refused_by_name():
+    sample, output, prev_sample, _, coef = _random(3, 8)
+    with pytest.raises(ValueError, match=r"output \[3, 7\]"):
+        transition.transition_log_prob(sample, output[:, :7], prev_sample, coef)
+    with pytest.raises(ValueError, match=r"coef must be \[3, 3\]"):
+        transition.transition_log_prob(sample, output, prev_sample, coef[:1])
