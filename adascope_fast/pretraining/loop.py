@@ -1,0 +1,72 @@
+"""One resumable loop for every pretraining stage: AdamW, cosine rate, moving average of the weights, progress bar.
+
+A step's data depend on the step number alone, so a stage that was stopped continues exactly where it was.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adascope_fast import checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast one stage trains. `ema` is the decay of the averaged weights."""
+
+    num_steps: int
+    learning_rate: float
+    warmup: int = 50
+    ema: float = 0.995
+    weight_decay: float = 1e-4
+    save_every: int = 100
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step: linear warm-up, then half a cosine down to 2 % of the peak."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.num_steps - self.warmup)
+        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(model: nn.Module, loss_at: Callable[[int], Tensor], recipe: Recipe, folder: Path, title: str) -> None:
+    """Leave the moving average of the trained weights in `model`; state is kept in `folder` and resumed from it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    average = [parameter.detach().clone() for parameter in parameters]
+    start = 0
+    if (folder / "state.json").is_file():
+        tensors, state = checkpoint.load(folder)
+        start = state["step"]
+        for index, parameter in enumerate(parameters):
+            parameter.data.copy_(tensors[f"parameter.{index}"])
+            average[index].copy_(tensors[f"average.{index}"])
+        checkpoint.load_optimizer_tensors(optimizer, checkpoint.select(tensors, "optimizer"))
+    model.train()
+    bar = tqdm(range(start, recipe.num_steps), initial=start, total=recipe.num_steps, desc=title, mininterval=1.0)
+    recent = None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        loss = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+        recent = loss.item() if recent is None else 0.98 * recent + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{recent:.4f}")
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.num_steps:
+            tensors = {f"parameter.{index}": parameter for index, parameter in enumerate(parameters)}
+            tensors |= {f"average.{index}": value for index, value in enumerate(average)}
+            tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(optimizer), "optimizer")
+            checkpoint.save(folder, tensors, {"step": step + 1, "loss": recent})
+    for parameter, value in zip(parameters, average, strict=True):
+        parameter.data.copy_(value)
+    model.eval()

@@ -1,0 +1,24 @@
+"""JPEG size as a reward, as DDPO defines it (Black et al. 2023): quality 95, kilobytes of 1000 bytes."""
+
+import io
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def jpeg_incompressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Size [b] in kilobytes of each picture's JPEG; the prompts do not matter."""
+    pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    sizes = []
+    for picture in pixels:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32, device=images.device)
+
+
+def jpeg_compressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Minus the size [b] in kilobytes of each picture's JPEG: smaller files are better."""
+    return -jpeg_incompressibility(images, prompts)
