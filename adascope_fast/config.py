@@ -1,0 +1,272 @@
+"""The configuration of a run: typed sections with defaults, read from TOML and checked before anything is loaded.
+
+`Config()` is a valid small run. A file sets what differs from it, `section.field=value` overrides set what differs from
+the file, and `to_toml` writes the result in full. Whatever is wrong raises `ConfigError` with one line: the rule, the
+value, the next step.
+Nothing here imports torch, so a typing error is reported at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adascope_fast.config_source import ConfigError as ConfigError
+from adascope_fast.config_source import apply_overrides, explain, read_toml
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, exact types, no unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Run(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    folder: Text = "runs/run"
+    """Folder for everything the run writes; never overwritten unasked."""
+    seed: CountOrZero = 0
+    """Seed of every random draw of the training."""
+
+
+class Model(Section):
+    """The pipeline to train and its adapter."""
+
+    name: Text = "scenes"
+    """`scenes` or `scenes-flow` (embedded), or the path of a diffusers folder."""
+    lora_rank: Count = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: Count | None = None
+    """LoRA scale is alpha / rank; absent: the rank, so the scale is 1."""
+    lora_targets: list[Text] | None = None
+    """Names of the layers to adapt; absent: the attention projections of the model."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's activations in the backward pass: less memory, more time."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base weights; the adapter is always float32."""
+
+
+class Prompts(Section):
+    """Which captions to train on and which to judge by: `scenes:<split>` or a text file with one prompt a line."""
+
+    train: Text = "scenes:train"
+    """Captions of the rollouts."""
+    held_out: Text = "scenes:held_out"
+    """Captions of the evaluation, never trained on."""
+
+
+class RewardChoice(Section):
+    """What is maximised."""
+
+    name: Text = "scene_attributes"
+    """`scene_attributes`, `jpeg_compressibility`, `jpeg_incompressibility`, or `module:function` of your own."""
+
+
+class Sampler(Section):
+    """How rollouts walk from noise to a picture."""
+
+    num_steps: Count = 20
+    """Denoising steps of a rollout, T."""
+    guidance_scale: PositiveOrZero = 1.0
+    """Classifier-free guidance in rollout and training; 1 means none, at half the cost."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """DDIM noise of diffusion models; 0 is deterministic and cannot be trained."""
+    noise_level: Positive = 0.7
+    """Flow-SDE noise of flow models."""
+
+
+class AlgorithmChoice(Section):
+    """How rewards become a policy gradient."""
+
+    name: Literal["ddpo", "grpo"] = "ddpo"
+    """`ddpo`: running statistics per prompt; `grpo`: statistics of the prompt's group in this iteration."""
+    clip_range: Positive = 1e-4
+    """PPO clip of the ratio; small because log-probabilities are means over the latent's elements."""
+    clip_range_high: Positive | None = None
+    """Upper clip where it differs from the lower one."""
+    advantage_clip: Positive = 5.0
+    """Largest absolute advantage."""
+    per_prompt_buffer: Count = 32
+    """Rewards remembered for each prompt (ddpo)."""
+    per_prompt_min_count: Count = 16
+    """Remembered rewards from which a prompt's own statistics replace the batch's (ddpo)."""
+    advantage_scale: Literal["global", "group", "group_sample"] = "global"
+    """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1 (grpo)."""
+
+    @model_validator(mode="after")
+    def _buffer_can_fill(self) -> Self:
+        if self.per_prompt_min_count > self.per_prompt_buffer:
+            raise ValueError(
+                "algorithm.per_prompt_min_count must not exceed algorithm.per_prompt_buffer, "
+                f"got {self.per_prompt_min_count} with a buffer of {self.per_prompt_buffer}; "
+                f"raise the buffer or lower the count"
+            )
+        return self
+
+
+class SelectorChoice(Section):
+    """Which denoising steps are trained; steps are counted from noise (0) to picture (T), `end` excluded."""
+
+    name: Literal["adascope", "every_step", "random_fraction", "static_range", "window", "fast_window"] = "adascope"
+    """`adascope` senses the steps worth training; the others are the comparisons of the field."""
+    pooling: Literal["prompt", "sample", "batch"] = "prompt"
+    """Samples that share one interval (adascope)."""
+    kappa: Positive = 0.25
+    """The start: structural volatility has fallen to this share of its peak above the floor (adascope)."""
+    phi_end: Annotated[float, Field(gt=0, lt=1)] = 0.10
+    """The end: this share of the gain is still to come (adascope)."""
+    persistence: Count = 2
+    """Steps in a row that must agree before a start or an end counts (adascope)."""
+    fraction: Share | None = None
+    """Share of the steps to train (random_fraction)."""
+    start: CountOrZero | None = None
+    """First trained step (static_range), or first step of the range a window moves in (absent: 0)."""
+    end: Count | None = None
+    """Step after the last trained one (static_range), or after the range a window moves in (absent: T)."""
+    window_size: Count = 2
+    """Steps in the window (window, fast_window)."""
+    shift_every: Count = 25
+    """Iterations after which the window moves on by one step (window)."""
+
+    @model_validator(mode="after")
+    def _has_its_parameters(self) -> Self:
+        if self.name == "random_fraction" and self.fraction is None:
+            raise ValueError(
+                "random_fraction needs selector.fraction, got none; set for example selector.fraction = 0.5"
+            )
+        if self.name == "static_range" and (self.start is None or self.end is None):
+            raise ValueError(
+                f"static_range needs selector.start and selector.end, got start = {_or_none(self.start)} and "
+                f"end = {_or_none(self.end)}; set for example selector.start = 2 and selector.end = 12"
+            )
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ValueError(
+                f"selector.start must be below selector.end, got start = {self.start} and end = {self.end}; "
+                f"set selector.end to {self.start + 1} or more"
+            )
+        return self
+
+
+class Train(Section):
+    """How much is sampled and how it is learned from."""
+
+    iterations: CountOrZero = 20
+    """Rounds of rollout, reward and update."""
+    prompts_per_iteration: Count = 8
+    """Different prompts in a rollout."""
+    samples_per_prompt: Count = 4
+    """Pictures drawn for each of them."""
+    updates_per_iteration: Count = 1
+    """Optimiser steps per iteration, whatever share of the steps is trained."""
+    learning_rate: Positive = 3e-4
+    """AdamW learning rate."""
+    rollout_batch: Count = 16
+    """Pictures denoised at once; changes memory and speed, not the result."""
+    microbatch: Count = 16
+    """(picture, step) pairs per backward pass; changes memory and speed, not the result."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    weight_decay: PositiveOrZero = 1e-4
+    """AdamW weight decay."""
+    adam_beta1: Decay = 0.9
+    """AdamW decay of the first moment."""
+    adam_beta2: Decay = 0.999
+    """AdamW decay of the second moment."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW epsilon."""
+    checkpoint_every: Count = 1
+    """Iterations between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of the denoiser; log-probabilities stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+
+
+class Evaluation(Section):
+    """How the held-out reward is measured; the same seeds before and after."""
+
+    num_prompts: Count = 48
+    """Held-out prompts."""
+    samples_per_prompt: Count = 4
+    """Pictures for each of them."""
+    num_steps: Count | None = None
+    """Denoising steps; absent: those of the sampler."""
+    guidance_scale: PositiveOrZero | None = None
+    """Guidance; absent: that of the sampler."""
+    seed: CountOrZero = 12345
+    """Seed of the evaluation's noise, apart from `run.seed`."""
+    grid_prompts: Count = 8
+    """Prompts shown in the before/after pictures."""
+    every: CountOrZero = 0
+    """Iterations between evaluations in the course of training; 0: only before and after."""
+
+
+class Log(Section):
+    """Where the numbers go besides the run folder."""
+
+    trackers: list[Text] = ["tensorboard"]
+    """accelerate's trackers by name; empty: none."""
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    run: Run = Run()
+    model: Model = Model()
+    prompts: Prompts = Prompts()
+    reward: RewardChoice = RewardChoice()
+    sampler: Sampler = Sampler()
+    algorithm: AlgorithmChoice = AlgorithmChoice()
+    selector: SelectorChoice = SelectorChoice()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        last = max(self.selector.start or 0, (self.selector.end or 1) - 1)
+        if last >= self.sampler.num_steps:
+            raise ValueError(
+                f"selector.start and selector.end must lie within the {self.sampler.num_steps} steps of a rollout, "
+                f"got start = {_or_none(self.selector.start)} and end = {_or_none(self.selector.end)}; "
+                f"set selector.end to {self.sampler.num_steps} or less, or raise sampler.num_steps"
+            )
+        if self.algorithm.name == "grpo" and self.train.samples_per_prompt < 2:
+            raise ValueError(
+                "grpo compares the pictures of one prompt, so train.samples_per_prompt must be at least 2, "
+                f'got {self.train.samples_per_prompt}; raise it, or set algorithm.name = "ddpo"'
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:
+        """The validated configuration of a TOML file (None: no file) with `section.field=value` overrides on top."""
+        values: dict[str, Any] = {} if path is None else read_toml(Path(path))
+        values = apply_overrides(cls, values, overrides)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(cls, values, error)) from None
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML, every field written out; fields that are None are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def _or_none(value: int | None) -> str:
+    return "none" if value is None else str(value)

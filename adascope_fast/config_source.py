@@ -1,0 +1,225 @@
+"""From a TOML file and command-line overrides to plain values, and from a failed validation to one line of advice.
+
+Works on any two-level pydantic model (sections of fields); knows nothing of what the fields mean.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+# pydantic's kind of error: what the value must be, and an example for a field without a default.
+WANTED = {
+    "int_type": ("a whole number", 1),
+    "float_type": ("a number", 1.0),
+    "string_type": ("text", "name"),
+    "bool_type": ("true or false", True),
+    "list_type": ("a list", ["name"]),
+    "finite_number": ("a finite number", 1.0),
+    "string_too_short": ("text that is not empty", "name"),
+}
+# The same for limits: the name of the limit, the rule, the next step.
+BOUNDS = {
+    "greater_than": ("gt", "above {}", "more than {}"),
+    "greater_than_equal": ("ge", "at least {}", "{} or more"),
+    "less_than": ("lt", "below {}", "less than {}"),
+    "less_than_equal": ("le", "at most {}", "{} or less"),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line: the rule, the value received, the next step."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; `ConfigError` if it is missing, is not text, or is not TOML."""
+    if not path.is_file():
+        raise ConfigError(_missing(path))
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} must be readable, got {error.strerror}; check its permissions") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} must be UTF-8 text, got a byte that is not at {error.start}; save it as UTF-8"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_malformed(path, str(error))) from None
+
+
+def apply_overrides(model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with each `section.field=value` set; later ones win. A value is TOML, else bare text."""
+    result = {section: dict(fields) if isinstance(fields, dict) else fields for section, fields in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"an override is section.field=value, got {_show(override)} without '='; "
+                f"write for example {_example_key(model, key)}=..."
+            )
+        key, text = key.strip(), text.strip()
+        section, _, field = key.partition(".")
+        if key in _sections(model):
+            raise ConfigError(_not_a_field(model, key, _value(text, as_text=False)))
+        known = _sections(model).get(section, {}).get(field)
+        if known is None:
+            raise ConfigError(_unknown(model, key, _value(text, as_text=False)))
+        fields = result.setdefault(section, {})
+        if isinstance(fields, dict):  # else the file has a value where a section belongs, which validation reports
+            fields[field] = _value(text, as_text=known.annotation is str)
+    return result
+
+
+def explain(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
+    """The first thing wrong with `values`, in one line; unknown keys before wrong values."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    line = _explain_one(model, problems[0])
+    more = len(problems) - 1
+    return line + (f" (and {more} more)" if more else "")
+
+
+def _explain_one(model: type[BaseModel], problem: Any) -> str:
+    kind, received, context = problem["type"], problem["input"], problem.get("ctx", {})
+    names = [part for part in problem["loc"] if isinstance(part, str)]
+    key = ".".join(names)
+    if kind == "extra_forbidden":
+        return _unknown(model, key, received)
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("model_type", "model_attributes_type"):
+        return _not_a_field(model, key, received)
+    if kind in BOUNDS:
+        limit, rule, step = BOUNDS[kind]
+        bound = f"{context[limit]:g}"
+        return f"{key} must be {rule.format(bound)}, got {_show(received)}; set {key} to {step.format(bound)}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", context["expected"])
+        choice = (difflib.get_close_matches(str(received), choices, n=1, cutoff=0.5) or choices)[0]
+        return (
+            f"{key} must be one of {', '.join(choices)}, got {_show(received)}; set for example {key} = {_show(choice)}"
+        )
+    if kind not in WANTED:
+        return f"{key} is not valid, got {_show(received)}: {problem['msg']}; remove {key} to take its default"
+    wanted, example = WANTED[kind]
+    inside_list = len(names) < len(problem["loc"])
+    default = _sections(model)[names[0]][names[1]].default
+    example = default if default is not None else [example] if inside_list else example
+    rule = f"each item of {key} must be {wanted}" if inside_list else f"{key} must be {wanted}"
+    return f"{rule}, got {_show(received)}{_kind(received)}; write for example {key} = {_show(example)}"
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        inside = path / "config.toml"
+        step = f"did you mean {inside}?" if inside.is_file() else "name the .toml file itself"
+        return f"a configuration is a file, got the folder {path}; {step}"
+    folder = path.parent
+    if not folder.is_dir():
+        return f"a configuration file must exist, got {path}; there is no folder {folder}"
+    beside = sorted(other.name for other in folder.glob("*.toml"))
+    near = difflib.get_close_matches(path.name, beside, n=3) or beside[:3]
+    step = (
+        f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else f"{folder} holds no .toml file"
+    )
+    return f"a configuration file must exist, got {path}; {step}"
+
+
+def _malformed(path: Path, message: str) -> str:
+    place = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)", message)
+    rule = message[: place.start()] if place else message
+    lines = path.read_text(encoding="utf-8").splitlines()
+    number = int(place[1]) if place and place[1] else len(lines)
+    content = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+    rule = " ".join(rule.split())
+    step = "put field = value lines below a [section] line"
+    return f"{path} line {number} is not TOML: {rule}, got {_show(content)}; {step}"
+
+
+def _sections(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    fields = {}
+    for section, info in model.model_fields.items():
+        assert isinstance(info.annotation, type)
+        assert issubclass(info.annotation, BaseModel)
+        fields[section] = dict(info.annotation.model_fields)
+    return fields
+
+
+def _nearest_key(model: type[BaseModel], key: str) -> str | None:
+    """The section or `section.field` that `key` most likely meant, looking in its own section first."""
+    sections = _sections(model)
+    section, dot, field = key.partition(".")
+    anywhere = {name: f"{other}.{name}" for other, names in reversed(sections.items()) for name in names}
+    if not dot:
+        near_section = difflib.get_close_matches(section, sections, n=1, cutoff=0.75)
+        if near_section and section not in anywhere:
+            return near_section[0]
+        field = section
+    own = difflib.get_close_matches(field, sections.get(section, {}), n=1)
+    if own:
+        return f"{section}.{own[0]}"
+    near = difflib.get_close_matches(field, anywhere, n=1)
+    return anywhere[near[0]] if near else None
+
+
+def _example_key(model: type[BaseModel], key: str) -> str:
+    sections = _sections(model)
+    section, _, field = (key if key in sections else _nearest_key(model, key) or next(iter(sections))).partition(".")
+    return f"{section}.{field or next(iter(sections[section]))}"
+
+
+def _unknown(model: type[BaseModel], key: str, received: Any) -> str:
+    near = _nearest_key(model, key)
+    section = key.partition(".")[0]
+    known = _sections(model).get(section)
+    choices = f"{section} has {', '.join(known)}" if known else f"the sections are {', '.join(_sections(model))}"
+    step = f"did you mean {near}?" if near else choices
+    return f"unknown key {key} = {_show(received)}; {step}"
+
+
+def _not_a_field(model: type[BaseModel], section: str, received: Any) -> str:
+    field = next(iter(_sections(model)[section]))
+    return (
+        f"{section} is a section, got {section} = {_show(received)}; set one of its fields, such as {section}.{field}"
+    )
+
+
+def _value(text: str, *, as_text: bool) -> Any:
+    """`text` as a TOML value, else as it stands; where the field is text, only quotes are taken off."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = parsed["value"]
+    bare = len(parsed) != 1 or (as_text and not isinstance(value, str))
+    return text if bare else value
+
+
+def _show(value: Any) -> str:
+    """`value` as TOML would spell it, in one line of at most 60 characters."""
+    if isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, str):
+        text = '"' + value.replace("\n", "\\n") + '"'
+    elif isinstance(value, list):
+        text = "[" + ", ".join(_show(item) for item in value) + "]"
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{name} = {_show(item)}" for name, item in value.items()) + "}"
+    else:
+        text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a section",
+    }
+    return f" ({names[type(value)]})" if type(value) in names else ""

@@ -1,0 +1,5 @@
+"""What a run looked like: the report page and the picture grids."""
+
+from adascope_fast.reporting.images import contact_sheet as contact_sheet
+from adascope_fast.reporting.images import save_grid as save_grid
+from adascope_fast.reporting.report import write_report as write_report

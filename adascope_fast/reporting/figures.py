@@ -1,0 +1,197 @@
+"""Charts as inline SVG whose colours are CSS variables of the page, so that they follow its light and dark theme.
+
+A chart is drawn at about its size on the page (420 units wide), so its text keeps its size. Points that are not finite
+are left out. Whatever text a caller passes is escaped.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
+MAX_COLUMNS = 200  # iterations drawn as scatter; more would only add bytes
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A plot area: data ranges, size, and the SVG of its grid and labels."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    x_label: str
+    y_label: str
+    width: int = 420
+    height: int = 220
+
+    def place(self, x: float, y: float) -> Point:
+        """Position of a data point in SVG units."""
+        (x0, x1), (y0, y1) = self.x_range, self.y_range
+        inner_width, inner_height = self.width - LEFT - RIGHT, self.height - TOP - BOTTOM
+        return LEFT + (x - x0) / (x1 - x0) * inner_width, TOP + (y1 - y) / (y1 - y0) * inner_height
+
+    def draw(self, *marks: str) -> str:
+        """The whole chart: grid, ticks and labels below, `marks` above."""
+        parts = []
+        for value in ticks(*self.y_range):
+            _, y = self.place(self.x_range[0], value)
+            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{self.width - RIGHT}"/>')
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        for value in ticks(*self.x_range, most=6, whole=True):
+            x, _ = self.place(value, self.y_range[0])
+            parts.append(
+                f'<text x="{x:.1f}" y="{self.height - BOTTOM + 15}" text-anchor="middle">{number(value)}</text>'
+            )
+        middle = (LEFT + self.width - RIGHT) / 2
+        parts.append(f'<text x="{middle}" y="{self.height - 3}" text-anchor="middle">{escape(self.x_label)}</text>')
+        label = escape(f"{self.y_label} by {self.x_label}", quote=True)
+        size = f'viewBox="0 0 {self.width} {self.height}"'
+        return f'<svg {size} role="img" aria-label="{label}">{"".join(parts)}{"".join(marks)}</svg>'
+
+
+def line_chart(points: Sequence[Point], label: str, *, css: str = "a", width: int = 320, height: int = 140) -> str:
+    """One quantity by iteration."""
+    points = _finite(points)
+    if not points:
+        return ""
+    axes = Axes(_iterations(points), _padded(y for _, y in points), "iteration", label, width=width, height=height)
+    return axes.draw(_line(axes, points, css))
+
+
+def reward_chart(
+    mean: Sequence[Point], std: Sequence[float], held_out: Sequence[tuple[float, float, float, float]]
+) -> str:
+    """Training reward by iteration with a band of one standard deviation, and held-out means with their intervals.
+
+    Args:
+        mean: (iteration, mean reward).
+        std: the standard deviation at each of them.
+        held_out: (iterations trained, mean, low, high).
+    """
+    band = [(x, y - s, y + s) for (x, y), s in zip(mean, std, strict=True) if math.isfinite(y) and math.isfinite(s)]
+    held_out = [row for row in held_out if all(map(math.isfinite, row))]
+    points = _finite(mean)
+    values = [y for _, y in points] + [y for _, low, high in band for y in (low, high)]
+    values += [y for row in held_out for y in row[1:]]
+    if not values:
+        return ""
+    axes = Axes(
+        _iterations([*points, *((row[0], 0.0) for row in held_out)]), _padded(values), "iteration", "reward", height=260
+    )
+    marks = [_band(axes, band, "a"), _line(axes, points, "a")]
+    for x, middle, low, high in held_out:
+        (px, py), (_, p_low), (_, p_high) = axes.place(x, middle), axes.place(x, low), axes.place(x, high)
+        title = f"<title>held out, after {x:g} iterations: {middle:.3f} ({low:.3f} to {high:.3f})</title>"
+        whisker = f"M{px:.1f} {p_low:.1f}V{p_high:.1f}M{px - 4:.1f} {p_low:.1f}h8M{px - 4:.1f} {p_high:.1f}h8"
+        circle = f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>'
+        marks.append(f'<g class="mark b"><path d="{whisker}"/>{circle}{title}</g>')
+    return axes.draw(*marks)
+
+
+def interval_chart(
+    mean: Sequence[tuple[float, float, float]],
+    each: Sequence[tuple[float, Sequence[tuple[float, float]]]],
+    num_steps: int,
+) -> str:
+    """The trained steps by iteration: a band from mean start to mean end, and a dot for every start and end.
+
+    Args:
+        mean: (iteration, mean start, mean end).
+        each: (iteration, the intervals of its prompts).
+        num_steps: T, the top of the axis.
+    """
+    mean = [row for row in mean if all(map(math.isfinite, row))]
+    if not mean:
+        return ""
+    axes = Axes(
+        _iterations([(x, 0.0) for x, *_ in mean]), (0.0, float(num_steps)), "iteration", "denoising step", height=260
+    )
+    thinned = each[:: max(1, -(-len(each) // MAX_COLUMNS))]
+    starts = [(x, start) for x, intervals in thinned for start, _ in intervals]
+    ends = [(x, end) for x, intervals in thinned for _, end in intervals]
+    lower, upper = [(x, low) for x, low, _ in mean], [(x, high) for x, _, high in mean]
+    return axes.draw(
+        _band(axes, mean, "a"),
+        _dots(axes, starts, "c"),
+        _dots(axes, ends, "b"),
+        _line(axes, lower, "c"),
+        _line(axes, upper, "b"),
+    )
+
+
+def stacked_bar(parts: Sequence[tuple[str, float]], css_of: Callable[[int], str]) -> str:
+    """One horizontal bar of the parts' shares; a part's name and share appear on hovering."""
+    total = sum(seconds for _, seconds in parts)
+    if total <= 0:
+        return ""
+    marks, left = [], 0.0
+    for index, (name, seconds) in enumerate(parts):
+        width = 1000 * seconds / total
+        title = f"<title>{escape(name)}: {seconds:.1f} s, {seconds / total:.0%}</title>"
+        marks.append(
+            f'<rect class="fill {css_of(index)}" x="{left:.2f}" width="{width:.2f}" height="10">{title}</rect>'
+        )
+        left += width
+    frame = 'viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="shares of time"'
+    return f'<svg class="bar" {frame}>{"".join(marks)}</svg>'
+
+
+def ticks(low: float, high: float, *, most: int = 5, whole: bool = False) -> list[float]:
+    """At most `most` + 1 round numbers within [low, high]; with `whole`, integers only."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    if whole:
+        step = max(1.0, float(math.ceil(step)))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A short spelling for axes and tables."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def _finite(points: Iterable[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(y)]
+
+
+def _iterations(points: Sequence[Point]) -> tuple[float, float]:
+    low, high = min(x for x, _ in points), max(x for x, _ in points)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _padded(values: Iterable[float]) -> tuple[float, float]:
+    values = list(values)
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return low if low == 0 <= high else low - room, high + room
+
+
+def _path(axes: Axes, points: Iterable[Point]) -> str:
+    return "L".join(f"{x:.1f} {y:.1f}" for x, y in (axes.place(*point) for point in points))
+
+
+def _line(axes: Axes, points: Sequence[Point], css: str) -> str:
+    if len(points) == 1:
+        return _dots(axes, points, css + " big")
+    return f'<path class="line {css}" d="M{_path(axes, points)}"/>' if points else ""
+
+
+def _dots(axes: Axes, points: Iterable[Point], css: str) -> str:
+    path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in (axes.place(*point) for point in points))
+    return f'<path class="dots {css}" d="{path}"/>' if path else ""
+
+
+def _band(axes: Axes, rows: Sequence[tuple[float, float, float]], css: str) -> str:
+    if len(rows) < 2:
+        return ""
+    upper, lower = [(x, high) for x, _, high in rows], [(x, low) for x, low, _ in reversed(rows)]
+    return f'<path class="band {css}" d="M{_path(axes, [*upper, *lower])}Z"/>'

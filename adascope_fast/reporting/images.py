@@ -1,0 +1,91 @@
+"""Pictures on disk: grids without gaps, so that a row can be cut out again, and captioned sheets for people.
+
+Axes: `n` pictures, `h` and `w` pixels; values in [0, 1]. CPU tensors and numpy arrays are both taken.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONT_SIZE = 13
+
+
+def save_grid(images: Any, columns: int, path: Path) -> None:
+    """Write the pictures, row by row, as one PNG without gaps; places left over in the last row are white.
+
+    Args:
+        images: [n, 3, h, w] in [0, 1]; values outside are clipped.
+        columns: pictures in a row.
+        path: the PNG; its folder is made.
+    """
+    pixels = _to_pixels(images)
+    num, height, width, _ = pixels.shape
+    rows = -(-num // columns)
+    grid = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = index // columns * height, index % columns * width
+        grid[top : top + height, left : left + width] = picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid).save(path)
+
+
+def contact_sheet(images: Any, captions: Sequence[str], columns: int, path: Path, *, scale: int = 2) -> None:
+    """Write the pictures, enlarged by `scale`, as one PNG on white, each with its caption wrapped below."""
+    pixels = _to_pixels(images)
+    num, height, width, _ = pixels.shape
+    if len(captions) != num:
+        raise ValueError(f"a contact sheet needs one caption a picture, got {len(captions)} for {num}; pass as many")
+    height, width, gap = height * scale, width * scale, 8
+    font = ImageFont.load_default(FONT_SIZE)
+    lines = [_wrap(caption, width, font) for caption in captions]
+    line_height = FONT_SIZE + 3
+    cell = height + line_height * max(map(len, lines), default=0) + gap
+    rows = -(-num // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (cell + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pixels):
+        left, top = gap + index % columns * (width + gap), gap + index // columns * (cell + gap)
+        enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(enlarged, (left, top))
+        for number, line in enumerate(lines[index]):
+            draw.text((left, top + height + 3 + number * line_height), line, fill=(40, 40, 40), font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def cut_rows(path: Path, num_rows: int) -> list[str]:
+    """The first `num_rows` equal rows of a grid PNG, each as a `data:` address of a PNG."""
+    with Image.open(path) as grid:
+        height = grid.height // num_rows
+        return [_data_url(grid.crop((0, row * height, grid.width, (row + 1) * height))) for row in range(num_rows)]
+
+
+def _data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _to_pixels(images: Any) -> np.ndarray:
+    values = np.asarray(images, dtype=np.float32)
+    if values.ndim != 4 or values.shape[1] != 3 or not len(values):
+        raise ValueError(
+            f"pictures are [n, 3, h, w] with n >= 1, got {list(values.shape)}; stack them along the first axis"
+        )
+    return np.rint(np.clip(np.nan_to_num(values), 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _wrap(text: str, width: int, font: Any) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

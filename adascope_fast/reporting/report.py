@@ -1,0 +1,278 @@
+"""One self-contained page about a run, made from its folder alone: no script, no request.
+
+A run may have been stopped at any moment, so every file but the folder itself may be missing or end in mid-line; what
+is missing becomes a sentence on the page. Texts from the folder (prompts, configuration) are escaped by the template.
+"""
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from adascope_fast.reporting import figures
+from adascope_fast.reporting.figures import number
+from adascope_fast.reporting.images import cut_rows
+
+PARTS = ("rollout", "reward", "sensing", "update", "other")
+DIAGNOSTICS = (
+    ("loss", "loss"),
+    ("approx_kl", "approx. KL"),
+    ("clipfrac", "clipped share"),
+    ("grad_norm", "gradient norm"),
+    ("ratio_max_deviation", "largest |ratio - 1|"),
+    ("learning_rate", "learning rate"),
+)
+COLUMNS = ("reward_mean", "reward_std", "fraction_trained", "pairs_trained", "approx_kl", "clipfrac", "grad_norm")
+
+Record = Mapping[str, Any]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into the run folder, replacing an older one, and return its path."""
+    run_folder = Path(run_folder)
+    if not run_folder.is_dir():
+        raise ValueError(f"a report needs the folder of a run, got {run_folder}, which is not a folder; check the path")
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.j2").render(_contents(run_folder))
+    path = run_folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Everything that the template shows, by its name there."""
+    run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
+    stats = _stats(folder / "stats.jsonl")
+    config_text = _text(folder / "config.toml")
+    config = _toml(config_text)
+    return {
+        "name": folder.resolve().name,
+        "status": run.get("status", "unknown"),
+        "progress": _progress(stats, config),
+        "headline": _headline(evaluation, config),
+        "attributes": _attributes(evaluation),
+        "pairs": _pairs(folder / "samples"),
+        "reward_chart": Markup(_reward_chart(stats, evaluation)),
+        "interval_chart": Markup(_interval_chart(stats, config)),
+        "fraction_chart": Markup(figures.line_chart(_points(stats, "fraction_trained"), "share of steps trained")),
+        "interval_summary": _interval_summary(stats),
+        "selector": config.get("selector", {}).get("name", "unknown"),
+        "reasons": _reasons(stats),
+        "time_bar": Markup(figures.stacked_bar(_seconds(stats), _css)),
+        "time_rows": _time_rows(stats),
+        "seconds_total": _duration(run.get("seconds_total")),
+        "diagnostics": [
+            (label, Markup(chart))
+            for key, label in DIAGNOSTICS
+            if (chart := figures.line_chart(_points(stats, key), label, css="d"))
+        ],
+        "nonfinite": sum(int(record.get("nonfinite") or 0) for record in stats),
+        "columns": [column.replace("_", " ") for column in COLUMNS],
+        "rows": [(record["iteration"], *(number(_value(record, column)) for column in COLUMNS)) for record in stats],
+        "config_text": config_text,
+        "facts": _facts(run, config),
+        "versions": run.get("versions") or {},
+    }
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or was being written when the run was killed."""
+    try:
+        value = json.loads(_text(path))
+    except json.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _stats(path: Path) -> list[dict[str, Any]]:
+    """The records of `stats.jsonl` by iteration, the later one of an iteration run twice; a cut line is dropped."""
+    records = {}
+    for line in _text(path).splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            records[record["iteration"]] = record
+    return [records[iteration] for iteration in sorted(records)]
+
+
+def _value(record: Record, key: str) -> float:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _points(stats: Sequence[Record], key: str) -> list[figures.Point]:
+    return [(float(record["iteration"]), _value(record, key)) for record in stats]
+
+
+def _progress(stats: Sequence[Record], config: Record) -> str:
+    planned = config.get("train", {}).get("iterations")
+    return f"{len(stats)} of {planned} iterations" if planned is not None else f"{len(stats)} iterations"
+
+
+def _headline(evaluation: Record, config: Record) -> dict[str, Any]:
+    before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
+    difference = evaluation.get("difference") or {}
+    low, high = _value(difference, "low"), _value(difference, "high")
+    direction, verdict = "", ""
+    if before and after:
+        if low > 0:
+            direction, verdict = "rose", "The reward rose by more than the 95 % interval."
+        elif high < 0:
+            direction, verdict = "fell", "The reward fell by more than the 95 % interval."
+        elif low <= 0 <= high:
+            verdict = "The 95 % interval of the difference includes 0: no clear change."
+        else:
+            verdict = "No interval of the difference was recorded."
+    return {
+        "reward": evaluation.get("reward") or config.get("reward", {}).get("name", "reward"),
+        "before": _estimate(before),
+        "after": _estimate(after),
+        "difference": _estimate(difference, signed=True),
+        "direction": direction,
+        "verdict": verdict,
+        "num_images": before.get("num_images"),
+    }
+
+
+def _estimate(estimate: Record, *, signed: bool = False) -> dict[str, str] | None:
+    if math.isnan(_value(estimate, "mean")):
+        return None
+    spell = "{:+.3f}" if signed else "{:.3f}"
+    mean, low, high = (spell.format(_value(estimate, key)) for key in ("mean", "low", "high"))
+    return {"mean": mean, "interval": f"{low} to {high}" if "nan" not in low + high else "no interval"}
+
+
+def _attributes(evaluation: Record) -> list[tuple[str, str, str, str]]:
+    before, after = (evaluation.get(when) or {} for when in ("before", "after"))
+    before, after = before.get("attributes") or {}, after.get("attributes") or {}
+    rows = []
+    for name in dict.fromkeys([*before, *after]):
+        old, new = _value(before, name), _value(after, name)
+        shown = ["-" if math.isnan(value) else f"{value:.1%}" for value in (old, new)]
+        rows.append((name, *shown, "-" if math.isnan(new - old) else f"{100 * (new - old):+.1f}"))
+    return rows
+
+
+def _pairs(samples: Path) -> list[dict[str, Any]]:
+    """For each prompt its strip of pictures before and after; a strip that cannot be had is None."""
+    prompts = _json(samples / "grid.json").get("prompts") or []
+    before, after = (_strips(samples / f"{when}.png", len(prompts)) for when in ("before", "after"))
+    if not before and not after:
+        return []
+    nothing = [None] * len(prompts)
+    rows = zip(prompts, before or nothing, after or nothing, strict=True)
+    return [{"prompt": str(prompt), "before": old, "after": new} for prompt, old, new in rows]
+
+
+def _strips(path: Path, num_rows: int) -> list[str]:
+    try:
+        return cut_rows(path, num_rows) if num_rows else []
+    except OSError:  # missing, or cut off while it was written
+        return []
+
+
+def _reward_chart(stats: Sequence[Record], evaluation: Record) -> str:
+    ends = [
+        {"iteration": 0, **(evaluation.get("before") or {})},
+        {"iteration": len(stats), **(evaluation.get("after") or {})},
+    ]
+    held_out = [
+        (_value(row, "iteration"), _value(row, "mean"), _value(row, "low"), _value(row, "high"))
+        for row in evaluation.get("history") or ends
+    ]
+    return figures.reward_chart(_points(stats, "reward_mean"), [_value(row, "reward_std") for row in stats], held_out)
+
+
+def _interval_chart(stats: Sequence[Record], config: Record) -> str:
+    mean, each = [], []
+    for record in stats:
+        selector, iteration = record.get("selector") or {}, float(record["iteration"])
+        mean.append((iteration, _value(selector, "mean_start"), _value(selector, "mean_end")))
+        each.append((iteration, [(float(start), float(end)) for start, end in selector.get("intervals") or []]))
+    highest = max((end for _, intervals in each for _, end in intervals), default=1.0)
+    return figures.interval_chart(mean, each, config.get("sampler", {}).get("num_steps") or math.ceil(highest))
+
+
+def _interval_summary(stats: Sequence[Record]) -> str:
+    shares, pairs = (
+        [value for _, value in _points(stats, key) if not math.isnan(value)]
+        for key in ("fraction_trained", "pairs_trained")
+    )
+    if not shares:
+        return ""
+    mean = sum(shares) / len(shares)
+    return f"On average {mean:.0%} of the denoising steps were trained: {sum(pairs):,.0f} (picture, step) pairs."
+
+
+def _reasons(stats: Sequence[Record]) -> list[tuple[str, int, str]]:
+    counts: Counter[str] = Counter()
+    for record in stats:
+        counts.update((record.get("selector") or {}).get("reasons") or {})
+    total = counts.total()
+    return [(reason, count, f"{count / total:.1%}") for reason, count in counts.most_common()]
+
+
+def _seconds(stats: Sequence[Record]) -> list[tuple[str, float]]:
+    totals = dict.fromkeys(PARTS, 0.0)
+    for record in stats:
+        for part, seconds in (record.get("seconds") or {}).items():
+            totals[part] = totals.get(part, 0.0) + float(seconds)
+    return [(part, seconds) for part, seconds in totals.items() if seconds > 0]
+
+
+def _css(index: int) -> str:
+    return "abcde"[index % 5]
+
+
+def _time_rows(stats: Sequence[Record]) -> list[tuple[str, str, str, str, str]]:
+    parts = _seconds(stats)
+    total = sum(seconds for _, seconds in parts)
+    return [
+        (_css(index), part, f"{seconds:.1f} s", f"{seconds / total:.1%}", f"{seconds / len(stats):.2f} s")
+        for index, (part, seconds) in enumerate(parts)
+    ]
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _facts(run: Record, config: Record) -> list[tuple[str, str]]:
+    memory = run.get("peak_memory_mb")
+    facts = [
+        ("model", config.get("model", {}).get("name")),
+        ("algorithm", config.get("algorithm", {}).get("name")),
+        ("selector", config.get("selector", {}).get("name")),
+        ("seed", config.get("run", {}).get("seed")),
+        ("device", run.get("device")),
+        ("peak memory", f"{memory:,.0f} MB" if memory is not None else None),
+        ("time in all", _duration(run.get("seconds_total"))),
+        ("commit", run.get("commit")),
+        ("command", run.get("command")),
+    ]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]

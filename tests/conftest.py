@@ -1,0 +1,72 @@
+"""Settings of every test: one thread, no model hub. And a denoiser small enough to differentiate by hand."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adascope_fast import schedules
+from adascope_fast.schedules import Schedule
+from adascope_fast.trajectory import Condition
+
+torch.set_num_threads(1)
+
+
+class ToyBackbone:
+    """A two-layer denoiser of 2 x 3 x 3 latents; a prompt is told by its letters. Counts the rows it predicts."""
+
+    name = "toy"
+    latent_shape = (2, 3, 3)
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            layers = nn.Sequential(nn.Linear(18 + 1 + 3, 11), nn.Tanh(), nn.Linear(11, 18))
+        self.layers, self.dtype, self.num_rows = layers.to(dtype), dtype, 0
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        letters = [[len(prompt), prompt.count("a"), prompt.count("e")] for prompt in prompts]
+        return {"text": torch.tensor(letters, dtype=self.dtype) / 10}
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        self.num_rows += len(sample)
+        seen = torch.cat([sample.flatten(1).to(self.dtype), timestep[:, None] / 1000, condition["text"]], 1)
+        return self.layers(seen).view(sample.shape)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :1].float().sigmoid().expand(-1, 3, -1, -1)
+
+    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
+        return schedules.dance_sde(torch.linspace(1, 0, num_steps + 1), eta=eta)
+
+    def deterministic_schedule(self, num_steps: int) -> Schedule:
+        return schedules.flow_ode(torch.linspace(1, 0, num_steps + 1))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return list(self.layers.parameters())
+
+    @contextmanager
+    def reference_policy(self) -> Iterator[None]:
+        yield
+
+    def save_adapter(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        return self.layers.state_dict()
+
+    def load_adapter_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.layers.load_state_dict(tensors)
+
+
+@pytest.fixture
+def make_toy() -> Callable[..., ToyBackbone]:
+    """Builds equal toy backbones, in float32 or another type."""
+    return ToyBackbone

@@ -1,0 +1,275 @@
+"""The report page: made from the run folder alone, safe to open, complete, and honest about what is missing."""
+
+import base64
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adascope_fast.config import Config
+from adascope_fast.reporting import figures, save_grid, write_report
+
+HOSTILE = '<script>alert(1)</script> & "quotes"'
+PROMPTS = [HOSTILE, "two small red circles on a grey background", "a large blue star at the top on white"]
+TILE, COLUMNS, NUM_STEPS = 64, 4, 20
+
+
+def _pictures(seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:TILE, :TILE]
+    pictures = np.full((len(PROMPTS) * COLUMNS, 3, TILE, TILE), 0.85, np.float32)
+    for picture in pictures:
+        inside = (x - random.uniform(15, 48)) ** 2 + (y - random.uniform(15, 48)) ** 2 < random.uniform(6, 16) ** 2
+        picture[:, inside] = random.uniform(0, 0.8, (3, 1))
+    return pictures
+
+
+def _record(iteration: int) -> dict:
+    random = np.random.default_rng(iteration)
+    start, end = 4 + 2 * random.random(len(PROMPTS)), 12 + 3 * random.random(len(PROMPTS))
+    intervals = np.stack([start, end], 1).round().astype(int)
+    fraction = float((intervals[:, 1] - intervals[:, 0]).mean() / NUM_STEPS)
+    return {
+        "iteration": iteration,
+        "reward_mean": 0.5 + 0.006 * iteration + 0.02 * random.standard_normal(),
+        "reward_std": 0.2,
+        "loss": 1e-4 * random.standard_normal(),
+        "approx_kl": 1e-6 * (1 + random.random()),
+        "clipfrac": 0.2 + 0.1 * random.random(),
+        "ratio_max_deviation": 2e-4,
+        "grad_norm": 0.01 + 0.01 * random.random(),
+        "fraction_trained": fraction,
+        "pairs_trained": round(fraction * NUM_STEPS * 32),
+        "learning_rate": 3e-4,
+        "selector": {
+            "intervals": intervals.tolist(),
+            "prompts": PROMPTS,
+            "reasons": {"knee": 2, "fallback:no_gain": 1},
+            "mean_start": float(intervals[:, 0].mean()),
+            "mean_end": float(intervals[:, 1].mean()),
+        },
+        "seconds": {"rollout": 1.5, "reward": 0.25, "sensing": 0.05, "update": 2.0, "other": 0.2},
+        "nonfinite": 0,
+    }
+
+
+def _make_run(folder: Path, *, iterations: int = 30) -> Path:
+    samples = folder / "samples"
+    samples.mkdir(parents=True)
+    (folder / "config.toml").write_text(Config.load(None, [f"run.folder='{HOSTILE}'", "train.iterations=30"]).to_toml())
+    (folder / "stats.jsonl").write_text("".join(json.dumps(_record(i)) + "\n" for i in range(iterations)))
+    attributes = {"colour": 0.61, "shape": 0.55, "count": 0.48}
+    evaluation = {
+        "reward": "scene_attributes",
+        "before": {"mean": 0.5123, "low": 0.481, "high": 0.544, "num_images": 192, "attributes": attributes},
+        "after": {"mean": 0.6987, "low": 0.669, "high": 0.728, "num_images": 192, "attributes": {"colour": 0.83}},
+        "difference": {"mean": 0.1864, "low": 0.151, "high": 0.222},
+        "history": [
+            {"iteration": 0, "mean": 0.5123, "low": 0.481, "high": 0.544},
+            {"iteration": 30, "mean": 0.6987, "low": 0.669, "high": 0.728},
+        ],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    run = {
+        "status": "finished",
+        "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
+        "device": "cpu",
+        "commit": "0123abc",
+        "peak_memory_mb": 1834.2,
+        "seconds_total": 171.4,
+        "command": "adascope-fast train configs/quickstart.toml",
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    save_grid(_pictures(0), COLUMNS, samples / "before.png")
+    save_grid(_pictures(1), COLUMNS, samples / "after.png")
+    (samples / "grid.json").write_text(json.dumps({"prompts": PROMPTS, "columns": COLUMNS, "tile": TILE}))
+    return folder
+
+
+def _page(folder: Path) -> str:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def _words(page: str) -> str:
+    body = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return _make_run(tmp_path / "run")
+
+
+def test_texts_of_the_run_are_escaped(run: Path):
+    page = _page(run)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quotes&#34;") >= 3  # caption and two alt texts
+    assert HOSTILE in _words(page)
+
+
+def test_page_makes_no_request(run: Path):
+    page = _page(run)
+    assert not re.search(r"(https?:)?//\w", re.sub(r"data:image/png;base64,[\w+/=]+", "", page))
+    assert set(re.findall(r'(?:src|href)="([a-z:/]+);', page)) == {"data:image/png"}
+    assert "default-src 'none'" in page
+    assert not re.search(r"url\(|@import|<link|<iframe", page)
+
+
+def test_headline_numbers(run: Path):
+    words = _words(_page(run))
+    for expected in (
+        "before 0.512 95 %: 0.481 to 0.544",
+        "after 0.699 95 %: 0.669 to 0.728",
+        "difference +0.186 95 %: +0.151 to +0.222",
+        "The reward rose by more than the 95 % interval.",
+        "192 pictures",
+        "colour 61.0% 83.0% +22.0",
+        "shape 55.0% - -",
+        "finished, 30 of 30 iterations",
+        "peak memory 1,834 MB",
+        "time in all 2 min 51 s",
+        "torch 2.13.0",
+        "commit 0123abc",
+        "knee 60 66.7%",
+        "fallback:no_gain 30 33.3%",
+    ):
+        assert expected in words, expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [
+        (-0.02, 0.06, "includes 0: no clear change"),
+        (-0.2, -0.1, "fell by more than the 95 % interval"),
+        (None, None, "No interval of the difference was recorded"),
+    ],
+)
+def test_verdict_follows_the_interval(run: Path, low: float | None, high: float | None, want: str):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["difference"] = {"mean": 0.02, "low": low, "high": high}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    words = _words(_page(run))
+    assert want in words
+    assert "rose by more" not in words
+
+
+def test_time_is_summed_and_shared(run: Path):
+    words = _words(_page(run))
+    assert "rollout 45.0 s 37.5% 1.50 s" in words  # 30 iterations of 4 s, 1.5 of them rollout
+    assert "update 60.0 s 50.0% 2.00 s" in words
+
+
+def test_pictures_pair_up_by_prompt(run: Path):
+    page = _page(run)
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    strips = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+    assert len(strips) == 2 * len(PROMPTS)
+    for index, strip in enumerate(strips):
+        row, after = divmod(index, 2)
+        pictures = _pictures(after)[row * COLUMNS : (row + 1) * COLUMNS]
+        want = np.rint(np.concatenate(list(pictures), axis=2).transpose(1, 2, 0) * 255)
+        np.testing.assert_array_equal(strip, want)
+
+
+def test_run_stopped_in_the_middle(run: Path):
+    record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
+    (run / "run.json").write_text(json.dumps(record))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({key: evaluation[key] for key in ("reward", "before")}))
+    lines = (run / "stats.jsonl").read_text().splitlines(keepends=True)
+    (run / "stats.jsonl").write_text("".join(lines[:11]) + lines[11][:40])
+    (run / "samples" / "after.png").write_bytes((run / "samples" / "after.png").read_bytes()[:60])
+    words = _words(_page(run))
+    assert "interrupted after 11 of 30 iterations" in words
+    assert "The run had not finished: there is no evaluation after training." in words
+    assert "not drawn: the run had not finished" in words
+    assert "before 0.512" in words
+
+
+def test_folder_with_nothing_in_it(tmp_path: Path):
+    words = _words(_page(tmp_path))
+    for sentence in (
+        "No evaluation was recorded",
+        "No pictures were recorded",
+        "No iteration was recorded",
+        "No times were recorded",
+        "Nothing about the run was recorded",
+        "config.toml is missing",
+    ):
+        assert sentence in words
+
+
+def test_not_a_folder(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"a report needs the folder of a run, got .*nothing, which is not a folder"):
+        write_report(tmp_path / "nothing")
+
+
+def test_selector_without_intervals(run: Path):
+    record = _record(0) | {"selector": {}}
+    (run / "stats.jsonl").write_text(json.dumps(record) + "\n")
+    words = _words(_page(run))
+    assert "records no interval" in words
+    assert "records no reasons" in words
+
+
+def test_values_that_are_not_finite_are_left_out(run: Path):
+    records = [_record(i) for i in range(4)]
+    records[1]["reward_mean"] = math.nan
+    records[2]["grad_norm"] = math.inf
+    records[2]["nonfinite"] = 3
+    (run / "stats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = _page(run)
+    for chart in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert not re.search(r"\b(nan|inf)\b", chart)
+    assert "3 log-probabilities or ratios were not finite" in _words(page)
+
+
+def test_iteration_run_twice_counts_once(run: Path):
+    with (run / "stats.jsonl").open("a") as file:
+        file.write(json.dumps(_record(29) | {"reward_mean": 0.123456}) + "\n")
+    words = _words(_page(run))
+    assert "30 of 30 iterations" in words
+    assert "29 0.1235" in words
+
+
+def test_charts_are_well_formed_and_stay_inside(run: Path):
+    charts = re.findall(r"<svg.*?</svg>", _page(run), flags=re.DOTALL)
+    assert len(charts) == 10
+    for chart in charts:
+        root = ElementTree.fromstring(chart)
+        _, _, width, height = map(float, root.attrib["viewBox"].split())
+        for path in root.iter("path"):
+            for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path.attrib["d"]):
+                assert 0 <= float(x) <= width
+                assert 0 <= float(y) <= height
+
+
+def test_axes_place_the_corners():
+    axes = figures.Axes(
+        (0, 10), (0, 1), "x", "y", width=100 + figures.LEFT + figures.RIGHT, height=50 + figures.TOP + figures.BOTTOM
+    )
+    assert axes.place(0, 1) == (figures.LEFT, figures.TOP)
+    assert axes.place(10, 0) == (figures.LEFT + 100, figures.TOP + 50)
+    assert axes.place(2.5, 0.5) == (figures.LEFT + 25, figures.TOP + 25)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-3, 4, [-2, 0, 2, 4]),
+        (0.51, 0.69, [0.55, 0.6, 0.65]),
+        (0, 37, [0, 10, 20, 30]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, want: list[float]):
+    assert figures.ticks(low, high) == pytest.approx(want)
