@@ -95,6 +95,14 @@ def test_the_order_of_the_samples_does_not_matter(seed, rule):
     )
 
 
+def test_sums_do_not_depend_on_the_order_of_the_samples():
+    """1e16 + c - 1e16 is c rounded to 0 or 2, 1e16 - 1e16 + c is c."""
+    structure, preference = _curves(np.random.default_rng(0), 3)
+    preference = 2 * preference[:1] + torch.tensor([[1e16], [-1e16], [0.0]], dtype=torch.float64)
+    one, two = (select_interval(structure, preference[rows]) for rows in ([0, 1, 2], [0, 2, 1]))
+    assert one == two
+
+
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, st.floats(0.1, 10), st.floats(-5, 5), st.floats(0.1, 10), st.floats(-5, 5))
 def test_rescaling_the_scores_does_not_matter(seed, a, b, c, d):
@@ -129,6 +137,7 @@ def test_volatility_takes_the_place_of_second_differences():
     volatility[:, :5] = 1
     # gain from state 6 (0.12) to 0.6; 90 % of it is reached at 0.552, state 28 (0.56), which smoothing leaves at 28
     assert select_interval(None, preference, volatility=volatility) == (6, 28, "ok")
+    assert select_interval(None, preference, volatility=volatility, rule="literal") == (5, 6, "ok")
     preference = preference.clone()
     preference[1] = torch.nan
     assert select_interval(None, preference, volatility=volatility) == (6, 28, "ok")
@@ -139,6 +148,9 @@ def test_volatility_takes_the_place_of_second_differences():
     [
         (torch.ones(1, 50), torch.linspace(0, 1, 51), (5, 32, "fallback:no_start")),
         (torch.linspace(1, 0.6, 50), torch.linspace(0, 1, 51), (5, 32, "fallback:no_start")),
+        # the later half of q is 12 times 0.3 and 13 times 0: its median is 0, and 0.3 is above a quarter of the peak
+        ((torch.arange(50) < 5) * 0.7 + (torch.arange(50) < 36) * 0.3, torch.arange(51), (5, 32, "fallback:no_start")),
+        ((torch.arange(50) - 5).abs() < 3, torch.arange(51) > 10, (9, 19, "ok")),  # calm before the peak at 3..7
         (torch.arange(50) < 5, torch.linspace(1, 0, 51), (6, 32, "fallback:no_gain")),
         (torch.arange(50) < 5, torch.ones(51), (6, 32, "fallback:no_gain")),
         (torch.arange(50) < 5, torch.arange(51) > 48, (6, 45, "clamped:no_end")),
@@ -300,6 +312,7 @@ def test_nan_in_one_prompt_never_moves_another():
     keep = selector(_trajectory(x0, prompts), 0)
     assert torch.equal(keep[1::2], clean[1::2])
     assert selector.telemetry()["reasons"] == {"fallback:nonfinite": 1, "ok": 1}
+    assert selector.telemetry()["intervals"][0] == [5, 21]  # steps with t = 1 - i / 40 in (0.489, 0.884]
 
 
 def _interval(selector: AdaScope, x0: torch.Tensor) -> list[int]:

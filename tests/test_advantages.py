@@ -35,12 +35,13 @@ def test_tracker_gives_the_known_advantages():
     assert tracker.state_dict() == {"buffers": known["buffers"]}
 
 
-def test_tracker_forgets_the_oldest_first():
+def test_tracker_forgets_the_oldest_and_trusts_from_min_count_on():
     tracker = PerPromptTracker(buffer_size=2, min_count=2)
-    tracker(_rewards([1.0, 2.0, 3.0]), ["a", "a", "a"], 1)
-    # over [2, 3]: mean 2.5, std 0.5
-    np.testing.assert_allclose(tracker(_rewards([3.0, 2.0]), ["a", "a"], 1)[:, 0], [0.5 / 0.500001, -0.5 / 0.500001])
-    assert tracker.state_dict() == {"buffers": {"a": [3.0, 2.0]}}
+    tracker(_rewards([1.0, 2.0, 4.0]), ["a", "a", "a"], 1)
+    # a: over [4, 6], mean 5, std 1; b, seen once: over the batch [6, 9], mean 7.5, std 1.5
+    got = tracker(_rewards([6.0, 9.0]), ["a", "b"], 1)[:, 0]
+    np.testing.assert_allclose(got, [1 / 1.000001, 1.5 / 1.500001], rtol=1e-12)
+    assert tracker.state_dict() == {"buffers": {"a": [4.0, 6.0], "b": [9.0]}}
 
 
 def test_tracker_continues_from_its_state():

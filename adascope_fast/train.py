@@ -1,0 +1,336 @@
+"""The outer loop: evaluate, iterate, log, checkpoint, evaluate again, report.
+
+Everything random in iteration i is drawn from seeds made of (run.seed, i), so a resumed run needs no generator state
+and repeats the run that was left alone bit for bit.
+"""
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from adascope_fast import backbones, checkpoint, prompts, reporting, rewards
+from adascope_fast.adascope import AdaScope
+from adascope_fast.algorithms import Algorithm, ddpo, grpo
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.engine import Engine, Settings
+from adascope_fast.evaluation import Evaluation, evaluate, interval
+from adascope_fast.progress import Progress
+from adascope_fast.reporting.images import save_grid
+from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.runs import RunFolder
+from adascope_fast.timesteps import EveryStep, FastWindow, RandomFraction, StaticRange, TimestepSelector, Window
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run achieved; `before`, `after` and `difference` hold mean, low and high."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    difference: dict[str, float]
+    fraction_trained: float
+    seconds: dict[str, float]
+    folder: Path
+    report: Path
+
+
+class Trainer:
+    """RL fine-tuning of one model as a `Config` says; `reward`, prompts and `pipeline` replace what it names.
+
+    >>> Trainer(Config.load("configs/quickstart.toml"), reward=my_reward).train()
+
+    Args:
+        config: everything that decides the run.
+        reward: (pictures [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
+        train_prompts, held_out_prompts: lists in place of `config.prompts`.
+        pipeline: a loaded diffusers pipeline in place of `config.model.name`.
+        quiet: no progress bars.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        reward: rewards.Reward | None = None,
+        train_prompts: Sequence[str] | None = None,
+        held_out_prompts: Sequence[str] | None = None,
+        pipeline: DiffusionPipeline | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.config = config
+        self.reward = reward or rewards.load(config.reward.name)
+        self.train_prompts = _given(train_prompts, config.prompts.train, "train_prompts")
+        held_out = _given(held_out_prompts, config.prompts.held_out, "held_out_prompts")
+        self.held_out = held_out[: config.evaluation.num_prompts]
+        self._pipeline = pipeline
+        self._progress = Progress(quiet=quiet)
+        backbones.check(config.model.name) if pipeline is None else None
+
+    def train(self, *, overwrite: bool = False) -> Result:
+        """Run from the start. Ctrl-C leaves a run that `resume` continues."""
+        start = time.perf_counter()
+        RunFolder.check(self.config, overwrite=overwrite)
+        self._prepare()  # may refuse; only then is an older run replaced
+        return self._run(RunFolder.create(self.config, overwrite=overwrite), start)
+
+    def resume(self) -> Result:
+        """Continue the run in `config.run.folder` from its newest checkpoint."""
+        start = time.perf_counter()
+        folder = RunFolder.open(Path(self.config.run.folder))
+        self._prepare()
+        return self._run(folder, start)
+
+    def _run(self, folder: RunFolder, start: float) -> Result:
+        device = self.accelerator.device
+        if self.config.log.trackers:
+            self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+        folder.describe("running", device, 0.0)
+        status = "interrupted"
+        try:
+            self._iterate(folder)
+            status = "finished"
+        finally:
+            self._progress.close()
+            self.accelerator.end_training()
+            seconds = time.perf_counter() - start
+            folder.describe(status, device, seconds)
+            report = reporting.write_report(folder.path)
+        return self._result(folder, report, seconds)
+
+    def _prepare(self) -> None:
+        config, train = self.config, self.config.train
+        if train.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
+        installed = {str(tracker) for tracker in get_available_trackers()}
+        for tracker in config.log.trackers:  # accelerate leaves out silently what is not installed
+            if tracker not in installed:
+                raise ConfigError(
+                    f"log.trackers are installed ones ({', '.join(sorted(installed)) or 'none'}), got {tracker!r}; "
+                    f"pip install it, or set log.trackers = []"
+                )
+        self.accelerator = Accelerator(
+            cpu=train.device == "cpu",
+            mixed_precision=train.mixed_precision,
+            log_with=config.log.trackers or None,  # type: ignore[arg-type]
+            project_dir=config.run.folder,
+        )
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"a run uses one process, and accelerate started {self.accelerator.num_processes}; "
+                f"launch it with one, on one GPU"
+            )
+        set_seed(config.run.seed)
+        self.backbone = backbones.load(
+            self._pipeline if self._pipeline is not None else config.model.name,
+            rank=config.model.lora_rank,
+            alpha=config.model.lora_alpha,
+            targets=config.model.lora_targets,
+            seed=_seed(config.run.seed, "adapter"),
+            dtype=getattr(torch, config.model.dtype),
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+        self.backbone.to(self.accelerator.device)
+        sampler = config.sampler
+        self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
+        self.optimizer = torch.optim.AdamW(
+            self.backbone.trainable_parameters(),
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            weight_decay=train.weight_decay,
+            eps=train.adam_epsilon,
+        )
+        self.algorithm, self.selector = algorithm_of(config), selector_of(config)
+        self.engine = Engine(
+            self.backbone,
+            self.schedule,
+            self.algorithm,
+            self.selector,
+            self._score,
+            self.accelerator.prepare_optimizer(self.optimizer),
+            Settings(
+                guidance_scale=sampler.guidance_scale,
+                rollout_batch=train.rollout_batch,
+                microbatch=train.microbatch,
+                updates_per_iteration=train.updates_per_iteration,
+                max_grad_norm=train.max_grad_norm,
+            ),
+            backward=self.accelerator.backward,
+            autocast=self.accelerator.autocast,
+            progress=self._progress.part,
+        )
+
+    def _iterate(self, folder: RunFolder) -> None:
+        train = self.config.train
+        first = self._restore(folder)
+        if "before" not in folder.read("evaluation.json"):
+            self._evaluate(folder, "before", iteration=0)
+        self._progress.start(first, train.iterations)
+        for iteration in range(first, train.iterations):
+            started = time.perf_counter()
+            batch = self._prompts_of(iteration)
+            encoded = EncodedPrompts.of(self.backbone, batch)
+            report = self.engine.step(
+                encoded, batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
+            )
+            known = sum(report.seconds.values())
+            report.seconds["other"] = time.perf_counter() - started - known
+            record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
+            # First the log, then the checkpoint: what is logged beyond the checkpoint is made again after a kill.
+            folder.log(record | {"seconds": report.seconds})
+            is_last = iteration + 1 == train.iterations
+            if (iteration + 1) % train.checkpoint_every == 0 or is_last:
+                self._save(folder, iteration + 1)
+            self._progress.done(record)
+            if self.config.log.trackers:
+                numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+                self.accelerator.log(numbers | {f"seconds/{k}": v for k, v in report.seconds.items()}, step=iteration)
+            every = self.config.evaluation.every
+            if every and (iteration + 1) % every == 0 and not is_last:
+                self._evaluate(folder, None, iteration=iteration + 1)
+        self._evaluate(folder, "after", iteration=train.iterations)
+        self.backbone.save_adapter(folder.adapter)
+
+    def _restore(self, folder: RunFolder) -> int:
+        """Load the newest checkpoint if there is one; the iteration to continue with."""
+        found = folder.load_checkpoint()
+        if found is None:
+            return 0
+        tensors, state = found
+        self.backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
+        checkpoint.load_optimizer_tensors(self.optimizer, checkpoint.select(tensors, "optimizer"))
+        self.algorithm.advantage.load_state_dict(state["advantage"])
+        self.selector.load_state_dict(state["selector"])
+        return state["next_iteration"]
+
+    def _save(self, folder: RunFolder, next_iteration: int) -> None:
+        tensors = checkpoint.prefixed(self.backbone.adapter_tensors(), "adapter")
+        tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(self.optimizer), "optimizer")
+        state = {"advantage": self.algorithm.advantage.state_dict(), "selector": self.selector.state_dict()}
+        folder.save_checkpoint(next_iteration, tensors, state, self.config.train.keep_checkpoints)
+
+    def _prompts_of(self, iteration: int) -> list[str]:
+        """This iteration's prompts, each repeated for its group; a short list is gone through several times."""
+        rng = random.Random(_seed(self.config.run.seed, "prompts", iteration))
+        count = self.config.train.prompts_per_iteration
+        rounds = -(-count // len(self.train_prompts))
+        chosen = rng.sample(self.train_prompts * rounds, count)
+        return [prompt for prompt in chosen for _ in range(self.config.train.samples_per_prompt)]
+
+    def _evaluate(self, folder: RunFolder, name: str | None, *, iteration: int) -> None:
+        """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
+        settings, sampler = self.config.evaluation, self.config.sampler
+        schedule = self.backbone.schedule(
+            settings.num_steps or sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level
+        )
+        total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
+        scale = settings.guidance_scale
+        with self._progress.evaluation(total) as on_step, self.accelerator.autocast():
+            evaluation = evaluate(
+                self.backbone,
+                schedule,
+                self._score,
+                self.held_out,
+                samples_per_prompt=settings.samples_per_prompt,
+                guidance_scale=sampler.guidance_scale if scale is None else scale,
+                seed=settings.seed,
+                batch=self.config.train.rollout_batch,
+                num_pictured=settings.grid_prompts,
+                breakdown=getattr(self.reward, "breakdown", None),
+                on_step=on_step,
+            )
+        self._record(folder, evaluation, name, iteration)
+
+    def _record(self, folder: RunFolder, evaluation: Evaluation, name: str | None, iteration: int) -> None:
+        values = folder.read("evaluation.json") or {"reward": self.config.reward.name, "history": []}
+        summary = evaluation.summary()
+        point = {"iteration": iteration, **{key: summary[key] for key in ("mean", "low", "high")}}
+        values["history"] = [*(old for old in values["history"] if old["iteration"] < iteration), point]
+        if name is not None:
+            values[name] = summary | {"scores": evaluation.scores.tolist()}
+            columns = self.config.evaluation.samples_per_prompt
+            save_grid(evaluation.pictures, columns, folder.samples / f"{name}.png")
+            shown = self.held_out[: self.config.evaluation.grid_prompts]
+            folder.write("samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.pictures.shape[-1]})
+        if name == "after":
+            before = torch.tensor(values["before"]["scores"])
+            values["difference"] = interval(evaluation.scores - before)
+        folder.write("evaluation.json", values)
+
+    def _score(self, images: Tensor, texts: list[str]) -> Tensor:
+        return rewards.score(self.reward, images, texts)
+
+    def _result(self, folder: RunFolder, report: Path, seconds: float) -> Result:
+        stats, values = folder.stats(), folder.read("evaluation.json")
+        parts: dict[str, float] = {}
+        for record in stats:
+            for name, part in record["seconds"].items():
+                parts[name] = parts.get(name, 0.0) + part
+        fraction = sum(record["fraction_trained"] for record in stats) / max(1, len(stats))
+        return Result(
+            values["before"], values["after"], values["difference"], fraction, parts | {"run": seconds}, folder.path, report
+        )
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """The algorithm that a configuration names."""
+    settings = config.algorithm
+    shared: dict[str, Any] = {
+        "clip_range": settings.clip_range,
+        "clip_range_high": settings.clip_range_high,
+        "advantage_clip": settings.advantage_clip,
+    }
+    if settings.name == "grpo":
+        return grpo(**shared, scale=settings.advantage_scale)
+    return ddpo(**shared, buffer_size=settings.per_prompt_buffer, min_count=settings.per_prompt_min_count)
+
+
+def selector_of(config: Config) -> TimestepSelector:
+    """The selector that a configuration names."""
+    settings, num_steps = config.selector, config.sampler.num_steps
+    low, high = settings.start or 0, settings.end or num_steps
+    makers: dict[str, Callable[[], TimestepSelector]] = {
+        "adascope": lambda: AdaScope(
+            pooling=settings.pooling, kappa_s=settings.kappa, phi_e=settings.phi_end, persist=settings.persistence
+        ),
+        "every_step": EveryStep,
+        "random_fraction": lambda: RandomFraction(settings.fraction or 1.0, seed=config.run.seed),
+        "static_range": lambda: StaticRange(low, high),
+        "window": lambda: Window(size=settings.window_size, period=settings.shift_every, start=low, limit=high),
+        "fast_window": lambda: FastWindow(settings.window_size, low, high, seed=config.run.seed),
+    }
+    return makers[settings.name]()
+
+
+def _given(values: Sequence[str] | None, source: str, name: str) -> list[str]:
+    if values is None:
+        return prompts.load(source)
+    if not values:
+        raise ValueError(f"{name} needs at least one prompt, got an empty list")
+    return [prompts.checked(value, f"{name}[{index}]") for index, value in enumerate(values)]
+
+
+def _seed(*parts: Any) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.field`, in types that trackers take."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
