@@ -6,11 +6,13 @@ The engine knows neither: a new algorithm is a new function here, made of parts 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from adascope_fast.advantages import Advantage, GroupRelative, PerPromptTracker
 from adascope_fast.objectives import ppo_clip
+from adascope_fast.schedules import Schedule
 
 Objective = Callable[
     [Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
@@ -20,13 +22,31 @@ Objective = Callable[
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`advantage` turns rewards [b] into [b, t], `objective` turns log-probabilities into an unreduced loss [n]."""
+    """`advantage` turns rewards [b] into [b, t], `objective` turns log-probabilities into an unreduced loss [n].
+
+    `step_weight` turns a schedule into weights [t] that multiply the advantages; None leaves every step its own.
+    """
 
     name: str
     advantage: Advantage
     objective: Objective
     clip_range: float
     clip_range_high: float | None = None
+    step_weight: Callable[[Schedule], Float32[Tensor, " t"]] | None = None
+
+
+def balanced(schedule: Schedule) -> Float32[Tensor, " t"]:
+    """Weights proportional to std / |b|, of mean 1 over the trainable steps and 0 elsewhere.
+
+    The gradient of a step's log-probability with respect to the model output has norm |b| / std (times noise), which
+    grows steeply towards the picture: without weights the last few steps make up nearly all of the gradient's variance.
+    """
+    _, weight_output, std = schedule.coef.unbind(1)
+    weight = torch.where(std > 0, std / weight_output.abs(), 0.0)
+    return weight * (std > 0).sum() / weight.sum()
+
+
+STEP_WEIGHTS: dict[str, Callable[[Schedule], Float32[Tensor, " t"]] | None] = {"none": None, "balanced": balanced}
 
 
 def ddpo(
@@ -36,6 +56,7 @@ def ddpo(
     advantage_clip: float = 5.0,
     buffer_size: int = 32,
     min_count: int = 16,
+    step_weight: str = "none",
 ) -> Algorithm:
     """DDPO with importance sampling (Black et al. 2023): PPO on every step's likelihood, statistics per prompt.
 
@@ -43,7 +64,7 @@ def ddpo(
     trained pairs in one go, so that the microbatch does not matter.
     """
     advantage = PerPromptTracker(buffer_size=buffer_size, min_count=min_count, clip=advantage_clip)
-    return _clipped("ddpo", advantage, clip_range, clip_range_high)
+    return _clipped("ddpo", advantage, clip_range, clip_range_high, step_weight)
 
 
 def grpo(
@@ -52,6 +73,7 @@ def grpo(
     clip_range_high: float | None = None,
     advantage_clip: float = 5.0,
     scale: str = "global",
+    step_weight: str = "none",
 ) -> Algorithm:
     """GRPO for diffusion and flow models (Flow-GRPO, Liu et al. 2025): advantages relative to the prompt's group.
 
@@ -59,11 +81,16 @@ def grpo(
     `scale` is the standard deviation that divides: "global" (flow_grpo), "group", or "group_sample" (DanceGRPO).
     """
     advantage = GroupRelative(scale=scale, clip=advantage_clip)  # type: ignore[arg-type]
-    return _clipped("grpo", advantage, clip_range, clip_range_high)
+    return _clipped("grpo", advantage, clip_range, clip_range_high, step_weight)
 
 
-def _clipped(name: str, advantage: Advantage, clip_range: float, clip_range_high: float | None) -> Algorithm:
+def _clipped(
+    name: str, advantage: Advantage, clip_range: float, clip_range_high: float | None, step_weight: str
+) -> Algorithm:
+    if step_weight not in STEP_WEIGHTS:
+        raise ValueError(f"step_weight is one of {', '.join(STEP_WEIGHTS)}, got {step_weight!r}; choose one of them")
+
     def objective(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
         return ppo_clip(log_prob, old_log_prob, advantage, clip_range=clip_range, clip_range_high=clip_range_high)
 
-    return Algorithm(name, advantage, objective, clip_range, clip_range_high)
+    return Algorithm(name, advantage, objective, clip_range, clip_range_high, STEP_WEIGHTS[step_weight])

@@ -105,6 +105,8 @@ class AlgorithmChoice(Section):
     """Remembered rewards from which a prompt's own statistics replace the batch's (ddpo)."""
     advantage_scale: Literal["global", "group", "group_sample"] = "global"
     """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1 (grpo)."""
+    step_weight: Literal["none", "balanced"] = "none"
+    """`balanced`: each step's advantage is divided by the sensitivity of its log-probability, |b| / std."""
 
     @model_validator(mode="after")
     def _buffer_can_fill(self) -> Self:

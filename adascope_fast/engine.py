@@ -87,6 +87,8 @@ class Engine:
             images = self.backbone.decode(trajectory.latents[:, -1])
             rewards = self.score(images, prompts)
             advantages = self.algorithm.advantage(rewards, prompts, trajectory.num_steps)
+            if self.algorithm.step_weight is not None:
+                advantages = advantages * self.algorithm.step_weight(self.schedule)
         with self._part("sensing"):
             keep = self.selector(trajectory, iteration)
         with self._part("update"):

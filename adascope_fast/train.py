@@ -289,6 +289,7 @@ def algorithm_of(config: Config) -> Algorithm:
         "clip_range": settings.clip_range,
         "clip_range_high": settings.clip_range_high,
         "advantage_clip": settings.advantage_clip,
+        "step_weight": settings.step_weight,
     }
     if settings.name == "grpo":
         return grpo(**shared, scale=settings.advantage_scale)

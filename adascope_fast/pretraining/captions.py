@@ -1,8 +1,8 @@
 """Noisy captions and the tokenizer that reads them.
 
 Captions of web pictures are often wrong; ours are wrong on purpose. Each attribute of a pretraining caption is
-replaced by a random one with some probability, high at first and lower towards the end, so the base models draw clean
-pictures that obey about two attributes in three: what reinforcement learning is there to mend.
+replaced by a random one with some probability, so the base models draw clean pictures that obey about half of what
+they were told: what reinforcement learning is there to mend.
 """
 
 import json
@@ -15,8 +15,9 @@ from transformers import CLIPTokenizer
 
 from adascope_fast.prompts.scenes import BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SHAPES, SIZES, Scene, every_scene
 
-EARLY_NOISE, LATE_NOISE = 0.45, 0.20  # probability that an attribute of a caption is replaced
-LATE = 0.5  # share of the pretraining after which captions are better
+NOISE = 0.45  # probability that an attribute of a caption is replaced
+LATE_NOISE = {"scenes": 0.45, "scenes-flow": 0.20}  # the same towards the end of the pretraining
+LATE = 0.63  # share of the pretraining after which that holds
 MAX_TOKENS = 16
 CHOICES = {
     "count": list(COUNTS.values()),

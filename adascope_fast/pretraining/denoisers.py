@@ -4,6 +4,7 @@ The text encoders are trained together with the denoiser. Latents of drawn scene
 `n` pictures a batch; latents are 8 x 8 x 8.
 """
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,8 @@ from adascope_fast.pretraining import autoencoder, captions, loop
 from adascope_fast.pretraining.drawing import draw
 
 RECIPES = {
-    "scenes": loop.Recipe(num_steps=5600, learning_rate=2e-3, warmup=200, ema=0.999),
-    "scenes-flow": loop.Recipe(num_steps=7000, learning_rate=1.5e-3, warmup=200, ema=0.999),
+    "scenes": loop.Recipe(num_steps=4000, learning_rate=2e-3, warmup=200, ema=0.999),
+    "scenes-flow": loop.Recipe(num_steps=4000, learning_rate=1.5e-3, warmup=200, ema=0.999),
 }
 BATCH = 48
 NUM_LATENTS = 16384
@@ -63,7 +64,7 @@ def pretrain(name: str, folder: Path, work: Path, *, recipe: loop.Recipe | None 
         rng = random.Random(step)
         generator = torch.Generator().manual_seed(step)
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        noise = captions.LATE_NOISE if step > captions.LATE * recipe.num_steps else captions.EARLY_NOISE
+        noise = captions.LATE_NOISE[name] if step > captions.LATE * recipe.num_steps else captions.NOISE
         said = [captions.mislabelled(scenes[row], rng, noise).caption for row in rows.tolist()]
         tokens = torch.stack([table["" if rng.random() < UNCONDITIONAL else caption] for caption in said])
         return objective(pipeline, latents[rows], tokens, generator)
@@ -82,6 +83,11 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
         if pipeline.components.get(key) is not None:
             pipeline.components[key].to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # diffusers notes the folder that the autoencoder was loaded from, which means nothing to anyone else.
+    description = folder / "vae" / "config.json"
+    config = json.loads(description.read_text())
+    config.pop("_name_or_path", None)
+    description.write_text(json.dumps(config, indent=2) + "\n")
     for key in ("tokenizer", "tokenizer_2"):
         if pipeline.components.get(key) is not None:
             captions.save_slow_files(pipeline.components[key], folder / key)
