@@ -46,7 +46,7 @@ _HOME = {
     "select_interval": "adascope",
     "theoretical_correlation": "adascope",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,7 @@ class Engine:
         self._seconds: dict[str, float] = {}
 
     def step(self, encoded: EncodedPrompts, prompts: list[str], *, iteration: int, seed: int) -> Report:
-        """One iteration on `prompts`, one picture each (repeat a prompt for a group). `seed` fixes all its randomness."""
+        """One iteration on `prompts`, one picture each (repeat one for a group). `seed` fixes all its randomness."""
         self._seconds = {}
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
         with self._part("rollout"):
@@ -175,7 +175,7 @@ class Engine:
     def _accumulate(
         self, encoded: EncodedPrompts, micro: StepBatch, advantage: Tensor, divisor: int, *, on_policy: bool
     ) -> tuple[Float32[Tensor, "5"], Float32[Tensor, ""]]:
-        """Add the gradient of one microbatch; sums of (loss, approx_kl, clipfrac, drift, nonfinite), max |ratio - 1|."""
+        """Add a microbatch's gradient; sums of (loss, approx_kl, clipfrac, drift, nonfinite), max |ratio - 1|."""
         log_prob = self.log_prob(encoded, micro)
         old_log_prob = log_prob.detach() if on_policy else micro.old_log_prob
         loss, ratio = self.algorithm.objective(log_prob, old_log_prob, advantage)
@@ -199,9 +199,7 @@ class Engine:
         """Log-probability of the pairs under the policy as it is now, differentiable in its parameters."""
         scale = self.settings.guidance_scale
         with self._autocast():
-            output, without = predict(
-                self.backbone, encoded, micro.sample, micro.timestep, micro.prompt_index, scale
-            )
+            output, without = predict(self.backbone, encoded, micro.sample, micro.timestep, micro.prompt_index, scale)
         return ops.guided_transition_log_prob(micro.sample, output, without, scale, micro.prev_sample, micro.coef)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Held-out reward on fixed seeds, before and after, with a 95 % interval.
 
-Pictures of one prompt resemble each other, so the interval is over prompts (means of their pictures), not over pictures.
+Pictures of one prompt resemble each other, so the interval is over prompts (means of their pictures), not pictures.
 """
 
 from collections.abc import Callable, Sequence

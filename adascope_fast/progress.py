@@ -48,7 +48,7 @@ class Progress:
         """A bar for an evaluation of `total` steps; yields what to call with each number of steps done."""
         disable = self._quiet or not self._is_terminal
         with tqdm(total=total, desc="evaluation", unit="step", disable=disable, leave=False, position=1) as bar:
-            
+
             def on_step(num_steps: int) -> None:
                 bar.update(num_steps)
 

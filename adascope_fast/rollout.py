@@ -49,9 +49,7 @@ def predict(
     condition = take(encoded.condition, prompt_index)
     if guidance_scale == 1.0:
         return backbone.predict(sample, timestep, condition), None
-    both = {
-        name: torch.cat([value, encoded.negative[name].expand_as(value)]) for name, value in condition.items()
-    }
+    both = {name: torch.cat([value, encoded.negative[name].expand_as(value)]) for name, value in condition.items()}
     output = backbone.predict(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both)
     with_prompt, without = output.chunk(2)
     return with_prompt, without

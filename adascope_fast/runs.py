@@ -96,7 +96,9 @@ class RunFolder:
                 records.append(record)
         return records
 
-    def save_checkpoint(self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> None:
+    def save_checkpoint(
+        self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+    ) -> None:
         """Write the state from which `next_iteration` can start; older ones beyond `keep` go."""
         folder = self.path / "checkpoints"
         checkpoint.save(folder / f"{next_iteration:06d}", tensors, {"next_iteration": next_iteration, **state})
@@ -123,13 +125,17 @@ class RunFolder:
     def describe(self, status: str, device: torch.device, seconds: float) -> None:
         """Write `run.json`: status, command, machine, versions, commit, peak memory, seconds."""
         on_gpu = device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         self.write(
             "run.json",
             {
                 "status": status,
                 "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+                "device": torch.cuda.get_device_name()
+                if on_gpu
+                else f"{platform.machine()} CPU, {os.cpu_count()} cores",
                 "versions": {"python": platform.python_version(), **_versions()},
                 "commit": _commit(),
                 "peak_memory_mb": round(peak / 2**20),

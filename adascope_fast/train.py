@@ -261,7 +261,9 @@ class Trainer:
             columns = self.config.evaluation.samples_per_prompt
             save_grid(evaluation.pictures, columns, folder.samples / f"{name}.png")
             shown = self.held_out[: self.config.evaluation.grid_prompts]
-            folder.write("samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.pictures.shape[-1]})
+            folder.write(
+                "samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.pictures.shape[-1]}
+            )
         if name == "after":
             before = torch.tensor(values["before"]["scores"])
             values["difference"] = interval(evaluation.scores - before)
@@ -278,7 +280,13 @@ class Trainer:
                 parts[name] = parts.get(name, 0.0) + part
         fraction = sum(record["fraction_trained"] for record in stats) / max(1, len(stats))
         return Result(
-            values["before"], values["after"], values["difference"], fraction, parts | {"run": seconds}, folder.path, report
+            values["before"],
+            values["after"],
+            values["difference"],
+            fraction,
+            parts | {"run": seconds},
+            folder.path,
+            report,
         )
 
 

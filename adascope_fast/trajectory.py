@@ -94,4 +94,3 @@ class Trajectory:
             step_index=step,
             prompt_index=self.prompt_index[sample],
         )
-

@@ -1,6 +1,6 @@
 """Held-out reward and time of the quickstart, AdaScope's interval against every step, over seeds.
 
-    python bench/quickstart.py [--config configs/quickstart.toml] [--control configs/quickstart_every_step.toml] [--seeds 0 1 2]
+    python bench/quickstart.py [--config CONFIG.toml] [--control CONFIG.toml] [--seeds 0 1 2] [--out FILE.json]
 
 Each run is a process of its own, one after the other, AdaScope and its control in turn. Writes JSON with the machine,
 versions and date beside a table on standard output.
@@ -67,16 +67,23 @@ def main() -> None:
             for config in (chosen.config, chosen.control):
                 rows.append(run(config, seed, Path(work) / f"{config.stem}-{seed}"))
                 print_row(rows[-1])
+                write(rows, chosen.out)
+    print(chosen.out)
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """Write what has been measured so far, with the machine, versions and date."""
     result = {
         "command": "python bench/quickstart.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used" if "CPU" in rows[0]["device"] else rows[0]["device"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used"
+        if "CPU" in rows[0]["device"]
+        else rows[0]["device"],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "runs": rows,
     }
-    chosen.out.parent.mkdir(exist_ok=True)
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(chosen.out)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def print_row(row: dict) -> None:

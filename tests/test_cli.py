@@ -277,7 +277,9 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path: Path, stop: signal.Signals
 @pytest.mark.slow
 def test_a_mistake_is_one_line_of_a_real_process(tmp_path: Path):
     finished = subprocess.run(
-        _command("train", TINY, f"run.folder={tmp_path / 'run'}", "train.learning_rat=1"), capture_output=True, text=True
+        _command("train", TINY, f"run.folder={tmp_path / 'run'}", "train.learning_rat=1"),
+        capture_output=True,
+        text=True,
     )
     assert finished.returncode == 2
     assert finished.stdout == ""

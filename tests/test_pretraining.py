@@ -1,4 +1,4 @@
-"""How the embedded models are made: true drawings, captions wrong at the stated rate, a loop that resumes, plain folders."""
+"""How the embedded models are made: drawings, captions wrong at the stated rate, a loop that resumes, plain folders."""
 
 import json
 import math
@@ -48,7 +48,9 @@ def test_drawings_show_the_count_the_colours_and_the_sizes_of_their_scene():
             assert low - 0.5 < radius < high + 1.2, scene.caption
 
 
-@pytest.mark.parametrize(("place", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("top", 0, -1), ("bottom", 0, 1)])
+@pytest.mark.parametrize(
+    ("place", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("top", 0, -1), ("bottom", 0, 1)]
+)
 def test_drawings_stand_where_their_scene_says(place: str, axis: int, sign: int):
     scene = Scene(1, "large", "blue", "triangle", "white", place)
     for picture in draw([scene] * 10, seed=2):
@@ -69,7 +71,7 @@ def test_mislabelled_captions_are_wrong_at_the_stated_rate_and_never_held_out():
     changed = dict.fromkeys(captions.CHOICES, 0)
     num_draws = 12_000
     for scene in rng.choices(scenes, k=num_draws):
-        caption = captions.mislabelled(scene, rng)
+        caption = captions.mislabelled(scene, rng, 0.45)
         assert not caption.is_held_out
         assert caption in _ALL, "the grammar can say it"
         for name in changed:
@@ -77,11 +79,10 @@ def test_mislabelled_captions_are_wrong_at_the_stated_rate_and_never_held_out():
     for name, values in captions.CHOICES.items():
         if name == "position":  # also dropped where the count became more than one
             continue
-        # Replaced with probability NOISE by one of k values, 1 in k of which is the old one. Standard error below 0.005,
+        # Replaced with probability 0.45 by one of k values, 1 in k of which is the old one. Standard error below 0.005,
         # and rejecting held-out captions moves a rate by about a hundredth.
-        expected = captions.NOISE * (1 - 1 / len(values))
-        print(name, changed[name] / num_draws, expected)
-        assert 1 or changed[name] / num_draws == pytest.approx(expected, abs=0.025), name
+        expected = 0.45 * (1 - 1 / len(values))
+        assert changed[name] / num_draws == pytest.approx(expected, abs=0.025), name
 
 
 _ALL = set(every_scene())
@@ -176,8 +177,9 @@ def test_pretraining_leaves_a_folder_that_plain_diffusers_loads(
 ):
     monkeypatch.setattr(denoisers, "NUM_LATENTS", 64)
     monkeypatch.setattr(denoisers, "BATCH", 4)
-    few_scenes = autoencoder.scenes_for(0, 4)
-    monkeypatch.setattr(autoencoder, "scenes_for", lambda seed, num_scenes: (few_scenes * num_scenes)[:num_scenes])
+    untrained = autoencoder.build(quant_conv=True)
+    untrained.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    untrained.save_pretrained(tmp_path / "work" / "autoencoder" / "final")
     recipe = loop.Recipe(num_steps=2, learning_rate=1e-3)
     denoisers.pretrain(name, tmp_path / name, tmp_path / "work", recipe=recipe)
 

@@ -1,4 +1,4 @@
-"""Rewards: the scene judge is right about drawn pictures and blind to nothing; JPEG sizes are PIL's; errors are clear."""
+"""Rewards: the scene judge is right about drawn pictures, blind to nothing; JPEG sizes are PIL's; errors are clear."""
 
 import io
 import math
@@ -93,7 +93,9 @@ def test_the_count_is_noticed_alone(asked: int, shown: int):
 
 
 def test_one_wrong_object_among_several_is_noticed():
-    red, blue = (Scene(1, "small", colour, "square", "white", side) for colour, side in (("red", "left"), ("blue", "right")))
+    red, blue = (
+        Scene(1, "small", colour, "square", "white", side) for colour, side in (("red", "left"), ("blue", "right"))
+    )
     both = torch.cat([draw([red], 0)[..., :32], draw([blue], 0)[..., 32:]], -1)
     satisfied, _ = JUDGE.attributes(both, ["two small red squares on a white background"])
     assert dict(zip(ATTRIBUTES, satisfied[0].tolist(), strict=True)) | {"position": None} == {
@@ -137,7 +139,7 @@ def test_pictures_of_another_shape_are_refused(shape: tuple[int, ...]):
 
 
 def test_a_prompt_that_is_no_scene_is_refused():
-    with pytest.raises(ValueError, match="scene captions read .* got 'a cat'"):
+    with pytest.raises(ValueError, match=r"scene captions read .* got 'a cat'"):
         JUDGE(torch.zeros(1, 3, 64, 64), ["a cat"])
 
 
@@ -160,7 +162,9 @@ def test_jpeg_rewards_are_the_size_of_pils_file():
 
 
 def test_rewards_are_found_by_name_and_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "my_reward_by_module.py").write_text("def constant(images, prompts):\n    return [0.5] * len(prompts)\n")
+    (tmp_path / "my_reward_by_module.py").write_text(
+        "def constant(images, prompts):\n    return [0.5] * len(prompts)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     reward = rewards.load("my_reward_by_module:constant")
     assert rewards.score(reward, torch.zeros(3, 3, 4, 4), ["a"] * 3).tolist() == [0.5] * 3
@@ -192,7 +196,10 @@ def test_a_reward_that_cannot_be_found_is_refused(name: str, message: str):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (torch.zeros(4, 1), r"must return one number a picture, shape \[4\], got shape \[4, 1\]; reduce over everything"),
+        (
+            torch.zeros(4, 1),
+            r"must return one number a picture, shape \[4\], got shape \[4, 1\]; reduce over everything",
+        ),
         (torch.zeros(3), r"must return .* shape \[4\], got shape \[3\]"),
         (torch.tensor(1.0), r"must return .* shape \[4\], got shape \[\]"),
         (torch.tensor([0, 0, math.nan, 0]), r"must be finite, got nan for 'c'; return a low score"),
@@ -209,7 +216,9 @@ def test_bad_scores_are_refused_by_the_rewards_name(returned: object, message: s
         rewards.score(my_reward, torch.zeros(4, 3, 2, 2), list("abcd"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("returned", [[1, 2, 3], np.array([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "returned", [[1, 2, 3], np.array([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)]
+)
 def test_scores_may_be_numbers_or_arrays_and_become_float32(returned: object):
     scores = rewards.score(lambda images, prompts: returned, torch.zeros(3, 3, 2, 2), ["a"] * 3)  # type: ignore[arg-type,return-value]
     assert scores.dtype == torch.float32

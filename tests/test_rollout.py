@@ -1,4 +1,4 @@
-"""Sampling: plain diffusers' pictures where there is no noise, and log-probabilities that a hand computation confirms."""
+"""Sampling: plain diffusers' pictures where there is no noise, log-probabilities that a hand computation confirms."""
 
 import math
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def test_draw_gives_the_pictures_of_plain_diffusers(model, plain):
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_log_prob_is_that_of_a_normal_distribution_in_float64(model, guidance_scale: float):
     schedule = _stochastic(model, 4)
-    encoded, trajectory = _sample(model, schedule, CAPTIONS, guidance_scale=guidance_scale)
+    _, trajectory = _sample(model, schedule, CAPTIONS, guidance_scale=guidance_scale)
     condition, negative = model.encode(CAPTIONS), model.encode([""] * 2)
     with torch.no_grad():
         for step in range(4):
@@ -125,9 +125,7 @@ def test_x0_is_the_clean_latent_that_the_output_means(model):
 def test_replayed_log_prob_is_the_rollouts(model):
     schedule = _stochastic(model, 3)
     encoded, trajectory = _sample(model, schedule, CAPTIONS, guidance_scale=1.5)
-    settings = Settings(
-        guidance_scale=1.5, rollout_batch=4, microbatch=4, updates_per_iteration=1, max_grad_norm=1.0
-    )
+    settings = Settings(guidance_scale=1.5, rollout_batch=4, microbatch=4, updates_per_iteration=1, max_grad_norm=1.0)
     optimizer = torch.optim.SGD(model.trainable_parameters())
     engine = Engine(model, schedule, ddpo(), EveryStep(), lambda images, prompts: images, optimizer, settings)
     pairs = torch.tensor([[1, 2], [0, 0], [1, 0], [0, 1], [0, 2]])

@@ -39,7 +39,7 @@ def redness(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def _calls(outcome: Callable[[Tensor], object], at: int) -> Callable[[Tensor, list[str]], Tensor]:
-    """`redness`, but what its call number `at` returns is `outcome` of it. Calls: before, iteration 0, 1, ..., after."""
+    """`redness`, but its call number `at` returns `outcome` of it. Calls: before, iteration 0, 1, ..., after."""
     number = 0
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
@@ -174,16 +174,16 @@ def test_a_bad_reward_stops_the_run_and_keeps_what_was_reached(
         _trainer(_config(tmp_path / "run"), _calls(outcome, 3)).train()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000001"]
     assert len(_lines(tmp_path / "run")) == 1
-    config, backbone = load_run(tmp_path / "run")
+    _, backbone = load_run(tmp_path / "run")
     assert any(value.abs().max() > 0 for key, value in backbone.adapter_tensors().items() if "lora_B" in key)
 
 
 def test_what_cannot_start_leaves_nothing_behind_and_replaces_nothing(tmp_path: Path, alone: tuple[Path, Result]):
-    with pytest.raises(ValueError, match="model.lora_targets must name layers of the unet"):
+    with pytest.raises(ValueError, match=r"model.lora_targets must name layers of the unet"):
         _trainer(_config(tmp_path / "new", "model.lora_targets=['no_such_layer']")).train()
     assert not (tmp_path / "new").exists()
     before = {path: path.read_bytes() for path in alone[0].rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="model.lora_targets must name layers of the unet"):
+    with pytest.raises(ValueError, match=r"model.lora_targets must name layers of the unet"):
         _trainer(_config(alone[0], "model.lora_targets=['no_such_layer']")).train(overwrite=True)
     with pytest.raises(ConfigError, match="a run never replaces what is there"):
         _trainer(_config(alone[0])).train()

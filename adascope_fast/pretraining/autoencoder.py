@@ -89,7 +89,11 @@ def _standardised(trained: AutoencoderKL) -> AutoencoderKL:
     model.load_state_dict(trained.state_dict(), strict=False)
     channels = len(mean)
     for layer, weight, bias in (
-        (model.quant_conv, torch.cat([1 / std, torch.zeros(channels)]), torch.cat([-mean / std, torch.full_like(std, -20)])),
+        (
+            model.quant_conv,
+            torch.cat([1 / std, torch.zeros(channels)]),
+            torch.cat([-mean / std, torch.full_like(std, -20)]),
+        ),
         (model.post_quant_conv, std, mean),
     ):
         layer.weight.copy_(torch.diag(weight)[:, :, None, None])

@@ -30,7 +30,7 @@ CHOICES = {
 
 
 def mislabelled(scene: Scene, rng: random.Random, noise: float) -> Scene:
-    """The scene as a careless caption has it, each attribute replaced with probability `noise`; never a held-out one."""
+    """The scene as a careless caption has it: attributes replaced with probability `noise`; never a held-out one."""
     while True:
         wrong = {name: rng.choice(values) for name, values in CHOICES.items() if rng.random() < noise}
         caption = replace(scene, **wrong)

@@ -6,7 +6,6 @@ The text encoders are trained together with the denoiser. Latents of drawn scene
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -239,5 +238,3 @@ def _flow_text(pipeline: StableDiffusion3Pipeline, tokens: Tensor, num_null_toke
     pooled = torch.cat([output[0] for output in outputs], -1)
     null = text.new_zeros(len(text), num_null_tokens, text.shape[-1])
     return torch.cat([text, null], 1), pooled
-
-

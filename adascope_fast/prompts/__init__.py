@@ -14,7 +14,9 @@ def load(source: str) -> list[str]:
         return scenes.captions(split)
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"prompts are 'scenes:train', 'scenes:held_out' or a text file, got {source!r}, which is no file")
+        raise ValueError(
+            f"prompts are 'scenes:train', 'scenes:held_out' or a text file, got {source!r}, which is no file"
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

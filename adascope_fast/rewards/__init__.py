@@ -34,7 +34,9 @@ def load(name: str) -> Reward:
     try:
         reward = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} could not be imported ({error}); run from the folder of its module") from None
+        raise ValueError(
+            f"reward {name!r} could not be imported ({error}); run from the folder of its module"
+        ) from None
     if not callable(reward):
         raise ValueError(
             f"reward {name!r} must be a function of (pictures, prompts), got {type(reward).__name__}; name a function"
@@ -43,17 +45,19 @@ def load(name: str) -> Reward:
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The reward's scores [b] as float32 on the pictures' device; ValueError unless it is one finite number a picture."""
+    """The reward's scores [b] as float32 on the pictures' device; ValueError unless one finite number a picture."""
     name = getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
     scores: Any = reward(images, list(prompts))
     try:
         scores = torch.as_tensor(scores, dtype=torch.float32).to(images.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"reward {name!r} must return a tensor or numbers, got {type(scores).__name__}: {error}") from None
+        raise ValueError(
+            f"reward {name!r} must return a tensor or numbers, got {type(scores).__name__}: {error}"
+        ) from None
     if scores.shape != (len(prompts),):
         raise ValueError(
-            f"reward {name!r} must return one number a picture, shape [{len(prompts)}], got shape {list(scores.shape)}; "
-            f"reduce over everything but the first axis"
+            f"reward {name!r} must return one number a picture, shape [{len(prompts)}], "
+            f"got shape {list(scores.shape)}; reduce over everything but the first axis"
         )
     if not bool(scores.isfinite().all()):
         first = int((~scores.isfinite()).nonzero()[0, 0])

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from adascope_fast import reference
 from adascope_fast.kernels import transition
-from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS, split
+from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS, aligned, split
 
 # A gradient is stored in the dtype of the output, and the interpreter truncates to bfloat16 where a GPU rounds.
 RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -79,12 +79,31 @@ def test_dtypes_may_differ():
 def test_any_layout_of_the_latents():
     sample, output, prev_sample, uncond, coef = _random(3, 4 * 6 * 8)
     trajectory = torch.stack([sample, prev_sample], 1)  # [n, t, d]: rows are 2 d apart
-    channels_last = output.view(3, 4, 6, 8).to(memory_format=torch.channels_last)
-    misaligned = torch.cat([torch.zeros(1), uncond.flatten()])[1:].view(3, 4, 6, 8)
-    latents = (trajectory[:, 0].view(3, 4, 6, 8), channels_last, misaligned, trajectory[:, 1].view(3, 4, 6, 8))
-    _assert_equals_reference(*latents, coef)
+    every_other = torch.stack([sample, prev_sample], 2).flatten(1)  # elements are 2 apart
+    misaligned = torch.cat([torch.zeros(1), prev_sample.flatten()])[1:].view(3, -1)
     repeated = sample[:1].expand(3, -1)
-    _assert_equals_reference(repeated, output, uncond[:, :1].expand(3, 192), prev_sample, coef.t().contiguous().t())
+    transposed = coef.t().contiguous().t()
+    _assert_equals_reference(trajectory[:, 0], output, uncond, trajectory[:, 1], coef)
+    _assert_equals_reference(every_other[:, ::2], output, uncond, every_other[:, 1::2], transposed)
+    _assert_equals_reference(repeated, output, uncond, misaligned, coef)
+    x, m, u, y = (
+        x.view(3, 4, 6, 8).to(memory_format=torch.channels_last) for x in (sample, output, uncond, prev_sample)
+    )
+    _assert_equals_reference(x, m, u, y, coef)
+
+
+def test_rows_are_copied_only_where_their_layout_needs_it():
+    rows = torch.randn(3, 64)
+    assert aligned(rows)[0].data_ptr() == rows.data_ptr()
+    every_third_row = torch.randn(3, 3, 64)[:, 1]
+    same, stride = aligned(every_third_row)
+    assert (same.data_ptr(), stride) == (every_third_row.data_ptr(), 3 * 64)
+    for awkward in (torch.randn(193)[1:].view(3, 64), torch.randn(3, 128)[:, ::2], torch.randn(3, 65)[:, :64]):
+        copy, stride = aligned(awkward)
+        assert stride == 64
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        assert torch.equal(copy, awkward)
 
 
 def test_expanded_upstream_gradient():
