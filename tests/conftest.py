@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from adascope_fast.schedules import Schedule
 from adascope_fast.trajectory import Condition
 
 torch.set_num_threads(1)
+# A busy machine is no failure: examples have no time limit.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 class ToyBackbone:
