@@ -46,7 +46,6 @@ _HOME = {
     "select_interval": "adascope",
     "theoretical_correlation": "adascope",
 }
-__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -166,7 +166,7 @@ class Trainer:
                 max_grad_norm=train.max_grad_norm,
             ),
             backward=self.accelerator.backward,
-            autocast=self.accelerator.autocast,
+            autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
         )
 

@@ -1,6 +1,6 @@
 """Held-out reward and time of the quickstart, AdaScope's interval against every step, over seeds.
 
-    python bench/quickstart.py [--config CONFIG.toml] [--control CONFIG.toml] [--seeds 0 1 2] [--out FILE.json]
+    python bench/quickstart.py [--config CONFIG.toml] [--control CONFIG.toml] [--seeds 0 1 2] [--set KEY=VALUE ...]
 
 Each run is a process of its own, one after the other, AdaScope and its control in turn. Writes JSON with the machine,
 versions and date beside a table on standard output.
@@ -20,10 +20,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def run(config: Path, seed: int, folder: Path) -> dict:
+def run(config: Path, seed: int, folder: Path, overrides: list[str]) -> dict:
     """Train once and return what the run folder says of it."""
-    arguments = ["train", str(config), f"run.folder={folder}", f"run.seed={seed}"]
+    arguments = ["train", str(config), f"run.folder={folder}", f"run.seed={seed}", *overrides]
     subprocess.run([sys.executable, "-m", "adascope_fast.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+    return read(config, seed, folder)
+
+
+def read(config: Path, seed: int, folder: Path) -> dict:
+    """What a finished run's folder says of it."""
     evaluation = json.loads((folder / "evaluation.json").read_text())
     facts = json.loads((folder / "run.json").read_text())
     stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
@@ -36,6 +41,7 @@ def run(config: Path, seed: int, folder: Path) -> dict:
     return {
         "config": config.name,
         "seed": seed,
+        "iterations": len(stats),
         "before": evaluation["before"]["mean"],
         "after": evaluation["after"]["mean"],
         "difference": evaluation["difference"],
@@ -60,12 +66,13 @@ def main() -> None:
     parser.add_argument("--control", type=Path, default=HERE.parent / "configs" / "quickstart_every_step.toml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quickstart.json")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to both")
     chosen = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for seed in chosen.seeds:
             for config in (chosen.config, chosen.control):
-                rows.append(run(config, seed, Path(work) / f"{config.stem}-{seed}"))
+                rows.append(run(config, seed, Path(work) / f"{config.stem}-{seed}", chosen.set))
                 print_row(rows[-1])
                 write(rows, chosen.out)
     print(chosen.out)

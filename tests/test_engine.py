@@ -137,12 +137,13 @@ def test_gradient_is_that_of_the_plain_loop_on_an_embedded_model():
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_steps_that_are_not_kept_cost_no_denoiser_call(make_toy: Callable, guidance_scale: float):
     keep = _ragged()
-    engine = _engine(make_toy(), _settings(guidance_scale=guidance_scale))
+    toy = make_toy()
+    engine = _engine(toy, _settings(guidance_scale=guidance_scale))
     encoded, trajectory = _rollout(engine)
-    engine.backbone.num_rows = 0
+    toy.num_rows = 0
     values = engine.update(encoded, trajectory, keep, _advantages(), torch.Generator().manual_seed(4))
     assert values["pairs_trained"] == keep.sum()
-    assert engine.backbone.num_rows == keep.sum() * (1 if guidance_scale == 1 else 2)
+    assert toy.num_rows == keep.sum() * (1 if guidance_scale == 1 else 2)
 
 
 @pytest.mark.parametrize("num_kept", [3, 4, 11, 30])

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ SCENES = random.Random(4).sample(every_scene(), 120)
 def _regions(picture: Tensor) -> list[np.ndarray]:
     """Masks of the connected regions that differ from the top left pixel."""
     is_object = (picture - picture[:, :1, :1]).abs().amax(0).numpy() > 0.15
-    label, count = ndimage.label(is_object, np.ones((3, 3)))
+    found: Any = ndimage.label(is_object, np.ones((3, 3)))
+    label, count = found
     return [label == number for number in range(1, count + 1)]
 
 
@@ -157,8 +159,8 @@ def test_standardising_an_autoencoder_moves_its_latents_and_not_its_pictures(mon
     scenes = autoencoder.scenes_for(0, 24)
     monkeypatch.setattr(autoencoder, "scenes_for", lambda seed, num_scenes: scenes)
     torch.manual_seed(0)
-    trained = autoencoder.build().eval()
-    model = autoencoder._standardised(trained).eval()
+    trained: Any = autoencoder.build().eval()
+    model: Any = autoencoder._standardised(trained).eval()
     pictures = draw(scenes, 10**6) * 2 - 1
     with torch.no_grad():
         raw, latents = trained.encode(pictures).latent_dist.mean, model.encode(pictures).latent_dist.mean

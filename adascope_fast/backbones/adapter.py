@@ -1,6 +1,6 @@
 """A diffusers pipeline with a LoRA adapter on its denoiser: what all families share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from adascope_fast.schedules import Schedule
+from adascope_fast.trajectory import Condition
 
 ADAPTER = "adascope"
 SAMPLING_MAX_BATCH = 64
@@ -94,7 +95,16 @@ class LoraBackbone:
         parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(SAMPLING_MAX_BATCH)]
         return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        raise NotImplementedError
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
+
     def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
+        raise NotImplementedError
+
+    def deterministic_schedule(self, num_steps: int) -> Schedule:
         raise NotImplementedError
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -6,6 +6,7 @@ a little added noise, so that small errors of a denoiser do not show.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,11 +32,10 @@ def scenes_for(seed: int, num_scenes: int) -> list[Scene]:
 
 def build(*, quant_conv: bool = False) -> AutoencoderKL:
     """An untrained autoencoder with 0.97M parameters."""
-    channels = (16, 32, 64, 64)
-    return AutoencoderKL(
+    settings: dict[str, Any] = dict(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=2,
@@ -45,6 +45,7 @@ def build(*, quant_conv: bool = False) -> AutoencoderKL:
         use_post_quant_conv=quant_conv,
         force_upcast=False,
     )
+    return AutoencoderKL(**settings)
 
 
 def pretrain(folder: Path, *, recipe: loop.Recipe = RECIPE) -> AutoencoderKL:
@@ -77,7 +78,7 @@ def load_or_pretrain(folder: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def _standardised(trained: AutoencoderKL) -> AutoencoderKL:
+def _standardised(trained: Any) -> AutoencoderKL:
     """The same autoencoder with latents of zero mean and unit variance in every channel.
 
     Stable Diffusion's pipeline has one scale and no shift, so the 1 x 1 convolutions on either side of the latents
@@ -85,7 +86,7 @@ def _standardised(trained: AutoencoderKL) -> AutoencoderKL:
     """
     latents = trained.encode(draw(scenes_for(-1, 512), 10**6) * 2 - 1).latent_dist.mean
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    model = build(quant_conv=True)
+    model: Any = build(quant_conv=True)
     model.load_state_dict(trained.state_dict(), strict=False)
     channels = len(mean)
     for layer, weight, bias in (

@@ -7,6 +7,7 @@ The text encoders are trained together with the denoiser. Latents of drawn scene
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -92,7 +93,7 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
             captions.save_slow_files(pipeline.components[key], folder / key)
 
 
-def _latents(vae: AutoencoderKL, path: Path) -> tuple[Tensor, list]:
+def _latents(vae: Any, path: Path) -> tuple[Tensor, list]:
     """Latents [NUM_LATENTS, 8, 8, 8] of drawn training scenes, and the scenes."""
     scenes = autoencoder.scenes_for(2, NUM_LATENTS)
     if not path.is_file():
@@ -111,7 +112,7 @@ def _token_table(tokenizer: CLIPTokenizer) -> dict[str, Tensor]:
     return dict(zip(every, ids, strict=True))
 
 
-def _text_config(width: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def _text_config(width: int, tokenizer: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -150,7 +151,7 @@ def _stable_diffusion(vae: AutoencoderKL) -> StableDiffusionPipeline:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return StableDiffusionPipeline(
+    parts: dict[str, Any] = dict(
         vae=vae,
         text_encoder=CLIPTextModel(_text_config(width, tokenizer)),
         tokenizer=tokenizer,
@@ -160,6 +161,7 @@ def _stable_diffusion(vae: AutoencoderKL) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    return StableDiffusionPipeline(**parts)
 
 
 def _stable_diffusion_3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def load(name: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        reward = getattr(importlib.import_module(module_name), attribute)
+        reward: Any = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"reward {name!r} could not be imported ({error}); run from the folder of its module"
@@ -41,7 +41,7 @@ def load(name: str) -> Reward:
         raise ValueError(
             f"reward {name!r} must be a function of (pictures, prompts), got {type(reward).__name__}; name a function"
         )
-    return reward
+    return cast(Reward, reward)
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -6,6 +6,7 @@ and the shape whose template overlaps it best. `b` pictures, `k` objects at most
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,8 +115,8 @@ def _objects(mask: Tensor) -> tuple[Tensor, Tensor]:
     b, h, w = mask.shape
     in_plane = np.zeros((3, 3, 3), dtype=int)
     in_plane[1] = 1  # regions touch along edges and corners, never across pictures
-    label_numpy, _ = ndimage.label(mask.cpu().numpy(), in_plane)
-    label = torch.from_numpy(label_numpy.astype(np.int64)).view(b, h * w)
+    found: Any = ndimage.label(mask.cpu().numpy(), in_plane)
+    label = torch.from_numpy(found[0].astype(np.int64)).view(b, h * w)
     # Labels grow from picture to picture; count them from 1 in each.
     first = torch.where(label > 0, label, label.numel()).amin(1, keepdim=True)
     label = torch.where(label > 0, label - first + 1, 0).to(mask.device)
