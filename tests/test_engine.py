@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from adascope_fast import backbones
 from adascope_fast.algorithms import ddpo
 from adascope_fast.engine import Engine, Settings
 from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.schedules import Schedule
 from adascope_fast.timesteps import EveryStep, StaticRange
 from adascope_fast.trajectory import Trajectory
 
@@ -166,6 +168,43 @@ def test_several_updates_do_not_depend_on_the_microbatch(make_toy: Callable):
     for other_values, other_parameters in others:
         torch.testing.assert_close(other_parameters, parameters, rtol=1e-9, atol=1e-12)
         assert other_values == pytest.approx(values, rel=1e-5)
+
+
+def test_each_update_is_made_of_its_own_pairs(make_toy: Callable):
+    """Two updates that move next to nothing: together they are the gradient of all pairs, halves counted as wholes."""
+    rate, keep = 1e-7, torch.ones(B, T, dtype=torch.bool)
+    one, two = (
+        _engine(make_toy(torch.float64), _settings(updates_per_iteration=n), learning_rate=rate) for n in (1, 2)
+    )
+    whole, halves = (_gradient(engine, keep, _advantages()) / rate for engine in (one, two))
+    torch.testing.assert_close(halves, 2 * whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+
+
+def test_the_denoiser_sees_the_kept_pairs_in_microbatches(make_toy: Callable):
+    engine, sizes = _engine(make_toy(), _settings(microbatch=4)), []
+    encoded, trajectory = _rollout(engine)
+    predict = engine.backbone.predict
+    engine.backbone.predict = lambda sample, *rest: (sizes.append(len(sample)), predict(sample, *rest))[1]  # type: ignore[method-assign]
+    keep = torch.zeros(B, T, dtype=torch.bool)
+    keep[1:3, :5] = True
+    engine.update(encoded, trajectory, keep, _advantages(), torch.Generator().manual_seed(4))
+    assert sizes == [4, 4, 2]
+
+
+def test_step_weights_multiply_the_advantages_of_their_steps(make_toy: Callable):
+    def displacement(weight: Callable[[Schedule], Tensor] | None) -> Tensor:
+        engine = _engine(make_toy(torch.float64), _settings())
+        engine.algorithm = replace(engine.algorithm, step_weight=weight)
+        before = _flat(engine)
+        engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=0, seed=0)
+        return before - _flat(engine)
+
+    def only(steps: list[int]) -> Callable[[Schedule], Tensor]:
+        return lambda schedule: torch.tensor([float(step in steps) for step in range(schedule.num_steps)])
+
+    parts = displacement(only([0, 3])), displacement(only([1, 2, 4, 5]))
+    assert min(part.norm() for part in parts) > 0
+    torch.testing.assert_close(parts[0] + parts[1], displacement(None), rtol=1e-6, atol=1e-9)
 
 
 def test_ratio_is_exactly_one_until_a_parameter_moves(make_toy: Callable):

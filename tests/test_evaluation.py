@@ -1,0 +1,67 @@
+"""The held-out reward: its interval over prompts, the same noise for every policy, the pictures of the report."""
+
+import math
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from adascope_fast.evaluation import Evaluation, evaluate, interval
+
+
+def test_the_interval_is_over_prompts_not_over_pictures():
+    scores = torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.2, 0.4], [1.0, 1.0]])
+    means = [0.5, 0.5, 0.3, 1.0]
+    reach = 1.96 * statistics.stdev(means) / math.sqrt(4)
+    found = interval(scores)
+    assert found["mean"] == pytest.approx(0.575)
+    assert (found["low"], found["high"]) == pytest.approx((0.575 - reach, 0.575 + reach), abs=1e-4)
+
+
+def _evaluate(toy: object, seed: int = 1, batch: int = 3) -> Evaluation:
+    return evaluate(
+        toy,  # type: ignore[arg-type]
+        toy.schedule(4, eta=0.3, noise_level=0.7),  # type: ignore[attr-defined]
+        lambda images, prompts: images.mean((1, 2, 3)) + torch.tensor([float(len(prompt)) for prompt in prompts]),
+        ["a", "bbb", "cc"],
+        samples_per_prompt=2,
+        guidance_scale=1.0,
+        seed=seed,
+        batch=batch,
+        num_pictured=2,
+        breakdown=lambda images, prompts: {"count": float(len(prompts))},
+    )
+
+
+def test_scores_are_those_of_each_prompts_own_pictures(make_toy: Callable):
+    evaluation = _evaluate(make_toy())
+    assert evaluation.scores.shape == (3, 2)
+    lengths = torch.tensor([[1.0], [3.0], [2.0]])
+    assert ((evaluation.scores - lengths) > 0).all()
+    assert ((evaluation.scores - lengths) < 1).all(), "a picture's mean lies between 0 and 1"
+    assert evaluation.pictures.shape == (4, 3, 3, 3)
+    torch.testing.assert_close(evaluation.scores[:2] - lengths[:2], evaluation.pictures.mean((1, 2, 3)).view(2, 2))
+    summary = evaluation.summary()
+    assert (summary["num_images"], summary["attributes"]) == (6, {"count": 6.0})
+
+
+def test_another_policy_meets_the_same_noise(make_toy: Callable):
+    def noise_of(toy, seed: int) -> Tensor:
+        seen, predict = [], toy.predict
+
+        def watch(sample: Tensor, *arguments: Tensor) -> Tensor:
+            seen.append(sample)
+            return predict(sample, *arguments)
+
+        toy.predict = watch
+        _evaluate(toy, seed, batch=6)
+        return seen[0]
+
+    trained = make_toy()
+    with torch.no_grad():
+        trained.layers[2].bias.add_(0.5)
+    assert torch.equal(noise_of(make_toy(), 1), noise_of(trained, 1))
+    assert not torch.equal(noise_of(make_toy(), 1), noise_of(make_toy(), 2))
+    assert not torch.equal(_evaluate(make_toy()).scores, _evaluate(trained).scores)
