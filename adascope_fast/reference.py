@@ -10,16 +10,17 @@ not depend on the rows beside it. A NaN stays a NaN.
 """
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adascope_fast.reference_correlation import correlation as correlation
+from adascope_fast.reference_correlation import correlation_from_state as correlation_from_state
+from adascope_fast.reference_correlation import correlation_update as correlation_update
+from adascope_fast.reference_rows import as_rows, compute_dtype, row_mean
+
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
-DEGENERATE = 1e-12
-"""Variance, relative to the mean square, at or below which a row counts as constant: a spread of 1e-6 of its level."""
-ROW_CHUNK = 4096
 
 
 def transition_log_prob(
@@ -38,14 +39,14 @@ def transition_log_prob(
         prev_sample: the x_{t-1} that the rollout drew, as stored; no gradient flows to it.
         coef: (sample weight a, output weight b, std) of each row's step.
     """
-    sample, output, prev_sample, coef = _rows(
+    sample, output, prev_sample, coef = as_rows(
         coef, sample=sample.detach(), output=output, prev_sample=prev_sample.detach()
     )
     weight_sample, weight_output, std = coef.split(1, dim=1)
     residual = torch.addcmul(prev_sample, sample, weight_sample, value=-1)
     residual = residual.addcmul_(output, weight_output, value=-1)  # [n, d]
     std = std.squeeze(1)
-    return -0.5 * _row_mean(residual.square()) / std.square() - std.log() - HALF_LOG_TWO_PI
+    return -0.5 * row_mean(residual.square()) / std.square() - std.log() - HALF_LOG_TWO_PI
 
 
 def guided_transition_log_prob(
@@ -92,7 +93,7 @@ def transition_step(
         guidance_scale: unused without `output_uncond`.
     """
     output = _guide(output, output_uncond, guidance_scale)
-    sample_row, output_row, noise_row, coef_row = _rows(coef, sample=sample, output=output, noise=noise)
+    sample_row, output_row, noise_row, coef_row = as_rows(coef, sample=sample, output=output, noise=noise)
     weight_sample, weight_output, std = coef_row.split(1, dim=1)
     prev_sample = (sample_row * weight_sample).addcmul_(output_row, weight_output).addcmul_(noise_row, std)
     prev_sample = prev_sample.to(sample.dtype).view(sample.shape)
@@ -194,65 +195,9 @@ def gaussian_kl(
         ref_output: the reference policy's output at the same x_t; no gradient flows to it.
         coef: as in `transition_log_prob`.
     """
-    output, ref_output, coef = _rows(coef, output=output, ref_output=ref_output.detach())
+    output, ref_output, coef = as_rows(coef, output=output, ref_output=ref_output.detach())
     _, weight_output, std = coef.unbind(1)
-    return 0.5 * (weight_output / std).square() * _row_mean((output - ref_output).square())
-
-
-@torch.no_grad()
-def correlation(
-    x: Float[Tensor, "n *latent"],
-    y: Float[Tensor, "n *latent"],
-    *,
-    center: Literal["sample", "channel"] = "sample",
-    num_channels: int | None = None,
-) -> Float[Tensor, " n"]:
-    """Pearson correlation of each row of x with the same row of y, in [-1, 1]; NaN if one is constant or not finite.
-
-    Args:
-        x, y: latents at two steps.
-        center: "sample" removes one mean a row; "channel" removes one a channel and sums the co-moments over channels.
-        num_channels: C of rows laid out [C, H, W]; needed by "channel" alone.
-    """
-    x, y = _rows(None, x=x, y=y)
-    if center == "sample":
-        num_channels = 1
-    elif center != "channel":
-        raise ValueError(f'center must be "sample" or "channel", not {center!r}')
-    elif num_channels is None or num_channels < 1 or x.shape[1] % num_channels:
-        raise ValueError(
-            f"center='channel' needs num_channels that divides {x.shape[1]} elements a row, not {num_channels}"
-        )
-    n, d = x.shape
-    state = _moments(x.reshape(n * num_channels, d // num_channels), y.reshape(n * num_channels, d // num_channels))
-    return _pearson(state.view(n, num_channels, 6))
-
-
-@torch.no_grad()
-def correlation_update(
-    state: Float[Tensor, "n 6"], x: Float[Tensor, "n *latent"], y: Float[Tensor, "n *latent"]
-) -> Float[Tensor, "n 6"]:
-    """(count, mean_x, mean_y, sxx, syy, sxy) of each row, with all elements of x and y merged in (Chan).
-
-    Start from zeros. The result is float32, or float64 if x or y is.
-    """
-    x, y = _rows(None, x=x, y=y)
-    if state.shape != (x.shape[0], 6):
-        raise ValueError(f"state must be [{x.shape[0]}, 6], one row for each row of x, not {list(state.shape)}")
-    new = _moments(x, y)
-    old = state.to(new.dtype)
-    count = old[:, :1] + new[:, :1]
-    share = new[:, :1] / count.clamp_min(1)
-    shift = new[:, 1:3] - old[:, 1:3]  # [n, 2]: of mean_x and mean_y
-    products = torch.cat([shift.square(), shift.prod(1, keepdim=True)], dim=1)
-    comoments = old[:, 3:] + new[:, 3:] + products * (old[:, :1] * share)
-    return torch.cat([count, old[:, 1:3] + shift * share, comoments], dim=1)
-
-
-@torch.no_grad()
-def correlation_from_state(state: Float[Tensor, "n 6"]) -> Float[Tensor, " n"]:
-    """Pearson correlation of each row of a streaming state, in [-1, 1]; NaN where degenerate."""
-    return _pearson(state.unsqueeze(1))
+    return 0.5 * (weight_output / std).square() * row_mean((output - ref_output).square())
 
 
 def _guide(output_cond: Tensor, output_uncond: Tensor | None, guidance_scale: float) -> Tensor:
@@ -263,68 +208,10 @@ def _guide(output_cond: Tensor, output_uncond: Tensor | None, guidance_scale: fl
         raise ValueError(
             f"output_uncond must have output's shape {list(output_cond.shape)}, not {list(output_uncond.shape)}"
         )
-    dtype = _compute_dtype(output_cond, output_uncond)
+    dtype = compute_dtype(output_cond, output_uncond)
     output_cond, output_uncond = output_cond.to(dtype), output_uncond.to(dtype)
     return torch.add(output_uncond, output_cond - output_uncond, alpha=guidance_scale)
 
 
 def _clip_bounds(clip_range: float, clip_range_high: float | None) -> tuple[float, float]:
     return 1.0 - clip_range, 1.0 + (clip_range if clip_range_high is None else clip_range_high)
-
-
-def _compute_dtype(*latents: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in latents) else torch.float32
-
-
-def _rows(coef: Tensor | None, **latents: Tensor) -> list[Tensor]:
-    """The latents as [n, d] in the dtype of computation, in order; then `coef` in it too, if given."""
-    first, *others = latents.values()
-    if first.dim() < 2 or any(x.shape != first.shape for x in others):
-        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in latents.items())
-        raise ValueError(f"latents must share one shape [n, ...], not {shapes}")
-    dtype = _compute_dtype(*latents.values())
-    rows = [x.to(dtype).flatten(1) for x in latents.values()]
-    if coef is not None:
-        if coef.shape != (first.shape[0], 3):
-            raise ValueError(
-                f"coef must be [{first.shape[0]}, 3], one (a, b, std) for each row, not {list(coef.shape)}"
-            )
-        rows.append(coef.detach().to(dtype))
-    return rows
-
-
-def _row_sum(values: Tensor) -> Tensor:
-    """Sum of each row of [n, d], in an order that depends on d alone.
-
-    `values.sum(1)` does not have that: torch splits a single long row over its threads, but not two.
-    """
-    whole = values.shape[1] // ROW_CHUNK * ROW_CHUNK
-    if whole == 0:
-        return values.sum(1)
-    total = values[:, :whole].unflatten(1, (-1, ROW_CHUNK)).sum(2).sum(1)
-    return total if whole == values.shape[1] else total + values[:, whole:].sum(1)
-
-
-def _row_mean(values: Tensor) -> Tensor:
-    return _row_sum(values) / values.shape[1]
-
-
-def _moments(x: Tensor, y: Tensor) -> Tensor:
-    """(count, mean_x, mean_y, sxx, syy, sxy) of each row, [n, 6]; shifted, in two passes: an offset does no harm."""
-    pilot_x, pilot_y = x[:, :1], y[:, :1]
-    x, y = x - pilot_x, y - pilot_y
-    mean_x, mean_y = _row_mean(x).unsqueeze(1), _row_mean(y).unsqueeze(1)
-    x, y = x.sub_(mean_x), y.sub_(mean_y)
-    comoments = torch.stack([_row_sum(x * x), _row_sum(y * y), _row_sum(x * y)], dim=1)
-    count = torch.full_like(mean_x, x.shape[1])
-    return torch.cat([count, mean_x + pilot_x, mean_y + pilot_y, comoments], dim=1)
-
-
-def _pearson(state: Tensor) -> Tensor:
-    """Correlation from the moments [n, groups, 6] of each row's groups, co-moments summed over groups."""
-    count, mean_x, mean_y, _, _, _ = state.unbind(2)
-    sxx, syy, sxy = state[..., 3:].sum(1).unbind(1)
-    level_x, level_y = (count * mean_x.square()).sum(1), (count * mean_y.square()).sum(1)
-    is_degenerate = (sxx <= DEGENERATE * (sxx + level_x)) | (syy <= DEGENERATE * (syy + level_y))
-    value = (sxy / (sxx.sqrt() * syy.sqrt())).clamp(-1, 1)
-    return torch.where(is_degenerate, math.nan, value)
