@@ -17,6 +17,8 @@ from torch import Tensor
 
 from adascope_fast.reference_correlation import correlation as correlation
 from adascope_fast.reference_correlation import correlation_from_state as correlation_from_state
+from adascope_fast.reference_correlation import correlation_lags as correlation_lags
+from adascope_fast.reference_correlation import correlation_lags_update as correlation_lags_update
 from adascope_fast.reference_correlation import correlation_update as correlation_update
 from adascope_fast.reference_rows import as_rows, compute_dtype, row_mean
 

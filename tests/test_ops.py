@@ -19,6 +19,8 @@ SHARED = (
     "gaussian_kl",
     "correlation",
     "correlation_update",
+    "correlation_lags",
+    "correlation_lags_update",
     "correlation_from_state",
 )
 
