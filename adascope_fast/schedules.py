@@ -9,17 +9,25 @@ Flow-SDE, Dance-SDE and Flow-CPS differ only in their numbers, so one fused kern
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
-PerStep = float | Sequence[float] | Tensor  # one value for every step, or t of them
-Alphas = Sequence[float] | Float[Tensor, " train_steps"]
-Sigmas = Sequence[float] | Float[Tensor, " t+1"]
+from adascope_fast.processes import (
+    Alphas,
+    PerStep,
+    Process,
+    Sigmas,
+    per_step,
+    rectified_flow,
+    variance_exploding,
+    variance_preserving,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,33 +84,43 @@ class Schedule:
         noise_level: PerStep | None = None,
         kind: str | None = None,
         mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> "Schedule":
         """The table of a diffusers scheduler, which is left as it was.
 
-        Schedulers with betas become "ddim" (default, eta 1) or "ddpm". DDIMScheduler stands as it is; DDPM, PNDM, Euler
-        and DPM give their betas and offset, at DDIM's "leading" timesteps ("trailing" if their config says so).
-        FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7), "dance_sde" (eta 0.3), "flow_cps"
-        (eta 0.7) or "flow_ode"; mu is the shift that use_dynamic_shifting wants.
+        Schedulers with betas become "ddim" (default, eta 1) or "ddpm". DDIMScheduler stands as it is; the others (DDPM,
+        PNDM, Euler, DPM and their kin) give their betas and offset, at DDIM's "leading" timesteps ("trailing" if their
+        config says so). EulerDiscreteScheduler also becomes "euler": its own deterministic steps, of unit-variance
+        latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7), "dance_sde" (eta 0.3),
+        "flow_cps" (eta 0.7) or "flow_ode".
+
+        Args:
+            mu: the shift that use_dynamic_shifting wants.
+            sigmas: of the steps before the scheduler shifts them, where a pipeline has its own (FLUX).
         """
-        classes = {base.__name__ for base in type(scheduler).__mro__}
+        classes, name = {base.__name__ for base in type(scheduler).__mro__}, type(scheduler).__name__
         is_flow = "FlowMatchEulerDiscreteScheduler" in classes
-        if not is_flow and not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(f"{type(scheduler).__name__} has neither alphas_cumprod nor flow sigmas; use a builder")
+        if not is_flow and not classes & _BETA_SCHEDULERS:
+            known = ", ".join(sorted(_BETA_SCHEDULERS))
+            raise ValueError(f"supported schedulers are FlowMatchEulerDiscreteScheduler, {known}, not {name}")
         kinds = _FLOW_KINDS if is_flow else _BETA_KINDS
         kind = kind or next(iter(kinds))
-        if kind not in kinds:
-            raise ValueError(f"kind is one of {', '.join(kinds)} for {type(scheduler).__name__}, not {kind!r}")
+        if kind not in kinds or (kind == "euler" and "EulerDiscreteScheduler" not in classes):
+            raise ValueError(f"kind is one of {', '.join(kinds)} for {name}, not {kind!r}")
         build, noise = kinds[kind]
-        for name, value in (("eta", eta), ("noise_level", noise_level)):
-            if value is not None and name not in noise:
-                raise ValueError(f"{kind} has no {name}, but it is {value}; it takes {list(noise) or 'no noise'}")
-            noise = noise if value is None else {name: value}
+        for given, value in (("eta", eta), ("noise_level", noise_level)):
+            if value is not None and given not in noise:
+                raise ValueError(f"{kind} has no {given}, but it is {value}; it takes {list(noise) or 'no noise'}")
+            noise = noise if value is None else {given: value}
         if is_flow:
-            sigmas = _sigmas_of(scheduler, num_steps, mu)
-            return build(sigmas, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
+            shifted = _sigmas_of(scheduler, num_steps, mu, sigmas)
+            return build(shifted, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
+        steps = _steps_of(scheduler, num_steps, "DDIMScheduler" in classes)
+        if kind == "euler":
+            return build(scheduler, num_steps)
         if kind == "ddpm":
             noise = {"variance_type": scheduler.config.get("variance_type", "fixed_small")}
-        return build(scheduler.alphas_cumprod, **_steps_of(scheduler, num_steps, "DDIMScheduler" in classes), **noise)
+        return build(scheduler.alphas_cumprod, **steps, **noise)
 
 
 def ddim(
@@ -123,8 +141,8 @@ def ddim(
         prediction_type: "epsilon", "v_prediction" or "sample".
         final_alpha_cumprod: of negative timesteps; alphas_cumprod[0] by default. 1 makes the last step deterministic.
     """
-    process = _variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod)
-    return process.schedule("ddim", process.rows(_per_step(eta, process.sigma, "eta") * process.ancestral_std()))
+    process = variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod)
+    return _table(process, "ddim", process.rows(per_step(eta, process.sigma, "eta") * process.ancestral_std()))
 
 
 def ddpm(
@@ -143,11 +161,11 @@ def ddpm(
     """
     if variance_type not in ("fixed_small", "fixed_large"):
         raise ValueError(f"variance_type is fixed_small or fixed_large, not {variance_type!r}; use ddim() instead")
-    process = _variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod)
+    process = variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod)
     coef = process.rows(process.ancestral_std())
     if variance_type == "fixed_large":
         coef[:, 2] = (1 - (process.signal / process.next_signal).square()).sqrt()
-    return process.schedule("ddpm", coef)
+    return _table(process, "ddpm", coef)
 
 
 def flow_sde(sigmas: Sigmas, *, noise_level: PerStep, num_train_timesteps: int = 1000) -> Schedule:
@@ -158,16 +176,16 @@ def flow_sde(sigmas: Sigmas, *, noise_level: PerStep, num_train_timesteps: int =
     Args:
         sigmas: t of x_t = (1 - t) x0 + t noise: falling, one more than there are steps, the last usually 0.
     """
-    flow = _rectified_flow(sigmas, num_train_timesteps)
+    flow = rectified_flow(sigmas, num_train_timesteps)
     below_one = torch.where(flow.sigma > 1 - 1e-6, flow.next_sigma, flow.sigma)
-    noise = _per_step(noise_level, flow.sigma, "noise_level")
-    return flow.schedule("flow_sde", flow.sde_rows(noise * (flow.sigma / (1 - below_one)).sqrt()))
+    noise = per_step(noise_level, flow.sigma, "noise_level")
+    return _table(flow, "flow_sde", flow.sde_rows(noise * (flow.sigma / (1 - below_one)).sqrt()))
 
 
 def dance_sde(sigmas: Sigmas, *, eta: PerStep, num_train_timesteps: int = 1000) -> Schedule:
     """DanceGRPO's SDE, sigma_t = eta at every step (2505.07818)."""
-    flow = _rectified_flow(sigmas, num_train_timesteps)
-    return flow.schedule("dance_sde", flow.sde_rows(_per_step(eta, flow.sigma, "eta")))
+    flow = rectified_flow(sigmas, num_train_timesteps)
+    return _table(flow, "dance_sde", flow.sde_rows(per_step(eta, flow.sigma, "eta")))
 
 
 def flow_cps(sigmas: Sigmas, *, eta: PerStep, num_train_timesteps: int = 1000) -> Schedule:
@@ -176,11 +194,11 @@ def flow_cps(sigmas: Sigmas, *, eta: PerStep, num_train_timesteps: int = 1000) -
     Args:
         eta: in [0, 1]; std = t_next sin(eta pi / 2). A last sigma of 0 makes the last step deterministic.
     """
-    flow = _rectified_flow(sigmas, num_train_timesteps)
-    angle = _per_step(eta, flow.sigma, "eta") * (math.pi / 2)
+    flow = rectified_flow(sigmas, num_train_timesteps)
+    angle = per_step(eta, flow.sigma, "eta") * (math.pi / 2)
     if (angle > math.pi / 2).any():
         raise ValueError(f"eta of Flow-CPS lies in [0, 1], but it is {eta}; 0.7 to 0.8 is usual")
-    return flow.schedule("flow_cps", flow.rows(flow.next_sigma * angle.sin()))
+    return _table(flow, "flow_cps", flow.rows(flow.next_sigma * angle.sin()))
 
 
 def flow_ode(sigmas: Sigmas, *, num_train_timesteps: int = 1000) -> Schedule:
@@ -189,80 +207,14 @@ def flow_ode(sigmas: Sigmas, *, num_train_timesteps: int = 1000) -> Schedule:
     return dataclasses.replace(schedule, kind="flow_ode")
 
 
-@dataclass(frozen=True)
-class _Process:
-    """x = signal * x0 + sigma * noise before and after each step; x0 and noise as weights of (sample, output)."""
-
-    timesteps: Tensor
-    signal: Tensor
-    sigma: Tensor
-    next_signal: Tensor
-    next_sigma: Tensor
-    x0: tuple[Tensor, Tensor]
-    noise: tuple[Tensor, Tensor]
-
-    def rows(self, std: Tensor) -> Tensor:
-        """Mean next_signal * x0 + sqrt(next_sigma^2 - std^2) * noise: DDIM, Flow-CPS and, at std = 0, Euler's ODE."""
-        remaining = self.next_sigma.square() - std.square()
-        if (remaining < -1e-12).any():
-            raise ValueError(f"eta leaves step {int(remaining.argmin())} no variance for its mean; use eta <= 1")
-        kept = remaining.clamp(min=0).sqrt()
-        mean = [self.next_signal * x0 + kept * noise for x0, noise in zip(self.x0, self.noise, strict=True)]
-        return torch.stack([*mean, std], 1)
-
-    def ancestral_std(self) -> Tensor:
-        return self.next_sigma / self.sigma * (1 - (self.signal / self.next_signal).square()).clamp(min=0).sqrt()
-
-    def sde_rows(self, diffusion: Tensor) -> Tensor:
-        """Euler-Maruyama rows of dx = [v + diffusion^2 / (2t) (x + (1 - t) v)] dt + diffusion dw, t = sigma."""
-        dt = self.next_sigma - self.sigma
-        drift = diffusion.square() / (2 * self.sigma)
-        return torch.stack([1 + drift * dt, dt * (1 + drift * self.signal), diffusion * (-dt).sqrt()], 1)
-
-    def schedule(self, kind: str, coef: Tensor) -> Schedule:
-        if not coef.isfinite().all():
-            step = int((~coef.isfinite()).any(1).nonzero()[0])
-            raise ValueError(f"step {step} has no finite mean (signal {self.signal[step]:g}); try v_prediction")
-        tables = (self.timesteps, coef, torch.stack(self.x0, 1), 2 * (self.signal.log() - self.sigma.log()))
-        ode_coef = self.rows(torch.zeros_like(self.sigma))
-        return Schedule(*[table.float() for table in tables], kind=kind, ode_coef=ode_coef.float())
-
-
-def _variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod) -> _Process:
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
-    timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device="cpu")
-    if not ((timesteps >= 0) & (timesteps < len(alphas))).all():
-        raise ValueError(f"timesteps lie in 0..{len(alphas) - 1}, but they are {timesteps.tolist()}")
-    final = alphas[0] if final_alpha_cumprod is None else alphas.new_tensor(final_alpha_cumprod)
-    following = torch.where(timesteps >= stride, alphas[(timesteps - stride).clamp(min=0)], final)
-    signal, sigma = alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt()
-    zero, one = torch.zeros_like(signal), torch.ones_like(signal)
-    parts = {
-        "epsilon": ((1 / signal, -sigma / signal), (zero, one)),
-        "v_prediction": ((signal, -sigma), (sigma, signal)),
-        "sample": ((zero, one), (1 / sigma, -signal / sigma)),
-    }
-    if prediction_type not in parts:
-        raise ValueError(f"prediction_type is one of {', '.join(parts)}, not {prediction_type!r}; or use flow_sde()")
-    return _Process(timesteps, signal, sigma, following.sqrt(), (1 - following).sqrt(), *parts[prediction_type])
-
-
-def _rectified_flow(sigmas: Sigmas, num_train_timesteps: int) -> _Process:
-    """x = (1 - t) x0 + t noise with sigmas t; the output is noise - x0."""
-    table = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    if len(table) < 2 or not (table.diff() < 0).all() or table[0] > 1 or table[-1] < 0:
-        raise ValueError(f"sigmas fall within [1, 0], one more than there are steps, but they are {table.tolist()}")
-    t, one = table[:-1], torch.ones(len(table) - 1, dtype=torch.float64)
-    return _Process(t * num_train_timesteps, 1 - t, t, 1 - table[1:], table[1:], (one, -t), (one, 1 - t))
-
-
-def _per_step(value: PerStep, like: Tensor, name: str) -> Tensor:
-    noise = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    if noise.ndim and noise.shape != like.shape:
-        raise ValueError(f"{name} is one number or one for each of {len(like)} steps, but it has {noise.numel()}")
-    if not (noise.isfinite() & (noise >= 0)).all():
-        raise ValueError(f"{name} is finite and not negative, but it is {value}; 0 is deterministic")
-    return noise.expand(like.shape)
+def _table(process: Process, kind: str, coef: Tensor) -> Schedule:
+    if not coef.isfinite().all():
+        step = int((~coef.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"step {step} has no finite mean (signal {process.signal[step]:g}); try v_prediction")
+    log_snr = 2 * (process.signal.log() - process.sigma.log())
+    tables = (process.timesteps, coef, torch.stack(process.x0, 1), log_snr)
+    ode_coef = process.rows(torch.zeros_like(process.sigma))
+    return Schedule(*[table.float() for table in tables], kind=kind, ode_coef=ode_coef.float())
 
 
 def _steps_of(scheduler: Any, num_steps: int, is_ddim: bool) -> dict[str, Any]:
@@ -286,14 +238,37 @@ def _steps_of(scheduler: Any, num_steps: int, is_ddim: bool) -> dict[str, Any]:
     )
 
 
-def _sigmas_of(scheduler: Any, num_steps: int, mu: float | None) -> Tensor:
+def _euler(scheduler: Any, num_steps: int) -> Schedule:
+    """Euler's ODE of x0 + sigma * noise is DDIM at eta = 0 between its own levels; the last one is clean."""
+    scheduler = copy.deepcopy(scheduler)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # numpy's, on diffusers' part
+        scheduler.set_timesteps(num_steps)
+    process = variance_exploding(scheduler.sigmas, scheduler.timesteps, scheduler.config["prediction_type"])
+    return _table(process, "euler", process.rows(torch.zeros_like(process.sigma)))
+
+
+def _sigmas_of(scheduler: Any, num_steps: int, mu: float | None, sigmas: Sequence[float] | None) -> Tensor:
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise ValueError("with use_dynamic_shifting the sigmas depend on the resolution, but mu is None; pass mu=...")
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_steps, mu=mu)
+    scheduler.set_timesteps(num_steps, mu=mu, sigmas=sigmas)
     return scheduler.sigmas
 
 
-_BETA_KINDS: dict[str, Any] = {"ddim": (ddim, {"eta": 1.0}), "ddpm": (ddpm, {})}
+_BETA_SCHEDULERS = {
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+}
+_BETA_KINDS: dict[str, Any] = {"ddim": (ddim, {"eta": 1.0}), "ddpm": (ddpm, {}), "euler": (_euler, {})}
 _FLOW_KINDS: dict[str, Any] = {"flow_sde": (flow_sde, {"noise_level": 0.7}), "dance_sde": (dance_sde, {"eta": 0.3})}
 _FLOW_KINDS |= {"flow_cps": (flow_cps, {"eta": 0.7}), "flow_ode": (flow_ode, {})}

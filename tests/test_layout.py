@@ -50,7 +50,8 @@ BELOW: dict[str, set[str]] = {
     "reference_rows": set(),
     "reference_correlation": {"reference_rows"},
     "reference": {"reference_correlation", "reference_rows"},
-    "schedules": set(),
+    "processes": set(),
+    "schedules": {"processes"},
     "prompts": set(),
     "trajectory": {"schedules"},
     "ops": {"kernels", "reference"},
@@ -85,6 +86,7 @@ THIRD_PARTIES = {
     "reference": {"torch", "jaxtyping"},
     "reference_correlation": {"torch", "jaxtyping"},
     "reference_rows": {"torch"},
+    "processes": {"torch", "jaxtyping"},
     "schedules": {"torch", "jaxtyping"},
     "trajectory": {"torch", "jaxtyping"},
 }

@@ -178,8 +178,66 @@ def test_other_schedulers_become_the_ddim_of_their_config(scheduler, options):
     assert torch.equal(got.timesteps, want.timesteps)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(
-    "options", [dict(shift=3.0), dict(), dict(use_dynamic_shifting=True), dict(shift_terminal=0.02)]
+    "options",
+    [
+        dict(timestep_spacing="leading"),
+        dict(timestep_spacing="trailing"),
+        dict(timestep_spacing="linspace"),
+        dict(timestep_spacing="leading", use_karras_sigmas=True),
+        dict(timestep_spacing="leading", final_sigmas_type="sigma_min"),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_euler_matches_diffusers(prediction_type, options, latents):
+    kept = {"beta_start", "beta_end", "beta_schedule", "steps_offset"}
+    config = {name: value for name, value in SD15.items() if name in kept}
+    scheduler: Any = diffusers.EulerDiscreteScheduler(**config, prediction_type=prediction_type, **options)
+    schedule = Schedule.from_diffusers(scheduler, 20, kind="euler")
+    scheduler.set_timesteps(20)
+    scale = (1 + scheduler.sigmas.double().square()).sqrt()
+    sample, output, noise = latents
+    torch.testing.assert_close(schedule.timesteps, scheduler.timesteps.float(), rtol=0, atol=1e-4)
+    for i, t in enumerate(scheduler.timesteps):
+        theirs = scheduler.step(output, t, sample * scale[i])
+        _close(_apply(schedule, i, sample, output, noise), theirs.prev_sample / scale[i + 1], 1e-6)
+        x0 = schedule.x0_coef[i].double()
+        _close(x0[0] * sample + x0[1] * output, theirs.pred_original_sample, 1e-6)
+    assert not schedule.trainable.any()
+
+
+def test_euler_of_sdxl_is_ddim_but_for_the_last_step_which_ends_clean():
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(dict(SD15, timestep_spacing="leading"))
+    euler = Schedule.from_diffusers(scheduler, 25, kind="euler")
+    ddim = Schedule.from_diffusers(scheduler, 25, eta=0.0)
+    torch.testing.assert_close(euler.coef[:-1], ddim.coef[:-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(euler.coef[-1, :2], euler.x0_coef[-1], rtol=0, atol=1e-6)
+    assert Schedule.from_diffusers(scheduler, 25).trainable.all()
+
+
+def test_flux_sigmas_are_shifted_by_the_resolution():
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    sigmas = [1.0, 0.75, 0.5, 0.25]
+    schedule = Schedule.from_diffusers(scheduler, 4, kind="flow_ode", mu=1.15, sigmas=sigmas)
+    want = [math.exp(1.15) / (math.exp(1.15) + 1 / sigma - 1) for sigma in sigmas]  # SD3's and FLUX' time shift
+    np.testing.assert_allclose(schedule.timesteps / 1000, want, rtol=1e-6)
+    scheduler.set_timesteps(sigmas=sigmas, mu=1.15)
+    assert torch.equal(schedule.timesteps, scheduler.timesteps)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(shift=3.0),
+        dict(),
+        dict(use_dynamic_shifting=True),
+        dict(use_dynamic_shifting=True, time_shift_type="linear"),
+        dict(shift_terminal=0.02),
+        dict(use_karras_sigmas=True),
+        dict(use_exponential_sigmas=True),
+    ],
 )
 def test_flow_ode_matches_diffusers(options, latents):
     scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(**options)
@@ -275,7 +333,12 @@ def _from(scheduler: Any, **options: Any) -> Schedule:
         (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), kind="ddim"), "not 'ddim'"),
         (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), eta=1.0), "flow_sde has no eta"),
         (lambda: _from(diffusers.DDIMScheduler(**SD15), noise_level=0.7), "ddim has no noise_level"),
-        (lambda: _from(diffusers.EDMEulerScheduler()), "EDMEulerScheduler has neither"),
+        (lambda: _from(diffusers.EDMEulerScheduler()), "not EDMEulerScheduler"),
+        (lambda: _from(diffusers.LCMScheduler()), "not LCMScheduler"),
+        (lambda: _from(diffusers.DDPMScheduler()), "clip_sample is True"),
+        (lambda: _from(diffusers.DPMSolverMultistepScheduler(thresholding=True)), "thresholding is True"),
+        (lambda: _from(diffusers.DDIMScheduler(**SD15), kind="euler"), "DDIMScheduler, not 'euler'"),
+        (lambda: _from(diffusers.EulerDiscreteScheduler(), kind="euler", eta=1.0), "euler has no eta"),
         (lambda: Schedule.from_diffusers(diffusers.DDIMScheduler(**SD15), 1001), "1..1000"),
         (lambda: schedules.ddim([0.9, 0.5], [2], stride=1, eta=1.0), "0..1"),
         (lambda: schedules.ddim([0.9, 0.0], [1], stride=1, eta=1.0), "step 0 has no finite mean"),
