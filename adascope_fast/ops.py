@@ -59,6 +59,11 @@ def strict(enabled: bool = True) -> AbstractContextManager[None]:
     return _restore_strict(before)
 
 
+def is_strict() -> bool:
+    """Whether a fallback is an error now."""
+    return _is_strict
+
+
 @contextmanager
 def _restore_strict(before: bool) -> Iterator[None]:
     global _is_strict
@@ -120,9 +125,12 @@ def _door(twin: Callable[P, R], module: str) -> Callable[P, R]:
 
 transition_log_prob = _door(reference.transition_log_prob, "transition")
 guided_transition_log_prob = _door(reference.guided_transition_log_prob, "transition")
-transition_step = _door(reference.transition_step, "transition")
+transition_step = _door(reference.transition_step, "step")
+transition_step_with_x0 = _door(reference.transition_step_with_x0, "step")
 clipped_policy_loss = _door(reference.clipped_policy_loss, "policy_loss")
-transition_policy_loss = _door(reference.transition_policy_loss, "policy_loss")
+dpok_policy_loss = _door(reference.dpok_policy_loss, "policy_loss")
+transition_policy_loss = _door(reference.transition_policy_loss, "training_step")
+transition_policy_grad = _door(reference.transition_policy_grad, "training_step")
 gaussian_kl = _door(reference.gaussian_kl, "gaussian_kl")
 correlation = _door(reference.correlation, "correlation")
 correlation_update = _door(reference.correlation_update, "correlation")

@@ -14,16 +14,15 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .library import launch, register
-from .rows import BLOCK, NUM_STAGES, aligned, cdiv, check, load, load_output, load_sum, split, vector
+from .rows import BLOCK, NUM_STAGES, aligned, cdiv, check, load, load_sum, ordered_sum, split, vector
 
 FINISH_ROWS = 128
 
 
 @triton.jit
 def output_square_kernel(
-    partial_ptr, output_ptr, uncond_ptr, ref_ptr, d, chunk,
-    output_stride, uncond_stride, ref_stride, guidance_scale,
-    IS_GUIDED: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, output_ptr, ref_ptr, d, chunk, output_stride, ref_stride,
+    NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of (output - ref_output)^2 over each chunk of each row."""
     row = tl.program_id(0).to(tl.int64)
@@ -32,12 +31,9 @@ def output_square_kernel(
     for start in tl.range(0, chunk, BLOCK, num_stages=NUM_STAGES):
         index = part * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
-        shift = load_output(
-            output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
-        )
-        shift -= load(ref_ptr + row * ref_stride, index, mask)
+        shift = load(output_ptr + row * output_stride, index, mask) - load(ref_ptr + row * ref_stride, index, mask)
         total += shift * shift
-    tl.store(partial_ptr + row * NUM_SPLITS + part, tl.sum(total))
+    tl.store(partial_ptr + row * NUM_SPLITS + part, ordered_sum(total))
 
 
 @triton.jit
@@ -70,27 +66,16 @@ def kl_grad_kernel(
     tl.store(grad_output_ptr + row * d + index, grad.to(grad_output_ptr.dtype.element_ty), mask=mask)
 
 
-def output_square(output: Tensor, output_uncond: Tensor | None, guidance_scale: float, ref_output: Tensor) -> Tensor:
-    """Partial sums of the squared difference of guided output and ref_output, [n, splits]."""
-    is_guided = output_uncond is not None
-    uncond = output if output_uncond is None else output_uncond
-    n, d = check(None, output=output, output_uncond=uncond, ref_output=ref_output)
-    num_splits, chunk = split(d)
-    partial = torch.empty(n, num_splits, device=output.device, dtype=torch.float32)
-    latents, strides = zip(*(aligned(x) for x in (output, uncond, ref_output)), strict=True)
-    launch(
-        output_square_kernel, (n, num_splits), partial, *latents, d, chunk, *strides, guidance_scale,
-        IS_GUIDED=is_guided, NUM_SPLITS=num_splits, BLOCK=BLOCK,
-    )  # fmt: skip
-    return partial
-
-
 def _kl(output: Tensor, ref_output: Tensor, coef: Tensor) -> Tensor:
     n, d = check(coef, output=output, ref_output=ref_output)
-    partial = output_square(output, None, 1.0, ref_output)
+    num_splits, chunk = split(d)
+    partial = torch.empty(n, num_splits, device=output.device, dtype=torch.float32)
+    latents, strides = zip(aligned(output), aligned(ref_output), strict=True)
+    constants = {"NUM_SPLITS": num_splits, "BLOCK": BLOCK}
+    launch(output_square_kernel, (n, num_splits), partial, *latents, d, chunk, *strides, **constants)
     kl = torch.empty(n, device=output.device, dtype=torch.float32)
     grid = (cdiv(n, FINISH_ROWS),)
-    launch(kl_kernel, grid, kl, partial, vector(coef), n, d, NUM_SPLITS=partial.shape[1], ROWS=FINISH_ROWS)
+    launch(kl_kernel, grid, kl, partial, vector(coef), n, d, NUM_SPLITS=num_splits, ROWS=FINISH_ROWS)
     return kl
 
 

@@ -5,7 +5,8 @@
 Axes: `n` rows, `d` elements of a row. A row is cut into at most 16 chunks, a function of d alone, not of n nor of the
 GPU. The kernels that reduce write one partial result a chunk, and a second launch adds them in index order, so a row's
 result is the same bits in any batch and on any run. What else could change the compiled sum is pinned too: rows are
-aligned alike or copied, and multiply-adds are not fused, so two kernels that write one expression compute one number.
+aligned alike or copied, multiply-adds are not fused, and the sums behind a log-probability spell out their order
+(`ordered_sum`), so two kernels that write one expression compute one number however their registers are laid out.
 """
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+LEVELS = tl.constexpr(BLOCK.bit_length() - 1)
 NUM_STAGES = tl.constexpr(3)
 MAX_SPLITS = 16
 MIN_CHUNK = 8192
@@ -40,6 +42,13 @@ def check(coef: Tensor | None, **latents: Tensor) -> tuple[int, int]:
     if coef is not None and coef.shape != (n, 3):
         raise ValueError(f"coef must be [{n}, 3], one (a, b, std) for each row, not {list(coef.shape)}")
     return n, first.shape[1:].numel()
+
+
+def is_first(name: str, value: str, choices: tuple[str, str]) -> bool:
+    """Whether the value is the first of two choices; a ValueError if it is neither."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return value == choices[0]
 
 
 def aligned(x: Tensor) -> tuple[Tensor, int]:
@@ -76,6 +85,15 @@ def load_output(output_row_ptr, uncond_row_ptr, guidance_scale, index, mask, IS_
         uncond = load(uncond_row_ptr, index, mask)
         output = uncond + guidance_scale * (output - uncond)
     return output
+
+
+@triton.jit
+def ordered_sum(values):
+    """Sum of BLOCK numbers, neighbours first. `tl.sum` follows the layout of registers, in which kernels may differ."""
+    for _ in tl.static_range(LEVELS):
+        left, right = tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
+        values = left + right
+    return tl.sum(values)  # of one number
 
 
 @triton.jit

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run here under TRITON_INTERPRET=1 alone", allow_module_level=True)
 
 from adascope_fast import reference
-from adascope_fast.kernels import transition
+from adascope_fast.kernels import step, transition
 from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS, aligned, split
 
 # A gradient is stored in the dtype of the output, and the interpreter truncates to bfloat16 where a GPU rounds.
@@ -143,7 +143,7 @@ def test_step_equals_the_reference_and_its_ratio_is_exactly_one(dtype, is_guided
     sample, output, noise, uncond, coef = _random(3, 2 * 10 * 11, dtype)
     sample, output, noise, uncond = (x.view(3, 2, 10, 11) for x in (sample, output, noise, uncond))
     guidance = {"output_uncond": uncond if is_guided else None, "guidance_scale": GUIDANCE}
-    prev_sample, old_log_prob = transition.transition_step(sample, output, noise, coef, **guidance)
+    prev_sample, old_log_prob = step.transition_step(sample, output, noise, coef, **guidance)
     want, _ = reference.transition_step(sample, output, noise, coef, **guidance)
     assert prev_sample.dtype == dtype
     assert prev_sample.shape == sample.shape
@@ -156,7 +156,7 @@ def test_step_equals_the_reference_and_its_ratio_is_exactly_one(dtype, is_guided
 def test_deterministic_step_is_its_mean_and_has_no_log_prob():
     sample, output, noise, _, coef = _random(3, 20)
     coef[1, 2] = 0.0
-    prev_sample, log_prob = transition.transition_step(sample, output, noise, coef)
+    prev_sample, log_prob = step.transition_step(sample, output, noise, coef)
     torch.testing.assert_close(prev_sample[1], coef[1, 0] * sample[1] + coef[1, 1] * output[1])
     assert log_prob.isnan().tolist() == [False, True, False]
 
@@ -172,10 +172,10 @@ def test_nan_stays_in_its_row():
 
 def test_operators_pass_torch_opcheck():
     sample, output, prev_sample, uncond, coef = _random(2, 12)
-    torch.library.opcheck(transition.log_prob_op, (sample, output, uncond, GUIDANCE, prev_sample, coef))
+    torch.library.opcheck(transition.log_prob_op, (sample, output, uncond, GUIDANCE, prev_sample, coef, True))
     transposed = output.t().contiguous().t()
-    torch.library.opcheck(transition.step_op, (sample, transposed, None, 1.0, prev_sample, coef))
-    arguments = (torch.ones(2), sample, output, uncond, GUIDANCE, prev_sample, coef, True)
+    torch.library.opcheck(step.step_op, (sample, transposed, None, 1.0, prev_sample, coef, None, None, True))
+    arguments = (torch.ones(2), sample, output, uncond, GUIDANCE, prev_sample, coef, True, True)
     torch.library.opcheck(transition.log_prob_backward_op, arguments)
 
 
