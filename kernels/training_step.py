@@ -32,7 +32,7 @@ from .transition import (
     store_gradients,
 )
 
-STATISTICS = ("log_prob", "ratio", "approx_kl", "clipfrac", "kl", "nonfinite")
+STATISTICS: tuple[str, ...] = ("log_prob", "ratio", "approx_kl", "clipfrac", "kl", "nonfinite")
 
 
 @triton.jit
