@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-NUM_WARPS = 4
+NUM_THREADS = 128  # of a program, with 8 elements each: loads of 128 bits where these have 16
+WAVE = 64 if torch.version.hip else 32
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _library = torch.library.Library("adascope_fast", "FRAGMENT")
@@ -34,4 +35,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         return
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        kernel[grid](*arguments, **constants, num_warps=NUM_THREADS // WAVE, enable_fp_fusion=False)
