@@ -22,9 +22,9 @@ from .transition import FINISH_ROWS, is_gaussian, log_prob_of, residual_of
 
 
 @triton.jit
-def x0_of(sample, output, x0_coef_row_ptr, TYPE: tl.constexpr):
+def x0_of(sample, output, weight_sample, weight_output, TYPE: tl.constexpr):
     """c0 * sample + c1 * output, as stored."""
-    return (tl.load(x0_coef_row_ptr) * sample + tl.load(x0_coef_row_ptr + 1) * output).to(TYPE)
+    return (weight_sample * sample + weight_output * output).to(TYPE)
 
 
 @triton.jit
@@ -56,13 +56,16 @@ def step_kernel(
     noise_ptr += row * noise_stride
     prev_x0_ptr += row * prev_x0_stride
     coef_ptr += row * 3
-    x0_coef_ptr += row * 2
+    weight_sample, weight_output, std = tl.load(coef_ptr), tl.load(coef_ptr + 1), tl.load(coef_ptr + 2)
+    if HAS_X0:
+        x0_coef_ptr += row * 2
+        x0_sample, x0_output = tl.load(x0_coef_ptr), tl.load(x0_coef_ptr + 1)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros((), tl.float32)
     mean_x, mean_y, sxx, syy, sxy = count, count, count, count, count
     if HAS_MOMENTS:  # relative to the row's first element, as in `correlation.py`
         first_output = load_output(output_ptr, uncond_ptr, guidance_scale, 0, True, IS_GUIDED)
-        first_x0 = x0_of(load(sample_ptr, 0, True), first_output, x0_coef_ptr, x0_ptr.dtype.element_ty)
+        first_x0 = x0_of(load(sample_ptr, 0, True), first_output, x0_sample, x0_output, x0_ptr.dtype.element_ty)
         pilot_x, pilot_y = first_x0.to(tl.float32), load(prev_x0_ptr, 0, True)
     for start in tl.range(0, chunk, BLOCK, num_stages=NUM_STAGES):
         first = part * chunk + start
@@ -70,15 +73,13 @@ def step_kernel(
         mask = index < d
         sample = load(sample_ptr, index, mask)
         output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
-        prev = tl.load(coef_ptr) * sample
-        prev += tl.load(coef_ptr + 1) * output
-        prev += tl.load(coef_ptr + 2) * load(noise_ptr, index, mask)
+        prev = weight_sample * sample + weight_output * output + std * load(noise_ptr, index, mask)
         prev = prev.to(prev_ptr.dtype.element_ty)
         tl.store(prev_ptr + row * d + index, prev, mask=mask)
-        residual = residual_of(prev.to(tl.float32), sample, output, coef_ptr)
+        residual = residual_of(prev.to(tl.float32), sample, output, weight_sample, weight_output)
         total += residual * residual
         if HAS_X0:
-            x0 = x0_of(sample, output, x0_coef_ptr, x0_ptr.dtype.element_ty)
+            x0 = x0_of(sample, output, x0_sample, x0_output, x0_ptr.dtype.element_ty)
             tl.store(x0_ptr + row * d + index, x0, mask=mask)
             if HAS_MOMENTS:
                 x = x0.to(tl.float32) - pilot_x

@@ -106,7 +106,8 @@ def store_policy_gradients(
         output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
     )
     sample = load(sample_ptr + row * sample_stride, index, mask)
-    residual = residual_of(load(prev_ptr + row * prev_stride, index, mask), sample, output, coef_ptr + row * 3)
+    prev = load(prev_ptr + row * prev_stride, index, mask)
+    residual = residual_of(prev, sample, output, tl.load(coef_ptr + row * 3), tl.load(coef_ptr + row * 3 + 1))
     grad = scale * slope * residual_weight(coef_ptr + row * 3, d, IS_GAUSSIAN) * residual
     if HAS_PENALTY:
         ratio = tl.load(coef_ptr + row * 3 + 1) / tl.load(coef_ptr + row * 3 + 2)

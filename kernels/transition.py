@@ -38,10 +38,9 @@ FINISH_ROWS = 128
 
 
 @triton.jit
-def residual_of(prev, sample, output, coef_row_ptr):
+def residual_of(prev, sample, output, weight_sample, weight_output):
     """prev_sample - mean; 0 beyond the end of the row."""
-    residual = prev - tl.load(coef_row_ptr) * sample
-    return residual - tl.load(coef_row_ptr + 1) * output
+    return prev - weight_sample * sample - weight_output * output
 
 
 @triton.jit
@@ -76,6 +75,7 @@ def residual_square_kernel(
     """Sum of (prev_sample - mean)^2 over each chunk of each row; with a reference, of (output - ref_output)^2 too."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    weight_sample, weight_output = tl.load(coef_ptr + row * 3), tl.load(coef_ptr + row * 3 + 1)
     total = tl.zeros([BLOCK], tl.float32)
     kl_total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, chunk, BLOCK, num_stages=NUM_STAGES):
@@ -85,7 +85,8 @@ def residual_square_kernel(
             output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
         )
         sample = load(sample_ptr + row * sample_stride, index, mask)
-        residual = residual_of(load(prev_ptr + row * prev_stride, index, mask), sample, output, coef_ptr + row * 3)
+        prev = load(prev_ptr + row * prev_stride, index, mask)
+        residual = residual_of(prev, sample, output, weight_sample, weight_output)
         total += residual * residual
         if HAS_REF:
             shift = output - load(ref_ptr + row * ref_stride, index, mask)
@@ -136,7 +137,8 @@ def log_prob_grad_kernel(
         output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
     )
     sample = load(sample_ptr + row * sample_stride, index, mask)
-    residual = residual_of(load(prev_ptr + row * prev_stride, index, mask), sample, output, coef_ptr + row * 3)
+    prev = load(prev_ptr + row * prev_stride, index, mask)
+    residual = residual_of(prev, sample, output, tl.load(coef_ptr + row * 3), tl.load(coef_ptr + row * 3 + 1))
     grad = tl.load(grad_ptr + row) * residual_weight(coef_ptr + row * 3, d, IS_GAUSSIAN) * residual
     store_gradients(
         grad_output_ptr, grad_uncond_ptr, row * d + index, grad, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND

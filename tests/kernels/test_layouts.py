@@ -1,0 +1,164 @@
+"""The sum behind a log-probability, as the compiler understood it: the same numbers added in the same order everywhere.
+
+On a GPU the order of `tl.sum` is that of the register layout, which the compiler picks anew for each kernel. Here every
+kernel that sums a squared residual is compiled, and the expression that it stores is read back from the compiler's
+program. Nothing runs, and no GPU is needed.
+"""
+
+import os
+import re
+from importlib.util import find_spec
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1" or find_spec("triton") is None:
+    pytest.skip("needs triton and not its interpreter, which replaces the compiler", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from adascope_fast.kernels import step, transition
+from adascope_fast.kernels.rows import BLOCK
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NUM_SPLITS = 4
+
+
+def _compile(kernel, target, types, **flags):
+    """The kernel for aligned latents; `types` names the pointers that are not to float32."""
+    constants = {"BLOCK": BLOCK, "NUM_SPLITS": NUM_SPLITS, **flags}
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+        elif name == "guidance_scale":
+            signature[name] = "fp32"
+        else:
+            signature[name] = f"*{types.get(name.removesuffix('_ptr'), 'fp32')}" if name.endswith("_ptr") else "i32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    used = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": 4, "enable_fp_fusion": False})
+
+
+NAME = r"%[\w#]+"
+
+
+class Program:
+    """The compiler's program, with every value as the number of its expression: equal numbers, equal expressions.
+
+    `prev` stands for the stored prev_sample, whether it is read from memory or about to be written.
+    """
+
+    numbers: dict[tuple, int] = {}  # noqa: RUF012 -- shared, so that numbers of different kernels can be compared
+
+    def __init__(self, text):
+        self.defined, self.carried, self.yielded, self.stored = {}, {}, [], {}
+        text = re.sub(r' ?loc\((?:[^()"]|"[^"]*"|\((?:[^()]|\([^()]*\))*\))*\)', "", text)
+        for line in re.sub(r"\(\{\n.*?\}\)", "", text, flags=re.DOTALL).splitlines():
+            self._read(line.strip())
+
+    def _read(self, line):
+        results, found, rest = line.partition(" = ")
+        if line.startswith("tt.store"):
+            pointer, value = re.findall(NAME, line)[:2]
+            self.stored[self._base(pointer)] = value
+        elif line.startswith("scf.yield"):
+            self.yielded = re.findall(NAME, line)
+        elif found and results.startswith("%"):
+            names = results.split(", ")
+            if "scf.for" in rest:
+                self.carried = dict(re.findall(rf"({NAME}) = ({NAME})", rest.partition("iter_args")[2]))
+                label, _, count = names[0].partition(":")
+                names = [f"{label}#{i}" for i in range(int(count))] if count else [label]
+                rest = "scf.for"
+            for place, name in enumerate(names):
+                self.defined[name] = (place, rest)
+
+    def _base(self, pointer):
+        """The argument that an address starts from."""
+        while pointer in self.defined:
+            pointer = re.findall(NAME, self.defined[pointer][1])[0]
+        return pointer
+
+    def number(self, name):
+        if name == self.stored.get("%prev_ptr"):
+            return self._number("prev")
+        if name in self.carried:
+            return self._number("carried", self.number(self.carried[name]))
+        if name not in self.defined:
+            return self._number(name)
+        place, text = self.defined[name]
+        if text == "scf.for":
+            return self._number("sum", self.number(self.yielded[place]))
+        operands = re.findall(NAME, text)
+        if text.startswith("tt.load") and self._base(operands[0]) == "%prev_ptr":
+            return self._number("prev")
+        return self._number(place, re.sub(NAME, "_", text), *map(self.number, operands))
+
+    def _number(self, *expression):
+        return self.numbers.setdefault(expression, len(self.numbers))
+
+    def written(self, pointer):
+        return self.number(self.stored[pointer])
+
+    def operations(self, name, seen):
+        """The operations that a value is made of."""
+        if name in seen or name not in self.defined:
+            return set()
+        seen.add(name)
+        place, text = self.defined[name]
+        operands = [self.yielded[place]] if text == "scf.for" else re.findall(NAME, text)
+        return {text}.union(*(self.operations(operand, seen) for operand in operands))
+
+
+LOG_PROB = (transition.residual_square_kernel, {"HAS_REF": False})
+SUMMING = {
+    "with reference": (transition.residual_square_kernel, {"HAS_REF": True}),
+    "step": (step.step_kernel, {"HAS_X0": False, "HAS_MOMENTS": False}),
+    "step with x0": (step.step_kernel, {"HAS_X0": True, "HAS_MOMENTS": False}),
+    "step with moments": (step.step_kernel, {"HAS_X0": True, "HAS_MOMENTS": True}),
+}
+MIXES = [("bf16", "bf16", "bf16"), ("fp32", "fp32", "fp32"), ("fp32", "bf16", "fp32"), ("fp16", "fp32", "bf16")]
+
+
+def _types(sample, output, noise):
+    latents = dict.fromkeys(("sample", "prev", "x0", "prev_x0"), sample)
+    return latents | dict.fromkeys(("output", "uncond", "ref"), output) | {"noise": noise}
+
+
+CASES = [
+    pytest.param(target, types, is_guided, marks=() if (types, is_guided) == (MIXES[-1], True) else pytest.mark.slow)
+    for target in TARGETS
+    for types in MIXES
+    for is_guided in (True, False)
+]
+
+
+@pytest.mark.parametrize(("target", "types", "is_guided"), CASES)
+def test_every_log_prob_sums_one_expression_in_one_order(target, types, is_guided):
+    compiled = {}
+    for name, (kernel, flags) in {"log-prob": LOG_PROB, **SUMMING}.items():
+        if "moments" not in name or is_guided:
+            compiled[name] = _compile(kernel, target, _types(*types), IS_GUIDED=is_guided, **flags)
+    programs = {name: Program(kernel.asm["ttir"]) for name, kernel in compiled.items()}
+    want = programs["log-prob"].written("%partial_ptr")
+    assert {name: program.written("%partial_ptr") for name, program in programs.items()} == dict.fromkeys(
+        programs, want
+    )
+    for name, kernel in compiled.items():
+        operations = programs[name].operations(programs[name].stored["%partial_ptr"], set())
+        assert sum("tt.split" in text for text in operations) == 10
+        (reduced,) = [text for text in operations if "tt.reduce" in text]
+        assert reduced.endswith(": (tensor<1xf32>) -> f32")
+        assert not re.search(r"\bf(?:add|sub|mul|div) (?:fast|reassoc|contract|afn|nnan)", kernel.asm["llir"])
+        fused = r"\bfma\." if target != "gfx942" else r"\bv_(?:pk_)?(?:fma|fmac|mac)_f32"
+        if "moments" not in name:
+            assert not re.search(fused, kernel.asm["ptx" if target != "gfx942" else "amdgcn"])
