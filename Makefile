@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.installed-dev
+TRL_READY := .venv-trl/.installed
 OFFLINE := HF_HUB_OFFLINE=1
 TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 
-.PHONY: quickstart test test-all lint types bench gpu wheel
+.PHONY: quickstart test test-all lint types bench bench-cpu gpu wheel
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -41,6 +42,17 @@ types: $(READY)
 
 bench: $(READY)
 	$(OFFLINE) $(VENV)/python bench/quickstart.py
+
+# TRL's last release with a DDPOTrainer needs transformers 4, so it has an environment of its own, with the same torch.
+$(TRL_READY): $(READY)
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet trl==0.23.1 'transformers<5' diffusers peft \
+	    torch==$$($(VENV)/python -c 'import torch; print(torch.__version__.split("+")[0])')
+	touch $@
+
+# An iteration of RL end to end against TRL and an eager loop: CPU time, ratios within one run, under five minutes.
+bench-cpu: $(TRL_READY)
+	$(OFFLINE) $(VENV)/python bench/end_to_end.py --device cpu --sweep --out bench/results/end_to_end_cpu.json
 
 gpu: $(READY)
 	@if $(VENV)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \

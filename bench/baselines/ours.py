@@ -1,0 +1,90 @@
+"""Ours, as `Trainer` sets it up from a configuration; options: "config", the keys that differ, section by section."""
+
+from typing import Any
+
+import torch
+from common import Clock, NotBuiltError, Setting, Variant, load_reward, serve
+from pydantic import ValidationError
+
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.engine import Engine
+from adascope_fast.rollout import PromptCache
+from adascope_fast.timesteps import EveryStep, StaticRange
+from adascope_fast.train import Trainer
+
+
+class Ours(Variant):
+    """One `Engine.step`: encode, rollout, reward, selection, update."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as TRL and the eager loop have it
+        trainer = Trainer(configuration(setting), reward=load_reward(), train_prompts=["a"], quiet=True)
+        trainer._prepare()
+        self.backbone, self.engine = trainer.backbone, trainer.engine
+        self.encode = PromptCache(trainer.backbone)
+        self._number = 0
+
+    def iterate(self, prompts: list[str], keep: tuple[int, int] | None, clock: Clock) -> dict[str, Any]:
+        """One iteration on one picture of each prompt."""
+        self.engine.selector = EveryStep() if keep is None else StaticRange(*keep)
+        time_parts(self.engine, clock)
+        with clock("encode"):
+            encoded = self.encode(prompts)
+        report = self.engine.step(encoded, prompts, iteration=self._number, seed=self._number)
+        self._number += 1
+        values = report.values
+        return {
+            "images": len(prompts),
+            "pairs": values["pairs_trained"],
+            "ratio_deviation": values["ratio_max_deviation"],
+            "rollout_drift": values.get("rollout_drift"),
+        }
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Padded to the model's length."""
+        tokenizer = self.backbone.pipeline.tokenizer
+        return tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length).input_ids
+
+
+def configuration(setting: Setting) -> Config:
+    """The configuration of a setting; NotBuiltError where it names a key that does not exist."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": setting.folder, "lora_rank": setting.lora_rank, "dtype": setting.dtype},
+        "reward": {"name": "jpeg_compressibility"},
+        "sampler": {"num_steps": setting.num_steps, "guidance_scale": setting.guidance_scale},
+        "algorithm": {"name": "ddpo", "clip_range": setting.clip_range},
+        "selector": {"name": "every_step"},
+        "train": {
+            "prompts_per_iteration": setting.batch,
+            "samples_per_prompt": 1,
+            "rollout_batch": setting.batch,
+            "microbatch": setting.batch,
+            "learning_rate": setting.learning_rate,
+            "max_grad_norm": setting.max_grad_norm,
+            "mixed_precision": "bf16" if setting.dtype == "bfloat16" else "no",
+            "device": setting.device,
+        },
+        "log": {"trackers": []},
+    }
+    values["sampler"]["eta" if setting.family == "sd" else "noise_level"] = setting.noise
+    for section, keys in setting.options.get("config", {}).items():
+        values.setdefault(section, {}).update(keys)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        unknown = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "extra_forbidden"]
+        if unknown:
+            raise NotBuiltError(f"not built: no key {', '.join(unknown)}") from None
+        raise
+    except ConfigError as error:
+        raise NotBuiltError(str(error)) from None
+
+
+def time_parts(engine: Engine, clock: Clock) -> None:
+    """Have the engine's parts timed by `clock` too: the engine's own report has no CPU seconds."""
+    engine._part = clock  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    serve(Ours)
