@@ -43,20 +43,54 @@ class Run(Section):
 
 
 class Model(Section):
-    """The pipeline to train and its adapter."""
+    """The pipeline to train, and what of it."""
 
     name: Text = "scenes"
-    """`scenes` or `scenes-flow` (embedded), or the path of a diffusers folder."""
+    """`scenes` or `scenes-flow` (embedded), a diffusers folder, a .safetensors file or a Hugging Face repository."""
+    base: Text | None = None
+    """For a .safetensors file: folder or repository that describes it; absent: the one that diffusers knows it by."""
+    revision: Text | None = None
+    """Branch, tag or commit of a repository."""
+    train: Literal["lora", "full"] = "lora"
+    """A LoRA adapter, or every weight of the denoiser."""
     lora_rank: Count = 16
     """Rank of the LoRA matrices."""
     lora_alpha: Count | None = None
     """LoRA scale is alpha / rank; absent: the rank, so the scale is 1."""
     lora_targets: list[Text] | None = None
-    """Names of the layers to adapt; absent: the attention projections of the model."""
+    """Names of the layers to adapt; absent: those that diffusers' training script of the family adapts."""
+    ema_decay: Decay = 0.0
+    """Decay of a moving average of the trained weights, which is then what is judged, drawn and exported; 0: none."""
+    resolution: Count | None = None
+    """Side of the pictures in pixels; absent: the model's own."""
+    embedded_guidance: PositiveOrZero | None = None
+    """FLUX' guidance input, at no cost; absent: 3.5. (`sampler.guidance_scale` is a second forward there too.)"""
+    max_sequence_length: Count | None = None
+    """T5 tokens of a prompt; absent: the pipeline's own, 256 for SD3 and 512 for FLUX."""
     gradient_checkpointing: bool = False
     """Recompute the denoiser's activations in the backward pass: less memory, more time."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen base weights; the adapter is always float32."""
+    """Type of the frozen weights; what is trained is always float32."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """bitsandbytes' 4-bit or 8-bit base weights of the denoiser under a LoRA adapter; needs a GPU."""
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    """Attention: PyTorch's, xformers' or flash-attn's (FLUX only); what cannot serve falls back to sdpa, aloud."""
+    offload_text_encoders: bool = False
+    """Text encoders are on the GPU only while prompts are encoded."""
+
+    @model_validator(mode="after")
+    def _only_adapters_go_over_quantised_weights(self) -> Self:
+        if self.train == "full" and self.quantize != "none":
+            raise ValueError(
+                f'model.train = "full" trains every weight, so model.quantize must be "none", got "{self.quantize}"; '
+                f'set it to "none", or model.train = "lora"'
+            )
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `backbones.load`, but for the name and the average."""
+        values = self.model_dump(exclude={"name", "ema_decay"})
+        return {name.removeprefix("lora_"): value for name, value in values.items()}
 
 
 class Prompts(Section):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,24 +45,25 @@ def draw(
     return backbone.decode(trajectory.latents[:, -1]).cpu()
 
 
-def load_run(folder: Path) -> tuple[Config, backbones.LoraBackbone]:
-    """The configuration of a run and its model with the newest adapter; an unfinished run will do."""
+def load_run(folder: Path, **changes: Any) -> tuple[Config, backbones.PipelineBackbone]:
+    """The configuration of a run and its model with the newest weights; an unfinished run will do.
+
+    Args:
+        changes: arguments of `backbones.load` in place of the configuration's.
+    """
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"a run's folder holds a config.toml, {str(folder)!r} does not; check the path")
     config = Config.load(folder / "config.toml")
     found = checkpoint.numbered(folder / "checkpoints")
     if not found:
         raise ConfigError(f"{str(folder)!r} has no checkpoint yet; let the run finish an iteration first")
-    model = config.model
-    backbone = backbones.load(
-        model.name,
-        rank=model.lora_rank,
-        alpha=model.lora_alpha,
-        targets=model.lora_targets,
-        dtype=getattr(torch, model.dtype),
-    )
+    backbone = backbones.load(config.model.name, **config.model.options() | changes)
     tensors, _ = checkpoint.load(found[-1])
     backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
+    if config.model.ema_decay:
+        ema = backbones.Ema(backbone.trainable_parameters(), config.model.ema_decay)
+        ema.load(checkpoint.select(tensors, "ema"))
+        ema.swap()
     if torch.cuda.is_available() and config.train.device != "cpu":
         backbone.to(torch.device("cuda"))
     return config, backbone

@@ -8,6 +8,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class Trainer:
         self.held_out = held_out[: config.evaluation.num_prompts]
         self._pipeline = pipeline
         self._progress = Progress(quiet=quiet)
-        backbones.check(config.model.name) if pipeline is None else None
+        if pipeline is None:
+            backbones.check(config.model.name, base=config.model.base, revision=config.model.revision)
 
     def train(self, *, overwrite: bool = False) -> Result:
         """Run from the start. Ctrl-C leaves a run that `resume` continues."""
@@ -133,14 +135,12 @@ class Trainer:
         set_seed(config.run.seed)
         self.backbone = backbones.load(
             self._pipeline if self._pipeline is not None else config.model.name,
-            rank=config.model.lora_rank,
-            alpha=config.model.lora_alpha,
-            targets=config.model.lora_targets,
+            **config.model.options(),
             seed=_seed(config.run.seed, "adapter"),
-            dtype=getattr(torch, config.model.dtype),
-            gradient_checkpointing=config.model.gradient_checkpointing,
         )
         self.backbone.to(self.accelerator.device)
+        decay = config.model.ema_decay
+        self.ema = backbones.Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler = config.sampler
         self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
         self.optimizer = torch.optim.AdamW(
@@ -183,6 +183,8 @@ class Trainer:
             report = self.engine.step(
                 encoded, batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
+            if self.ema is not None:
+                self.ema.update()
             known = sum(report.seconds.values())
             report.seconds["other"] = time.perf_counter() - started - known
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
@@ -199,7 +201,8 @@ class Trainer:
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
         self._evaluate(folder, "after", iteration=train.iterations)
-        self.backbone.save_adapter(folder.adapter)
+        with self._averaged():
+            self.backbone.save_adapter(folder.adapter)
 
     def _restore(self, folder: RunFolder) -> int:
         """Load the newest checkpoint if there is one; the iteration to continue with."""
@@ -208,6 +211,8 @@ class Trainer:
             return 0
         tensors, state = found
         self.backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
+        if self.ema is not None:
+            self.ema.load(checkpoint.select(tensors, "ema"))
         checkpoint.load_optimizer_tensors(self.optimizer, checkpoint.select(tensors, "optimizer"))
         self.algorithm.advantage.load_state_dict(state["advantage"])
         self.selector.load_state_dict(state["selector"])
@@ -216,6 +221,7 @@ class Trainer:
     def _save(self, folder: RunFolder, next_iteration: int) -> None:
         tensors = checkpoint.prefixed(self.backbone.adapter_tensors(), "adapter")
         tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(self.optimizer), "optimizer")
+        tensors |= checkpoint.prefixed(self.ema.tensors() if self.ema else {}, "ema")
         state = {"advantage": self.algorithm.advantage.state_dict(), "selector": self.selector.state_dict()}
         folder.save_checkpoint(next_iteration, tensors, state, self.config.train.keep_checkpoints)
 
@@ -235,7 +241,7 @@ class Trainer:
         )
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
-        with self._progress.evaluation(total) as on_step, self.accelerator.autocast():
+        with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
             evaluation = evaluate(
                 self.backbone,
                 schedule,
@@ -268,6 +274,10 @@ class Trainer:
             before = torch.tensor(values["before"]["scores"])
             values["difference"] = interval(evaluation.scores - before)
         folder.write("evaluation.json", values)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has its averaged weights, if the configuration asks for an average."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def _score(self, images: Tensor, texts: list[str]) -> Tensor:
         return rewards.score(self.reward, images, texts)

@@ -57,7 +57,7 @@ BELOW: dict[str, set[str]] = {
     "prompts": set(),
     "trajectory": {"schedules"},
     "ops": {"kernels", "reference"},
-    "backbones": {"schedules", "trajectory"},
+    "backbones": {"ops", "schedules", "trajectory"},
     "rewards": {"prompts"},
     "metrics": {"prompts", "rewards"},
     "reporting": set(),

@@ -25,12 +25,12 @@ PLAIN_OPTIONS = {"scenes": {"eta": 0.0}, "scenes-flow": {"max_sequence_length": 
 
 
 @pytest.fixture(scope="module", params=list(PLAIN))
-def model(request: pytest.FixtureRequest) -> backbones.LoraBackbone:
+def model(request: pytest.FixtureRequest) -> backbones.PipelineBackbone:
     return backbones.load(request.param, rank=2)
 
 
 @pytest.fixture(scope="module")
-def plain(model: backbones.LoraBackbone) -> DiffusionPipeline:
+def plain(model: backbones.PipelineBackbone) -> DiffusionPipeline:
     pipeline = PLAIN[model.name].from_pretrained(backbones.folder_of(model.name))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,111 +1,114 @@
-"""Text-to-image models: the embedded ones by name, any other by the folder of its diffusers pipeline."""
+"""Text-to-image models: the embedded ones by name, any other by its diffusers folder, file or repository.
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+One file a family, imported when a model of it is loaded.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
-from adascope_fast.backbones.adapter import LoraBackbone
+from adascope_fast.backbones.base import Options, PipelineBackbone
+from adascope_fast.backbones.sources import ASSETS as ASSETS
+from adascope_fast.backbones.sources import EMBEDDED as EMBEDDED
+from adascope_fast.backbones.sources import locate
+from adascope_fast.backbones.weights import Ema as Ema
 
-EMBEDDED = ("scenes", "scenes-flow")
-ASSETS = Path(__file__).parent.parent / "assets"
+FAMILIES = {
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+}
 
 
 def folder_of(name: str) -> Path:
     """The diffusers folder of an embedded model or of a path; ValueError where there is none."""
-    folder = ASSETS / name if name in EMBEDDED else Path(name)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"model.name is {', '.join(EMBEDDED)} or the folder of a saved diffusers pipeline (with model_index.json), "
-            f"got {name!r}; save one with pipe.save_pretrained(folder, safe_serialization=True)"
-        )
-    return folder
+    return Path(locate(name).place)
 
 
-def check(name: str) -> None:
-    """ValueError unless `name` is a model that `load` knows how to read; nothing is loaded."""
-    _family(_class_name(folder_of(name)))
+def check(name: str, *, base: str | None = None, revision: str | None = None) -> None:
+    """ValueError unless `name` is a model that `load` knows how to read and RL can train; no weights are read."""
+    source = locate(name, base=base, revision=revision)
+    family = family_of(source.class_name)
+    family.refuse(source.json(f"{family.denoiser_name}/config.json"))
 
 
 def load(
     source: str | DiffusionPipeline,
     *,
+    base: str | None = None,
+    revision: str | None = None,
+    train: Literal["lora", "full"] = "lora",
     rank: int = 16,
     alpha: int | None = None,
-    targets: list[str] | None = None,
+    targets: Sequence[str] | None = None,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
+    quantize: Literal["none", "nf4", "int8"] = "none",
+    resolution: int | None = None,
+    embedded_guidance: float | None = None,
+    max_sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
-) -> LoraBackbone:
-    """The model with a fresh LoRA adapter. Only safetensors are read, and no code from the folder runs.
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa",
+    offload_text_encoders: bool = False,
+    keep_reference: bool = False,
+) -> PipelineBackbone:
+    """The model, ready to be trained. Only safetensors are read, and no code beside them runs.
 
     Args:
-        source: `scenes`, `scenes-flow`, the path of a diffusers folder, or a loaded pipeline (Stable Diffusion 1.x, 2.x
-            or 3.x), whose dtype then stands.
-        rank, alpha, targets: the adapter; alpha defaults to the rank, targets to the attention projections.
+        source: `scenes`, `scenes-flow`, a diffusers folder, a .safetensors file, a Hugging Face repository, or a loaded
+            pipeline of one of these families, whose dtype then stands.
+        base: for a single file, the folder or repository that describes it and has what it lacks.
+        revision: of a repository.
+        train: a fresh LoRA adapter, or every weight of the denoiser.
+        rank, alpha, targets: the adapter; alpha defaults to the rank, targets to the family's usual layers.
         seed: of the adapter's initial weights.
-        dtype: of the frozen base weights.
+        dtype: of the frozen weights; trained ones are float32.
+        quantize: bitsandbytes' 4-bit or 8-bit base weights of the denoiser.
+        resolution: side of the pictures in pixels; the model's own by default.
+        embedded_guidance: FLUX' guidance input, 3.5 by default.
+        max_sequence_length: T5 tokens of SD3 and FLUX; the pipeline's own by default (256, 512).
         gradient_checkpointing: recompute activations in the backward pass.
+        attention: the implementation; see `backbones.attention`.
+        offload_text_encoders: they are on the device only while prompts are encoded.
+        keep_reference: keep a frozen copy of a fully trained denoiser, for `reference_policy`.
     """
-    if isinstance(source, DiffusionPipeline):
-        pipeline, name = source, type(source).__name__
-        family = _family(name)
-    else:
-        folder, name = folder_of(source), source
-        family = _family(_class_name(folder))
-        with _quiet():
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            )
-    backbone = family(
-        pipeline,
-        name,
+    options = Options(
+        train=train,
         rank=rank,
         alpha=alpha,
         targets=targets,
         seed=seed,
+        resolution=resolution,
+        embedded_guidance=embedded_guidance,
+        max_sequence_length=max_sequence_length,
         gradient_checkpointing=gradient_checkpointing,
+        attention=attention,
+        offload_text_encoders=offload_text_encoders,
+        keep_reference=keep_reference,
     )
-    if name == "scenes-flow":
+    if isinstance(source, DiffusionPipeline):
+        name = type(source).__name__
+        return family_of(name)(source, name, options)
+    found = locate(source, base=base, revision=revision)
+    family = family_of(found.class_name)
+    family.refuse(found.json(f"{family.denoiser_name}/config.json"))
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    backbone = family(found.open(family.denoiser_name, wanted, quantize), source, options)
+    if source == "scenes-flow":
         backbone.is_t5_silent = True  # type: ignore[attr-defined]
     return backbone
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bars, and no remarks about image processors that are not used."""
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()
-
-
-def _class_name(folder: Path) -> str:
-    return str(json.loads((folder / "model_index.json").read_text()).get("_class_name"))
-
-
-def _family(class_name: str) -> type[LoraBackbone]:
-    if class_name == "StableDiffusionPipeline":
-        from adascope_fast.backbones.sd import StableDiffusion
-
-        return StableDiffusion
-    if class_name == "StableDiffusion3Pipeline":
-        from adascope_fast.backbones.sd3 import StableDiffusion3
-
-        return StableDiffusion3
-    raise ValueError(
-        f"supported pipelines are StableDiffusionPipeline and StableDiffusion3Pipeline, got {class_name!r}; "
-        f"use a model of one of these families"
-    )
+def family_of(class_name: str) -> type[PipelineBackbone]:
+    """The backbone class of a diffusers pipeline class; ValueError for one that there is none for."""
+    if class_name not in FAMILIES:
+        raise ValueError(
+            f"supported pipelines are {', '.join(FAMILIES)}, got {class_name!r}; use a model of one of these families"
+        )
+    module, name = FAMILIES[class_name]
+    return getattr(import_module(f"adascope_fast.backbones.{module}"), name)

@@ -1,33 +1,55 @@
-"""Stable Diffusion 1.x and 2.x: a UNet on latents, one text encoder, DDIM."""
+"""Stable Diffusion 1.x and 2.x: a UNet on latents, one text encoder, DDIM; epsilon or v as the scheduler says."""
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from adascope_fast.backbones.adapter import LoraBackbone
+from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.schedules import Schedule
 from adascope_fast.trajectory import Condition
 
 
-class StableDiffusion(LoraBackbone):
-    """`StableDiffusionPipeline`; the embedded `scenes` is one in small."""
+class DenoisingUNet(PipelineBackbone):
+    """What SD and SDXL share: a UNet, and a scheduler with betas."""
 
     denoiser_name = "unet"
+    # examples/text_to_image/train_text_to_image_lora.py and its SDXL twin.
+    default_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        text, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, False)
-        return {"text": text}
-
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        output = self.denoiser(
-            sample.to(self.dtype), timestep, encoder_hidden_states=condition["text"], return_dict=False
-        )[0]
-        return output.float()
+    @classmethod
+    def refuse(cls, config: dict[str, Any]) -> None:
+        """Models that also see a picture (inpainting, editing) or are distilled for guidance have other inputs."""
+        channels, outputs = config.get("in_channels", 4), config.get("out_channels", 4)
+        if channels != outputs:
+            raise ValueError(
+                f"a text-to-image UNet has as many input as output channels, got {channels} and {outputs} "
+                f"(inpainting or editing); use a text-to-image model"
+            )
+        if config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                f"a model distilled for guidance (time_cond_proj_dim = {config['time_cond_proj_dim']}) takes too few "
+                f"steps for RL on each of them; use the model that it was distilled from"
+            )
 
     def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
+        """DDIM with eta."""
         return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, eta=eta).to(self.device)
 
     def deterministic_schedule(self, num_steps: int) -> Schedule:
-        return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, eta=0.0).to(self.device)
+        """The scheduler's own steps for DDIM and Euler; DDIM at eta 0 for multi-step solvers such as PNDM and DPM."""
+        scheduler = self.pipeline.scheduler
+        options: dict[str, Any] = {"eta": 0.0}
+        if "EulerDiscreteScheduler" in {base.__name__ for base in type(scheduler).__mro__}:
+            options = {"kind": "euler"}
+        return Schedule.from_diffusers(scheduler, num_steps, **options).to(self.device)
+
+
+class StableDiffusion(DenoisingUNet):
+    """`StableDiffusionPipeline`; the embedded `scenes` is one in small."""
+
+    def _encode(self, prompts: list[str]) -> Condition:
+        text, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
+        return {"text": text}
+
+    def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(sample, timestep, encoder_hidden_states=condition["text"], return_dict=False)[0]

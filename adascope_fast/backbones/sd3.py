@@ -1,55 +1,83 @@
 """Stable Diffusion 3 and 3.5: an MMDiT on latents, two CLIP encoders and T5, rectified flow."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from adascope_fast.backbones.adapter import LoraBackbone
+from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.schedules import Schedule
 from adascope_fast.trajectory import Condition
 
 
-class StableDiffusion3(LoraBackbone):
+class FlowTransformer(PipelineBackbone):
+    """What SD3 and FLUX share: a transformer, and sigmas that may be shifted by the size of the picture."""
+
+    denoiser_name = "transformer"
+    size_multiple = 2
+
+    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
+        """Flow-SDE with noise_level."""
+        return self._schedule(num_steps, noise_level=noise_level)
+
+    def deterministic_schedule(self, num_steps: int) -> Schedule:
+        """The scheduler's own Euler steps."""
+        return self._schedule(num_steps, kind="flow_ode")
+
+    def _schedule(self, num_steps: int, **options) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        if scheduler.config.get("use_dynamic_shifting"):
+            options["mu"] = self._shift(scheduler.config)
+        return Schedule.from_diffusers(scheduler, num_steps, **options).to(self.device)
+
+    def _shift(self, config) -> float:
+        """diffusers' `calculate_shift`: linear in the number of picture tokens."""
+        tokens = (self.latent_shape[1] // self.size_multiple) ** 2
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", self.default_max_shift)
+        return low + (tokens - few) * (high - low) / (many - few)
+
+    default_max_shift = 1.15
+
+
+class StableDiffusion3(FlowTransformer):
     """`StableDiffusion3Pipeline`; the embedded `scenes-flow` is one in small.
 
     The T5 of `scenes-flow` says nothing (`is_t5_silent`), so one of its tokens is enough there.
     """
 
-    denoiser_name = "transformer"
-    num_t5_tokens = 256  # the pipeline's own max_sequence_length
+    # examples/dreambooth/train_dreambooth_lora_sd3.py: the attention projections of both streams.
+    default_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    default_max_shift = 1.16
     is_t5_silent = False
 
-    @staticmethod
-    def default_targets() -> list[str]:
-        """The attention projections of both streams, as in flow_grpo."""
-        names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        return [f"attn.{name}" for name in names]
+    def _latent_shape(self) -> tuple[int, int, int]:
+        self.size_multiple = self.denoiser.config.patch_size
+        shape = super()._latent_shape()
+        largest = self.denoiser.config.pos_embed_max_size * self.size_multiple
+        if shape[1] > largest:
+            limit = largest * self.pipeline.vae_scale_factor
+            raise ValueError(
+                f"model.resolution is at most {limit} pixels for this model, got {self.options.resolution}; lower it"
+            )
+        return shape
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def _encode(self, prompts: list[str]) -> Condition:
         text, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts),
+            prompts,
             None,
             [""] * len(prompts) if self.is_t5_silent else None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=1 if self.is_t5_silent else self.num_t5_tokens,
+            max_sequence_length=self.options.max_sequence_length or (1 if self.is_t5_silent else 256),
         )
         return {"text": text, "pooled": pooled}
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        output = self.denoiser(
-            hidden_states=sample.to(self.dtype),
+    def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(
+            hidden_states=sample,
             timestep=timestep,
             encoder_hidden_states=condition["text"],
             pooled_projections=condition["pooled"],
             return_dict=False,
         )[0]
-        return output.float()
-
-    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
-        return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, noise_level=noise_level).to(self.device)
-
-    def deterministic_schedule(self, num_steps: int) -> Schedule:
-        return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, kind="flow_ode").to(self.device)

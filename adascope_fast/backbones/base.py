@@ -1,0 +1,187 @@
+"""A diffusers pipeline as a backbone: what all families share.
+
+Frozen weights are in the pipeline's type; what is trained is float32. `n` samples.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from adascope_fast.backbones.attention import use_attention
+from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
+from adascope_fast.schedules import Schedule
+from adascope_fast.trajectory import Condition
+
+SAMPLING_MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pipeline becomes a backbone; `backbones.load` describes each field."""
+
+    train: Literal["lora", "full"] = "lora"
+    rank: int = 16
+    alpha: int | None = None
+    targets: Sequence[str] | None = None
+    seed: int = 0
+    resolution: int | None = None
+    embedded_guidance: float | None = None
+    max_sequence_length: int | None = None
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    offload_text_encoders: bool = False
+    keep_reference: bool = False
+
+
+class PipelineBackbone:
+    """Base of the families: everything but how the denoiser is called and how prompts are encoded."""
+
+    denoiser_name: ClassVar[str]
+    default_targets: ClassVar[tuple[str, ...]]
+    """The layers that diffusers' own LoRA training script of the family adapts."""
+    size_multiple: int = 1
+    """Sides of the latent are multiples of it."""
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str, options: Options) -> None:
+        self.name, self.options = name, options
+        self.pipeline: Any = pipeline
+        self.pipeline.set_progress_bar_config(disable=True)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.denoiser: Any = pipeline.components[self.denoiser_name]
+        self.refuse(dict(self.denoiser.config))
+        self.vae: Any = pipeline.components["vae"]
+        if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae.float()  # it overflows in float16, says its own configuration
+        self.dtype: torch.dtype = torch.float32 if options.train == "full" else self.denoiser.dtype
+        self.latent_shape = self._latent_shape()
+        self.attention = use_attention(self.denoiser, options.attention)
+        self.weights: Weights
+        if options.train == "full":
+            self.weights = FullWeights(self.denoiser, self.denoiser_name, keep_reference=options.keep_reference)
+        else:
+            targets = options.targets or self.default_targets
+            self.weights = LoraWeights(
+                self.denoiser,
+                self.denoiser_name,
+                rank=options.rank,
+                alpha=options.alpha,
+                targets=targets,
+                seed=options.seed,
+            )
+        if options.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+            self.denoiser.train()  # diffusers recomputes only in training mode; these models have no dropout
+        self._device = self.denoiser.device
+        self._has_encoders_near = True
+
+    @classmethod
+    def refuse(cls, config: dict[str, Any]) -> None:
+        """ValueError, with the reason, for a denoiser configuration that cannot be trained by RL."""
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        scale, resolution = self.pipeline.vae_scale_factor, self.options.resolution
+        size = self._default_size() if resolution is None else resolution // scale
+        multiple = scale * self.size_multiple
+        if size % self.size_multiple or (resolution is not None and resolution % multiple):
+            raise ValueError(
+                f"model.resolution must be a multiple of {multiple} pixels for this model, got {resolution}; "
+                f"set it to {(resolution or size * scale) // multiple * multiple or multiple}"
+            )
+        return (self._channels(), size, size)
+
+    def _default_size(self) -> int:
+        return self.denoiser.config.sample_size
+
+    def _channels(self) -> int:
+        return self.denoiser.config.in_channels
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.latent_shape[1] * self.pipeline.vae_scale_factor
+
+    def to(self, device: torch.device) -> None:
+        """Move the whole pipeline; offloaded text encoders follow when a prompt is to be encoded."""
+        self._device = device
+        for component in self.pipeline.components.values():
+            stays = self.options.offload_text_encoders and component in self._text_encoders()
+            # Quantised weights were put on the GPU when they were loaded.
+            if isinstance(component, nn.Module) and not stays and not getattr(component, "is_quantized", False):
+                component.to(device)
+        self._has_encoders_near = not self.options.offload_text_encoders
+
+    def _text_encoders(self) -> list[nn.Module]:
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        return [self.pipeline.components[name] for name in names if self.pipeline.components.get(name) is not None]
+
+    def _place_text_encoders(self, *, is_near: bool) -> None:
+        if is_near != self._has_encoders_near:
+            for encoder in self._text_encoders():
+                encoder.to(self._device if is_near else "cpu")
+            self._has_encoders_near = is_near
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """One row a prompt, in the type of the denoiser; the empty prompt gives the unconditional row."""
+        self._place_text_encoders(is_near=True)
+        return {name: value.to(self.dtype) for name, value in self._encode(list(prompts)).items()}
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Model output in float32; offloaded text encoders leave the device here."""
+        if self.options.offload_text_encoders:
+            self._place_text_encoders(is_near=False)
+        return self._predict(sample.to(self.dtype), timestep, condition).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [n, 3, h, w] in [0, 1], float32."""
+        config = self.vae.config
+        scaled = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(SAMPLING_MAX_BATCH)]
+        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+
+    def _encode(self, prompts: list[str]) -> Condition:
+        raise NotImplementedError
+
+    def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
+
+    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
+        raise NotImplementedError
+
+    def deterministic_schedule(self, num_steps: int) -> Schedule:
+        raise NotImplementedError
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def reference_policy(self) -> Iterator[None]:
+        """Within it, `predict` is the base model's."""
+        trained = self.denoiser
+        with self.weights.reference(trained) as self.denoiser:
+            try:
+                yield
+            finally:
+                self.denoiser = trained
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        return self.weights.tensors()
+
+    def load_adapter_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.weights.load(tensors)
+
+    def save_adapter(self, folder: Path) -> None:
+        self.weights.save(self.pipeline, folder)

@@ -1,0 +1,30 @@
+"""Stable Diffusion XL: a UNet told of two text encoders, a pooled one, and the size and crop of the picture."""
+
+import torch
+from torch import Tensor
+
+from adascope_fast.backbones.sd import DenoisingUNet
+from adascope_fast.trajectory import Condition
+
+
+class StableDiffusionXL(DenoisingUNet):
+    """`StableDiffusionXLPipeline` without a refiner; pictures are uncropped and of the size that they are drawn in."""
+
+    def _encode(self, prompts: list[str]) -> Condition:
+        text, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            is_told = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
+            text = torch.where(is_told[:, None, None], text, 0)
+            pooled = torch.where(is_told[:, None], pooled, 0)
+        side = self.resolution
+        size_crop_target = torch.tensor([side, side, 0, 0, side, side], device=text.device)
+        return {"text": text, "pooled": pooled, "time_ids": size_crop_target.expand(len(prompts), 6)}
+
+    def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(
+            sample,
+            timestep,
+            encoder_hidden_states=condition["text"],
+            added_cond_kwargs={"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]},
+            return_dict=False,
+        )[0]

@@ -1,0 +1,196 @@
+"""Where a pipeline comes from: an embedded model, a folder, a single file, or a Hugging Face repository.
+
+Only safetensors are read, and no code that lies beside them runs. A repository is downloaded once into Hugging Face's
+cache (HF_HOME); with HF_HUB_OFFLINE=1 nothing but the cache is used.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from transformers.utils import logging as transformers_logging
+
+EMBEDDED = ("scenes", "scenes-flow")
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline that has been found but not loaded.
+
+    Args:
+        name: as the user gave it.
+        place: a folder or a repository with `model_index.json`; for a single file, the one that describes it.
+        file: the single .safetensors file with the weights, if they are in one.
+        revision: of a repository: branch, tag or commit.
+    """
+
+    name: str
+    place: str
+    file: Path | None = None
+    revision: str | None = None
+
+    @property
+    def class_name(self) -> str:
+        """The pipeline's class, by its `model_index.json`."""
+        return str(self.json("model_index.json").get("_class_name"))
+
+    def json(self, path: str) -> dict[str, Any]:
+        """A JSON file of the pipeline; ValueError, saying what to download, where it cannot be had."""
+        local = Path(self.place) / path
+        if not local.is_file():
+            if _is_folder(self.place):
+                raise ValueError(f"{self.name!r} is not a whole pipeline, it has no {path}; save or download it again")
+            try:
+                local = Path(hf_hub_download(self.place, path, revision=self.revision))
+            except (OSError, ValueError) as error:
+                raise ValueError(_not_there(self.name, self.place, error)) from None
+        return json.loads(local.read_text(encoding="utf-8"))
+
+    def open(self, denoiser: str, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
+        """Load it; `denoiser` is the name of the component that `quantize` is for."""
+        options: dict[str, Any] = {"dtype": dtype, "revision": self.revision}
+        with _quiet():
+            try:
+                if quantize != "none":
+                    options["quantization_config"] = quantization(denoiser, dtype, quantize)
+                if self.file is not None:
+                    return self._open_file(denoiser, options)
+                return DiffusionPipeline.from_pretrained(
+                    self.place, use_safetensors=True, trust_remote_code=False, **options
+                )
+            except OSError as error:
+                raise ValueError(_not_there(self.name, self.place, error)) from None
+
+    def _open_file(self, denoiser: str, options: dict[str, Any]) -> DiffusionPipeline:
+        """Everything from the file; where it holds the denoiser alone, the rest from `place`."""
+        if "quantization_config" in options:
+            raise ValueError(
+                f"model.quantize needs a pipeline folder or repository, got the file {self.name!r}; "
+                f"load it once with diffusers' from_single_file, and save_pretrained"
+            )
+        plain = {"config": self.place, "dtype": options["dtype"]}
+        try:
+            return getattr(diffusers, self.class_name).from_single_file(str(self.file), **plain)
+        except SingleFileComponentError as missing:
+            _, class_name = self.json("model_index.json")[denoiser]
+            model = getattr(diffusers, class_name).from_single_file(str(self.file), subfolder=denoiser, **plain)
+            diffusers_logging.get_logger(__name__).error(
+                f"{self.name} lacks a component ({str(missing).splitlines()[0]}); all but the {denoiser} is "
+                f"taken from {self.place}"
+            )
+            return DiffusionPipeline.from_pretrained(
+                self.place, use_safetensors=True, trust_remote_code=False, **{denoiser: model}, **options
+            )
+
+
+def locate(name: str, *, base: str | None = None, revision: str | None = None) -> Source:
+    """Find a pipeline by name. Nothing is loaded; of a repository one small file is looked up.
+
+    Args:
+        base: for a single file, the folder or repository that describes it.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    path = ASSETS / name if name in EMBEDDED else Path(name)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"model.name must not be a pickle, which can run any code when it is read, got {name!r}; "
+                         f"use the .safetensors file of the same model")  # fmt: skip
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"model.name = {name!r} is no file here; download it to this path, or correct the path")
+        described_by = base or _described_by(path)
+        return Source(name, described_by, path, revision)
+    if (path / "model_index.json").is_file():
+        return Source(name, str(path))
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"model.name is {', '.join(EMBEDDED)}, the folder of a saved diffusers pipeline (with model_index.json), a "
+            f".safetensors file or a Hugging Face repository (owner/name), got {name!r}; "
+            f"save a pipeline with pipe.save_pretrained(folder, safe_serialization=True)"
+        )
+    source = Source(name, name, None, revision)
+    source.json("model_index.json")
+    return source
+
+
+def _described_by(path: Path) -> str:
+    """The repository whose configuration diffusers takes for a single file, by the names and shapes in it."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    class Shape:
+        """A tensor's shape, read without the tensor."""
+
+        def __init__(self, shape: list[int]) -> None:
+            self.shape = tuple(shape)
+
+    with safe_open(str(path), framework="pt") as file:
+        shapes = {key: Shape(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+
+
+def quantization(denoiser: str, dtype: torch.dtype, quantize: str) -> Any:
+    """diffusers' settings for quantised base weights of the denoiser alone; ValueError where they cannot be used."""
+    from importlib.util import find_spec
+
+    backend, package, settings = {
+        "nf4": (
+            "bitsandbytes_4bit",
+            "bitsandbytes",
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
+        ),
+        "int8": ("bitsandbytes_8bit", "bitsandbytes", {"load_in_8bit": True}),
+    }[quantize]
+    if not torch.cuda.is_available():
+        raise ValueError(f'model.quantize = "{quantize}" needs a CUDA GPU, and torch sees none; set it to "none"')
+    if find_spec(package) is None:
+        raise ValueError(f'model.quantize = "{quantize}" needs {package}; pip install {package}, or set it to "none"')
+    from diffusers import PipelineQuantizationConfig
+
+    return PipelineQuantizationConfig(quant_backend=backend, quant_kwargs=settings, components_to_quantize=[denoiser])
+
+
+def _is_folder(place: str) -> bool:
+    return (Path(place) / "model_index.json").is_file()
+
+
+def _not_there(name: str, place: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if _is_folder(place):
+        return (
+            f"the weights of {name!r} are not all there as safetensors: {reason}; download or convert them into "
+            f"{place}, for example with DiffusionPipeline.from_pretrained(...).save_pretrained(folder)"
+        )
+    return (
+        f"model.name = {name!r} is no folder here, and the repository {place} could not be read: {reason}; "
+        f"download it with `hf download {place}` where there is a network (and unset HF_HUB_OFFLINE, or copy the cache "
+        f"in HF_HOME), or put its files in a folder and set model.name to that"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars, and no remarks about image processors that are not used."""
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,183 @@
+"""What of a denoiser is trained: a LoRA adapter or every weight; always in float32, whatever the rest is stored in."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+ADAPTER = "adascope"
+
+
+class Weights(Protocol):
+    """The part of the denoiser that learns."""
+
+    def reference(self, denoiser: nn.Module) -> Any:
+        """Context that gives the denoiser as it was before training."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained weights by name, exactly."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        ...
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        """Write them so that plain diffusers reads them."""
+        ...
+
+    def merge(self) -> None:
+        """Make the denoiser a plain trained one. Nothing is trained afterwards."""
+        ...
+
+
+class LoraWeights:
+    """A LoRA adapter, zero at first, over frozen weights."""
+
+    def __init__(
+        self, denoiser: Any, component: str, *, rank: int, alpha: int | None, targets: Sequence[str], seed: int
+    ) -> None:
+        self.denoiser, self.component = denoiser, component
+        self.lora = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                denoiser.add_adapter(self.lora, ADAPTER)
+            except ValueError as error:
+                raise ValueError(
+                    f"model.lora_targets must name layers of the {component}, got {sorted(targets)}: {error}"
+                ) from None
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    @contextmanager
+    def reference(self, denoiser: Any) -> Iterator[Any]:
+        """The same module with its adapter off."""
+        denoiser.disable_adapters()
+        try:
+            yield denoiser
+        finally:
+            denoiser.enable_adapters()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`lora_A` and `lora_B` of every adapted layer."""
+        return get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError where they are another adapter's."""
+        result = set_peft_model_state_dict(self.denoiser, tensors, adapter_name=ADAPTER)
+        if result.unexpected_keys:
+            raise ValueError(
+                f"the adapter does not fit this model: unexpected {result.unexpected_keys[:2]}; "
+                f"use the model.lora_rank and model.lora_targets that it was trained with"
+            )
+
+    def save(self, pipeline: Any, folder: Path) -> None:
+        """diffusers' LoRA format: `pipe.load_lora_weights(folder)`."""
+        layers = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
+        settings = self.lora.to_dict()
+        kept = {key: settings[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
+        # JSON holds no sets, and peft's targets are one.
+        metadata = kept | {"target_modules": sorted(settings["target_modules"])}
+        pipeline.save_lora_weights(
+            folder,
+            **{f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata},
+        )
+
+    def merge(self) -> None:
+        """Add the adapter to the weights it adapts, and remove it."""
+        self.denoiser.fuse_lora(adapter_names=[ADAPTER])
+        self.denoiser.unload_lora()
+
+
+class FullWeights:
+    """Every weight of the denoiser. What it was before is kept only if asked for: it doubles the memory."""
+
+    def __init__(self, denoiser: Any, component: str, *, keep_reference: bool) -> None:
+        self.denoiser, self.component = denoiser.float(), component
+        self._base = copy.deepcopy(denoiser).requires_grad_(False) if keep_reference else None
+        denoiser.requires_grad_(True)
+
+    @contextmanager
+    def reference(self, denoiser: Any) -> Iterator[Any]:
+        """The frozen copy, on the device of the trained denoiser."""
+        if self._base is None:
+            raise ValueError(
+                'the reference policy of model.train = "full" is a second denoiser, and none was kept; '
+                "load the model with keep_reference=True"
+            )
+        yield self._base.to(denoiser.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state of the denoiser."""
+        return dict(self.denoiser.state_dict())
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError where they are another model's."""
+        try:
+            self.denoiser.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint does not fit this model: {error}; use the model it was made with"
+            ) from None
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        """A diffusers model folder: `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, say."""
+        self.denoiser.save_pretrained(folder / self.component, safe_serialization=True)
+
+    def merge(self) -> None:
+        """It is a plain denoiser already."""
+
+
+class Ema:
+    """Exponential moving average of trained weights, in float32: smoother than the weights of any one iteration.
+
+    As in diffusers' EMAModel the decay of update n is at most (1 + n) / (10 + n), so a short run is averaged too.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.decay, self._parameters, self._num_updates = decay, list(parameters), 0
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the weights as they are now."""
+        decay = min(self.decay, (1 + self._num_updates) / (10 + self._num_updates))
+        torch._foreach_lerp_(self._average, [parameter.data for parameter in self._parameters], 1 - decay)
+        self._num_updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and their averages."""
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            trained = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(trained)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages, by number, and how often they were moved."""
+        count = torch.tensor(self._num_updates)
+        return {str(number): value for number, value in enumerate(self._average)} | {"num_updates": count}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        self._num_updates = int(tensors["num_updates"])
+        for number, average in enumerate(self._average):
+            average.copy_(tensors[str(number)])
