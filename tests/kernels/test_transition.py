@@ -1,7 +1,9 @@
 """The transition kernels, interpreted, against the reference in float64: value, gradient, and what must be exact."""
 
+import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run here under TRITON_INTERPRET=1 alone", allow_module_level=True)
 
 from adascope_fast import reference
-from adascope_fast.kernels import step, transition
+from adascope_fast.kernels import transition
 from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS, aligned, split
 
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())
 # A gradient is stored in the dtype of the output, and the interpreter truncates to bfloat16 where a GPU rounds.
 RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 VALUE_RTOL = 5e-6
@@ -26,20 +29,20 @@ def _random(n, d, dtype=torch.float32):
     return *latents, 0.2 + torch.rand(n, 3, generator=generator)
 
 
-def _run(operation, sample, output, uncond, prev_sample, coef, weight) -> tuple[Any, Any, Any]:
+def _run(operation, sample, output, uncond, prev_sample, coef, weight, kind="gaussian") -> tuple[Any, Any, Any]:
     """Value, and the gradient in both outputs of a weighted sum of the rows."""
     output = output.detach().clone().requires_grad_()
     uncond = None if uncond is None else uncond.detach().clone().requires_grad_()
-    value = operation(sample, output, uncond, GUIDANCE, prev_sample, coef)
+    value = operation(sample, output, uncond, GUIDANCE, prev_sample, coef, kind=kind)
     (value * weight).sum().backward()
     return value.detach(), output.grad, None if uncond is None else uncond.grad
 
 
-def _assert_equals_reference(sample, output, uncond, prev_sample, coef):
+def _assert_equals_reference(sample, output, uncond, prev_sample, coef, kind="gaussian"):
     weight = torch.linspace(-1, 2, len(coef))
-    got = _run(transition.guided_transition_log_prob, sample, output, uncond, prev_sample, coef, weight)
+    got = _run(transition.guided_transition_log_prob, sample, output, uncond, prev_sample, coef, weight, kind)
     double = [None if x is None else x.double() for x in (sample, output, uncond, prev_sample, coef, weight)]
-    want = _run(reference.guided_transition_log_prob, *double)
+    want = _run(reference.guided_transition_log_prob, *double, kind)
     torch.testing.assert_close(got[0].double(), want[0], rtol=VALUE_RTOL, atol=1e-6)
     for result, exact, model in zip(got[1:], want[1:], (output, uncond), strict=True):
         if model is not None:
@@ -55,6 +58,30 @@ def _assert_equals_reference(sample, output, uncond, prev_sample, coef):
 def test_log_prob_and_its_gradient(n, d, dtype, is_guided):
     sample, output, prev_sample, uncond, coef = _random(n, d, dtype)
     _assert_equals_reference(sample, output, uncond if is_guided else None, prev_sample, coef)
+
+
+@pytest.mark.parametrize("dtype", RTOL)
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_squared_error_and_its_gradient_where_there_is_noise_and_where_there_is_none(dtype, is_guided):
+    sample, output, prev_sample, uncond, coef = _random(3, 700, dtype)
+    coef[1, 2] = 0.0
+    _assert_equals_reference(sample, output, uncond if is_guided else None, prev_sample, coef, "squared_error")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in VECTORS["logprob"] if case["reduce"] == "mean"],
+    ids=lambda case: case["scheme"],
+)
+def test_log_prob_equals_the_known_answers(case):
+    sample, output, prev_sample = (torch.tensor([case[name]]) for name in ("x", "model_output", "y"))
+    coef = torch.tensor([[case["a_x"], case["b_m"], case["std"]]])
+    output.requires_grad_()
+    kind = "squared_error" if case["scheme"] == "cps_unnormalised" else "gaussian"
+    log_prob = transition.transition_log_prob(sample, output, prev_sample, coef, kind=kind)
+    log_prob.sum().backward()
+    torch.testing.assert_close(log_prob.detach(), torch.tensor([case["logp"]]), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(output.grad, torch.tensor([case["dlogp_dm"]]), rtol=2e-5, atol=1e-6)
 
 
 def test_log_prob_of_a_row_of_several_chunks():
@@ -126,39 +153,15 @@ def test_detached_unconditional_output_receives_no_gradient():
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_run():
-    sample, output, prev_sample, uncond, coef = _random(5, 1500)
+    sample, output, prev_sample, uncond, coef = _random(64, 1100)
     rows = (sample, output, uncond, prev_sample, coef)
-    weight = torch.ones(5)
+    weight = torch.ones(64)
     together = _run(transition.guided_transition_log_prob, *rows, weight)
     again = _run(transition.guided_transition_log_prob, *rows, weight)
     alone = _run(transition.guided_transition_log_prob, *[x[3:4] for x in (*rows, weight)])
     for whole, repeated, single in zip(together, again, alone, strict=True):
         assert torch.equal(whole, repeated)
         assert torch.equal(whole[3:4], single)
-
-
-@pytest.mark.parametrize("dtype", RTOL)
-@pytest.mark.parametrize("is_guided", [False, True])
-def test_step_equals_the_reference_and_its_ratio_is_exactly_one(dtype, is_guided):
-    sample, output, noise, uncond, coef = _random(3, 2 * 10 * 11, dtype)
-    sample, output, noise, uncond = (x.view(3, 2, 10, 11) for x in (sample, output, noise, uncond))
-    guidance = {"output_uncond": uncond if is_guided else None, "guidance_scale": GUIDANCE}
-    prev_sample, old_log_prob = step.transition_step(sample, output, noise, coef, **guidance)
-    want, _ = reference.transition_step(sample, output, noise, coef, **guidance)
-    assert prev_sample.dtype == dtype
-    assert prev_sample.shape == sample.shape
-    torch.testing.assert_close(prev_sample, want, rtol=RTOL[dtype], atol=1e-6)
-    used = uncond if is_guided else None
-    log_prob = transition.guided_transition_log_prob(sample, output, used, GUIDANCE, prev_sample, coef)
-    assert torch.equal((log_prob - old_log_prob).exp(), torch.ones(3))
-
-
-def test_deterministic_step_is_its_mean_and_has_no_log_prob():
-    sample, output, noise, _, coef = _random(3, 20)
-    coef[1, 2] = 0.0
-    prev_sample, log_prob = step.transition_step(sample, output, noise, coef)
-    torch.testing.assert_close(prev_sample[1], coef[1, 0] * sample[1] + coef[1, 1] * output[1])
-    assert log_prob.isnan().tolist() == [False, True, False]
 
 
 def test_nan_stays_in_its_row():
@@ -170,29 +173,11 @@ def test_nan_stays_in_its_row():
         assert result.isnan().any(1).tolist() == [False, True, False]
 
 
-def test_operators_pass_torch_opcheck():
-    sample, output, prev_sample, uncond, coef = _random(2, 12)
-    torch.library.opcheck(transition.log_prob_op, (sample, output, uncond, GUIDANCE, prev_sample, coef, True))
-    transposed = output.t().contiguous().t()
-    torch.library.opcheck(step.step_op, (sample, transposed, None, 1.0, prev_sample, coef, None, None, True))
-    arguments = (torch.ones(2), sample, output, uncond, GUIDANCE, prev_sample, coef, True, True)
-    torch.library.opcheck(transition.log_prob_backward_op, arguments)
-
-
-# torch.compile itself instantiates an autograd.Function, and deprecates that.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_without_a_graph_break():
-    sample, output, prev_sample, uncond, coef = _random(2, 12)
-    rows = (sample, output, uncond, prev_sample, coef)
-    want = _run(transition.guided_transition_log_prob, *rows, torch.ones(2))
-    compiled = torch.compile(transition.guided_transition_log_prob, fullgraph=True, backend="aot_eager")
-    for got, value in zip(_run(compiled, *rows, torch.ones(2)), want, strict=True):
-        assert torch.equal(got, value)
-
-
 def test_wrong_shapes_are_refused_by_name():
     sample, output, prev_sample, _, coef = _random(3, 8)
     with pytest.raises(ValueError, match=r"output \[3, 7\]"):
         transition.transition_log_prob(sample, output[:, :7], prev_sample, coef)
     with pytest.raises(ValueError, match=r"coef must be \[3, 3\]"):
         transition.transition_log_prob(sample, output, prev_sample, coef[:1])
+    with pytest.raises(ValueError, match="kind must be one of gaussian, squared_error, not 'cps'"):
+        transition.transition_log_prob(sample, output, prev_sample, coef, kind="cps")
