@@ -1,4 +1,4 @@
-"""The command line: `adascope-fast train | sample | pretrain | report | explain`.
+"""The command line: `adascope-fast train | sample | merge | plan | pretrain | report | explain`.
 
 A user's mistake is one line on standard error and exit code 2; ADASCOPE_FAST_DEBUG=1 shows where it was raised.
 """
@@ -6,6 +6,7 @@ A user's mistake is one line on standard error and exit code 2; ADASCOPE_FAST_DE
 import os
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays.",
 )
+
+
+class DType(StrEnum):
+    """Types that weights are stored in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 MAY_CHANGE_ON_RESUME = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers", "run.folder"}
 
 
@@ -126,7 +137,7 @@ def sample(
     guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; that of the run if absent.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG to write; RUN/samples/sample.png if absent.")] = None,
 ) -> None:
-    """Draw pictures with the trained adapter next to the base model's, on the same seeds."""
+    """Draw pictures with the trained weights next to the base model's, on the same seeds."""
     if not prompt:
         raise ConfigError("sample needs at least one --prompt, got none; for example --prompt 'a small red circle'")
     from adascope_fast import prompts as prompt_rules
@@ -137,7 +148,7 @@ def sample(
     from adascope_fast.reporting.images import contact_sheet
     from adascope_fast.sampling import draw, load_run
 
-    config, backbone = load_run(run)
+    config, backbone = load_run(run, keep_reference=True)
     seeds = range(seed, seed + num)
     num_steps = steps or config.sampler.num_steps
     scale = config.sampler.guidance_scale if guidance is None else guidance
@@ -152,6 +163,19 @@ def sample(
     path = out or run / "samples" / "sample.png"
     contact_sheet(torch.cat(rows), captions, num, path)
     print(path)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    dtype: Annotated[DType | None, typer.Option(help="Type of the weights; the run's model.dtype if absent.")] = None,
+) -> None:
+    """Write the trained model as a whole pipeline for plain diffusers."""
+    from adascope_fast.export import merge as write_merged
+
+    write_merged(run, out, dtype=dtype.value if dtype else None)
+    print(out)
 
 
 @app.command()

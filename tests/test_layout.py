@@ -77,6 +77,7 @@ BELOW: dict[str, set[str]] = {
     "progress": set(),
     "runs": {"checkpoint", "config"},
     "sampling": {"backbones", "checkpoint", "config", "rollout"},
+    "export": {"config", "sampling"},
     "train": _TRAIN,
     "pretraining": {"backbones", "checkpoint", "prompts", "rewards"},
 }
