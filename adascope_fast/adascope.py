@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adascope_fast.schedules import Schedule
 from adascope_fast.sensing import latent_curves
-from adascope_fast.timesteps import on_device
+from adascope_fast.timesteps import nonempty
 from adascope_fast.trajectory import Trajectory
 
 
@@ -168,49 +168,69 @@ class AdaScope(IntervalRule):
 
     pooling: Literal["prompt", "sample", "batch"] = "prompt"
     """Samples that share a decision."""
+    mask_source: Literal["current", "previous"] = "current"
+    """Whether this rollout decides or the ones before it. A mask that has not seen the rollout leaves the policy
+    gradient unbiased, and lets the steps be trained while they are sampled (one-pass)."""
     memory_decay: float = 0.7
     """Weight of the past in the moving average of each prompt's interval; 0 remembers the last one alone."""
     _memory: dict[str, tuple[float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _overall: tuple[float, float] | None = field(default=None, init=False, repr=False, compare=False)
     _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mask_source not in ("current", "previous"):
+            raise ValueError(f"mask_source is current or previous, not {self.mask_source!r}")
         if self.pooling not in ("prompt", "sample", "batch"):
             raise ValueError(f"pooling is prompt, sample or batch, not {self.pooling!r}")
 
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
         """The interval of each pool, less the steps without log_prob."""
+        known = self.ahead(trajectory.prompts, trajectory.schedule, iteration)
         b, t = trajectory.log_prob.shape
         curves = (torch.zeros(b, t), torch.zeros(b, t + 1)) if self.rule == "fixed" else latent_curves(trajectory)
         change, preference, log_snr, trainable = _to_host(*curves, trajectory.schedule)
         pools = self._pools(trajectory.prompts)
         found = [self.interval(None, preference[i], volatility=change[i], log_snr=log_snr) for _, i in pools]
-        chosen = [self._steady(prompt, interval, t) for (prompt, _), interval in zip(pools, found, strict=True)]
+        if known is None:
+            chosen = [self._steady(prompt, interval, t) for (prompt, _), interval in zip(pools, found, strict=True)]
+        else:
+            chosen = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
         self._remember([prompt for prompt, _ in pools], found, t)
-        keep = np.zeros((b, t), dtype=bool)
-        for (_, rows), (start, end, _) in zip(pools, chosen, strict=True):
-            keep[rows, start:end] = trainable[start:end]
+        keep = _keep(pools, chosen, trainable, b)
         self._last = {
             "intervals": [[start, end] for start, end, _ in chosen],
             "prompts": [prompt for prompt, _ in pools],
-            "reasons": dict(Counter(reason for *_, reason in chosen)),
+            "reasons": dict(Counter(reason for *_, reason in (chosen if known is None else found))),
             "mean_start": float(np.mean([start for start, *_ in chosen])),
             "mean_end": float(np.mean([end for _, end, _ in chosen])),
             "fraction": float(keep.mean()),
         }
-        return on_device(torch.from_numpy(keep), trajectory)
+        return nonempty(torch.from_numpy(keep)).to(trajectory.log_prob.device)
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
+        """With mask_source "previous", the interval of each pool before its rollout; else None."""
+        if self.mask_source != "previous":
+            return None
+        t, pools = schedule.num_steps, self._pools(prompts)
+        log_snr, trainable = _host(schedule.log_snr), schedule.trainable.cpu().numpy()
+        chosen = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
+        return nonempty(torch.from_numpy(_keep(pools, chosen, trainable, len(prompts))))
 
     def telemetry(self) -> dict[str, Any]:
         """The last decision: intervals and prompts pool by pool, reasons counted, means over pools, share kept."""
         return dict(self._last)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving average of each prompt's interval, as fractions of t."""
-        return {"memory": {prompt: list(share) for prompt, share in self._memory.items()}}
+        """The moving average of each prompt's interval, and of all, as fractions of t."""
+        memory = {prompt: list(share) for prompt, share in self._memory.items()}
+        return {"memory": memory} | ({"overall": list(self._overall)} if self._overall else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the moving averages of `state`."""
         self._memory = {prompt: (start, end) for prompt, (start, end) in state["memory"].items()}
+        overall = state.get("overall")
+        self._overall = None if overall is None else (overall[0], overall[1])
 
     def _pools(self, prompts: list[str]) -> list[tuple[str, list[int]]]:
         keys = {"prompt": prompts, "sample": range(len(prompts)), "batch": [""] * len(prompts)}[self.pooling]
@@ -229,16 +249,31 @@ class AdaScope(IntervalRule):
         moved = max(abs(interval.start - start), abs(interval.end - end)) >= 1
         return interval if moved else Interval(*remembered, interval.reason)
 
+    def _remembered(self, prompt: str, t: int, log_snr: np.ndarray) -> Interval:
+        """What is known of a prompt before its rollout: its own past, that of all prompts, or nothing."""
+        if self.rule == "fixed" or t < 4:
+            return self.interval(None, np.zeros((1, t + 1)), volatility=np.zeros((1, t)), log_snr=log_snr)
+        share = self._memory.get(prompt, self._overall)
+        if share is None:
+            return Interval(*self._fallback(t, log_snr), "fallback:first")
+        start = _round(share[0] * t)
+        return Interval(start, max(_round(share[1] * t), start + 1), "previous")
+
     def _remember(self, prompts: list[str], found: list[Interval], t: int) -> None:
         new: dict[str, list[tuple[int, int]]] = {}
         for prompt, (start, end, reason) in zip(prompts, found, strict=True):
             if not reason.startswith("fallback") and reason != "fixed":
                 new.setdefault(prompt, []).append((start, end))
         for prompt, pairs in new.items():
-            share = np.sort(pairs, axis=0).mean(0) / t
-            past = np.array(self._memory.get(prompt, share))
-            start, end = (self.memory_decay * past + (1 - self.memory_decay) * share).tolist()
-            self._memory[prompt] = start, end
+            self._memory[prompt] = self._average(self._memory.get(prompt), pairs, t)
+        if new:
+            self._overall = self._average(self._overall, [pair for pairs in new.values() for pair in pairs], t)
+
+    def _average(self, past: tuple[float, float] | None, pairs: list[tuple[int, int]], t: int) -> tuple[float, float]:
+        share = np.sort(pairs, axis=0).mean(0) / t
+        old = share if past is None else np.array(past)
+        start, end = (self.memory_decay * old + (1 - self.memory_decay) * share).tolist()
+        return start, end
 
 
 def theoretical_correlation(
@@ -263,6 +298,15 @@ def theoretical_cross_correlation(
     cross = math.sqrt(alphas_cumprod_t * alphas_cumprod_s) * covariance + noise * torch.eye(len(covariance)).double()
     variances = [alpha * covariance.diagonal() + 1 - alpha for alpha in (alphas_cumprod_t, alphas_cumprod_s)]
     return cross / torch.outer(*variances).sqrt()
+
+
+def _keep(
+    pools: list[tuple[str, list[int]]], intervals: list[Interval], trainable: np.ndarray, num_samples: int
+) -> np.ndarray:
+    keep = np.zeros((num_samples, len(trainable)), dtype=bool)
+    for (_, rows), (start, end, _) in zip(pools, intervals, strict=True):
+        keep[rows, start:end] = trainable[start:end]
+    return keep
 
 
 def _to_host(structure: Tensor, preference: Tensor, schedule: Schedule) -> list[np.ndarray]:

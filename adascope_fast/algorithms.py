@@ -25,6 +25,7 @@ class Algorithm:
     """`advantage` turns rewards [b] into [b, t], `objective` turns log-probabilities into an unreduced loss [n].
 
     `step_weight` turns a schedule into weights [t] that multiply the advantages; None leaves every step its own.
+    `kl_weight` (beta) adds that many times the KL of each step from the reference policy; 0 costs no reference pass.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Algorithm:
     clip_range: float
     clip_range_high: float | None = None
     step_weight: Callable[[Schedule], Float32[Tensor, " t"]] | None = None
+    kl_weight: float = 0.0
 
 
 def balanced(schedule: Schedule) -> Float32[Tensor, " t"]:
@@ -57,6 +59,7 @@ def ddpo(
     buffer_size: int = 32,
     min_count: int = 16,
     step_weight: str = "none",
+    kl_weight: float = 0.0,
 ) -> Algorithm:
     """DDPO with importance sampling (Black et al. 2023): PPO on every step's likelihood, statistics per prompt.
 
@@ -64,7 +67,7 @@ def ddpo(
     trained pairs in one go, so that the microbatch does not matter.
     """
     advantage = PerPromptTracker(buffer_size=buffer_size, min_count=min_count, clip=advantage_clip)
-    return _clipped("ddpo", advantage, clip_range, clip_range_high, step_weight)
+    return _clipped("ddpo", advantage, clip_range, clip_range_high, step_weight, kl_weight)
 
 
 def grpo(
@@ -74,18 +77,24 @@ def grpo(
     advantage_clip: float = 5.0,
     scale: str = "global",
     step_weight: str = "none",
+    kl_weight: float = 0.0,
 ) -> Algorithm:
     """GRPO for diffusion and flow models (Flow-GRPO, Liu et al. 2025): advantages relative to the prompt's group.
 
-    Differs from flow_grpo: no KL term at this stage, and the same selectors as everywhere.
+    Differs from flow_grpo: its KL leaves out a factor -dt, ours is the divergence; selectors choose the steps.
     `scale` is the standard deviation that divides: "global" (flow_grpo), "group", or "group_sample" (DanceGRPO).
     """
     advantage = GroupRelative(scale=scale, clip=advantage_clip)  # type: ignore[arg-type]
-    return _clipped("grpo", advantage, clip_range, clip_range_high, step_weight)
+    return _clipped("grpo", advantage, clip_range, clip_range_high, step_weight, kl_weight)
 
 
 def _clipped(
-    name: str, advantage: Advantage, clip_range: float, clip_range_high: float | None, step_weight: str
+    name: str,
+    advantage: Advantage,
+    clip_range: float,
+    clip_range_high: float | None,
+    step_weight: str,
+    kl_weight: float,
 ) -> Algorithm:
     if step_weight not in STEP_WEIGHTS:
         raise ValueError(f"step_weight is one of {', '.join(STEP_WEIGHTS)}, got {step_weight!r}; choose one of them")
@@ -93,4 +102,4 @@ def _clipped(
     def objective(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
         return ppo_clip(log_prob, old_log_prob, advantage, clip_range=clip_range, clip_range_high=clip_range_high)
 
-    return Algorithm(name, advantage, objective, clip_range, clip_range_high, STEP_WEIGHTS[step_weight])
+    return Algorithm(name, advantage, objective, clip_range, clip_range_high, STEP_WEIGHTS[step_weight], kl_weight)

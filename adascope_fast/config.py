@@ -141,6 +141,8 @@ class AlgorithmChoice(Section):
     """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1 (grpo)."""
     step_weight: Literal["none", "balanced"] = "none"
     """`balanced`: each step's advantage is divided by the sensitivity of its log-probability, |b| / std."""
+    kl_weight: PositiveOrZero = 0.0
+    """Weight (beta) of the KL from the reference policy, the model without its adapter; 0 costs no reference pass."""
 
     @model_validator(mode="after")
     def _buffer_can_fill(self) -> Self:
@@ -166,6 +168,8 @@ class SelectorChoice(Section):
     """The end: this share of the gain is still to come (adascope)."""
     persistence: Count = 2
     """Steps in a row that must agree before a start or an end counts (adascope)."""
+    mask_source: Literal["current", "previous"] = "current"
+    """`previous`: a rollout's steps come from the rollouts before it, so they are known beforehand (adascope)."""
     fraction: Share | None = None
     """Share of the steps to train (random_fraction)."""
     start: CountOrZero | None = None
@@ -207,12 +211,14 @@ class Train(Section):
     """Pictures drawn for each of them."""
     updates_per_iteration: Count = 1
     """Optimiser steps per iteration, whatever share of the steps is trained."""
+    update: Literal["replay", "one_pass"] = "replay"
+    """`one_pass`: steps are differentiated while they are sampled, which saves the update's forward passes."""
     learning_rate: Positive = 3e-4
     """AdamW learning rate."""
     rollout_batch: Count = 16
-    """Pictures denoised at once; changes memory and speed, not the result."""
-    microbatch: Count = 16
-    """(picture, step) pairs per backward pass; changes memory and speed, not the result."""
+    """Pictures denoised at once; halved where memory runs out. Changes memory and speed, not the result."""
+    microbatch: Count | None = None
+    """(picture, step) pairs per backward pass; absent: as `rollout_batch`; halved where memory runs out."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     weight_decay: PositiveOrZero = 1e-4
@@ -231,6 +237,21 @@ class Train(Section):
     """Autocast of the denoiser; log-probabilities stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
+
+
+class AccelerationChoice(Section):
+    """What makes the same computation faster; `auto` is what pays on the device at hand."""
+
+    compile: Literal["auto", "off", "regional", "full"] = "auto"
+    """torch.compile of the denoiser: its repeated blocks (regional), or the whole of it; `auto`: regional on a GPU."""
+    cuda_graphs: bool = False
+    """Compiled parts run as CUDA graphs."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout of convolutions; `auto`: on for UNets on a GPU."""
+    fused_optimizer: Literal["auto", "on", "off"] = "auto"
+    """One kernel for all parameters, which also skips an update that is not finite without asking the host."""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """`high` lets float32 matrix products use TF32 on a GPU."""
 
 
 class Evaluation(Section):
@@ -270,6 +291,7 @@ class Config(Section):
     algorithm: AlgorithmChoice = AlgorithmChoice()
     selector: SelectorChoice = SelectorChoice()
     train: Train = Train()
+    acceleration: AccelerationChoice = AccelerationChoice()
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
 
@@ -287,7 +309,22 @@ class Config(Section):
                 "grpo compares the pictures of one prompt, so train.samples_per_prompt must be at least 2, "
                 f'got {self.train.samples_per_prompt}; raise it, or set algorithm.name = "ddpo"'
             )
+        if self.train.update == "one_pass":
+            self._can_be_one_pass()
         return self
+
+    def _can_be_one_pass(self) -> None:
+        if self.train.updates_per_iteration != 1 or self.algorithm.kl_weight:
+            raise ValueError(
+                "one_pass needs train.updates_per_iteration = 1 and algorithm.kl_weight = 0, got "
+                f"{self.train.updates_per_iteration} and {self.algorithm.kl_weight}; "
+                f'set them so, or train.update = "replay"'
+            )
+        if self.selector.name == "adascope" and self.selector.mask_source != "previous":
+            raise ValueError(
+                "one_pass needs the steps before the rollout, got selector.mask_source = "
+                f'{self.selector.mask_source!r}; set it to "previous", or set train.update = "replay"'
+            )
 
     @classmethod
     def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:

@@ -12,32 +12,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from adascope_fast import ops
+from adascope_fast.acceleration import halving
 from adascope_fast.algorithms import Algorithm
 from adascope_fast.backbones.protocol import Backbone
-from adascope_fast.rollout import EncodedPrompts, predict, rollout
+from adascope_fast.one_pass import OnePass
+from adascope_fast.per_sample import PerSampleGradients
+from adascope_fast.rollout import Denoising, EncodedPrompts, predict, rollout
 from adascope_fast.schedules import Schedule
+from adascope_fast.scoring import Score, Scoring
 from adascope_fast.timesteps import TimestepSelector
 from adascope_fast.trajectory import StepBatch, Trajectory
-
-Score = Callable[[Tensor, list[str]], Float32[Tensor, " b"]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an iteration is carried out. Batches change memory and speed, never the result beyond rounding."""
+    """How an iteration is carried out. Batches change memory and speed, never the result beyond rounding.
+
+    `microbatch` None is the rollout's batch; both batches are halved where memory runs out. `update` "one_pass" saves
+    the replay's forward pass, see `adascope_fast.one_pass`.
+    """
 
     guidance_scale: float
     rollout_batch: int
-    microbatch: int
-    updates_per_iteration: int
-    max_grad_norm: float
+    microbatch: int | None = None
+    updates_per_iteration: int = 1
+    max_grad_norm: float = 1.0
+    update: Literal["replay", "one_pass"] = "replay"
 
 
 @dataclass
@@ -71,8 +78,15 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
     ) -> None:
+        if settings.update == "one_pass" and (settings.updates_per_iteration != 1 or algorithm.kl_weight):
+            raise ValueError(
+                "one_pass makes one update an iteration, without KL, got "
+                f"{settings.updates_per_iteration} updates and kl_weight = {algorithm.kl_weight}; use update = 'replay'"
+            )
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
+        self.rollout_batch = settings.rollout_batch
+        self.microbatch = settings.microbatch or settings.rollout_batch
         self._backward, self._autocast, self._progress = backward, autocast, progress
         self._parameters = backbone.trainable_parameters()
         self._seconds: dict[str, float] = {}
@@ -80,46 +94,32 @@ class Engine:
     def step(self, encoded: EncodedPrompts, prompts: list[str], *, iteration: int, seed: int) -> Report:
         """One iteration on `prompts`, one picture each (repeat one for a group). `seed` fixes all its randomness."""
         self._seconds = {}
+        is_one_pass = self.settings.update == "one_pass"
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
-        with self._part("rollout"):
-            trajectory = self._rollout(encoded, prompts, generator)
-        with self._part("reward"):
-            images = self.backbone.decode(trajectory.latents[:, -1])
-            rewards = self.score(images, prompts)
-            advantages = self.algorithm.advantage(rewards, prompts, trajectory.num_steps)
-            if self.algorithm.step_weight is not None:
-                advantages = advantages * self.algorithm.step_weight(self.schedule)
+        with Scoring(self.backbone, self.score, prompts) as scoring:
+            with self._part("rollout"):
+                keep = self._ahead(prompts, iteration) if is_one_pass else None
+                trajectory, gradients = self._rollout(encoded, prompts, generator, keep, scoring)
+            with self._part("reward"):
+                rewards = scoring.rewards()
+                advantages = self.algorithm.advantage(rewards, prompts, trajectory.num_steps)
         with self._part("sensing"):
-            keep = self.selector(trajectory, iteration)
+            chosen = self.selector(trajectory, iteration)
+            pairs = trajectory.pairs(chosen if keep is None else keep)
         with self._part("update"):
-            values = self.update(encoded, trajectory, keep, advantages, generator)
+            if gradients is None:
+                statistics = self._replay(encoded, trajectory, pairs, self._weighted(advantages), generator)
+            else:
+                statistics = self._apply(gradients, advantages, pairs)
+            values = _named(statistics, len(pairs))
         values |= {
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
-            "fraction_trained": values["pairs_trained"] / keep.numel(),
+            "fraction_trained": len(pairs) / chosen.numel(),
+            "microbatch": self.microbatch,
             "selector": self.selector.telemetry(),
         }
         return Report(values, dict(self._seconds))
-
-    def _rollout(self, encoded: EncodedPrompts, prompts: list[str], generator: torch.Generator) -> Trajectory:
-        total, done = len(prompts) * self.schedule.num_steps, 0
-
-        def on_step(num_samples: int) -> None:
-            nonlocal done
-            done += num_samples
-            self._progress("rollout", done, total)
-
-        with self._autocast():
-            return rollout(
-                self.backbone,
-                self.schedule,
-                encoded,
-                prompts,
-                guidance_scale=self.settings.guidance_scale,
-                generator=generator,
-                batch=self.settings.rollout_batch,
-                on_step=on_step,
-            )
 
     def update(
         self,
@@ -130,55 +130,106 @@ class Engine:
         generator: torch.Generator,
     ) -> dict[str, Any]:
         """The iteration's optimiser updates on the kept pairs, in an order drawn from `generator`; their statistics."""
-        num_updates = self.settings.updates_per_iteration
         pairs = trajectory.pairs(keep)
+        return _named(self._replay(encoded, trajectory, pairs, advantages, generator), len(pairs))
+
+    def log_prob(self, encoded: EncodedPrompts, micro: StepBatch) -> Float32[Tensor, " n"]:
+        """Log-probability of the pairs under the policy as it is now, differentiable in its parameters."""
+        return self._log_prob(encoded, micro, *self._outputs(encoded, micro))
+
+    def _rollout(
+        self,
+        encoded: EncodedPrompts,
+        prompts: list[str],
+        generator: torch.Generator,
+        keep: Bool[Tensor, "b t"] | None,
+        scoring: Scoring,
+    ) -> tuple[Trajectory, PerSampleGradients | None]:
+        total, start = len(prompts) * self.schedule.num_steps, generator.get_state()
+        scale = self.settings.guidance_scale
+
+        def attempt(batch: int) -> tuple[Trajectory, PerSampleGradients | None]:
+            done, advance = 0, None
+            generator.set_state(start)
+            scoring.clear()
+            if keep is not None:
+                denoising = Denoising(self.backbone, self.schedule, encoded, scale)
+                gradients = PerSampleGradients(self.backbone.denoiser, self._parameters, len(prompts))
+                advance = OnePass(denoising, keep.cpu(), self._step_weight(), gradients, self.microbatch)
+
+            def on_step(num_samples: int) -> None:
+                nonlocal done
+                done += num_samples
+                self._progress("rollout", done, total)
+
+            with self._autocast():
+                trajectory = rollout(
+                    self.backbone,
+                    self.schedule,
+                    encoded,
+                    prompts,
+                    guidance_scale=scale,
+                    generator=generator,
+                    batch=batch,
+                    advance=advance,
+                    on_step=on_step,
+                    on_batch=scoring.submit,
+                )
+            return trajectory, None if advance is None else advance.gradients
+
+        result, self.rollout_batch = halving(attempt, self.rollout_batch, "train.rollout_batch")
+        return result
+
+    def _replay(
+        self,
+        encoded: EncodedPrompts,
+        trajectory: Trajectory,
+        pairs: Int64[Tensor, "n 2"],
+        advantages: Float[Tensor, "b t"],
+        generator: torch.Generator,
+    ) -> Float[Tensor, "9"]:
+        """The updates; nothing in here waits for the device unless the optimiser cannot skip a step by itself."""
+        num_updates = self.settings.updates_per_iteration
         if len(pairs) < num_updates:
             raise ValueError(
                 f"each of the {num_updates} updates needs a (picture, step) pair, the selector kept {len(pairs)}; "
                 f"lower train.updates_per_iteration or keep more steps"
             )
         order = torch.randperm(len(pairs), generator=generator, device=pairs.device)
-        sums = torch.zeros(5, device=pairs.device)
-        deviation = torch.zeros((), device=pairs.device)
-        norms, num_skipped, done = [], 0, 0
+        sums, deviation, norms, done = [], [], [], 0
         for number, chosen in enumerate(pairs[order].tensor_split(num_updates)):
-            # The first update comes before any parameter moved, so log_prob is old_log_prob.
-            for part in chosen.split(self.settings.microbatch):
-                micro = trajectory.gather(part)
-                statistics, drift = self._accumulate(
-                    encoded, micro, advantages[part[:, 0], part[:, 1]], len(chosen), on_policy=number == 0
-                )
-                sums += statistics
-                deviation = torch.maximum(deviation, drift)
-                done += len(part)
-                self._progress("update", done, len(pairs))
-            norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm).item()
-            if norm == norm and norm != float("inf"):
-                self.optimizer.step()
-                norms.append(norm)
-            else:
-                num_skipped += 1
-            self.optimizer.zero_grad(set_to_none=True)
-        loss, approx_kl, clipfrac, rollout_drift, nonfinite = (sums / len(pairs)).tolist()
-        return {
-            "loss": loss,
-            "approx_kl": approx_kl,
-            "clipfrac": clipfrac,
-            "rollout_drift": rollout_drift,
-            "nonfinite": round(nonfinite * len(pairs)),
-            "ratio_max_deviation": deviation.item(),
-            "grad_norm": sum(norms) / len(norms) if norms else float("nan"),
-            "updates_skipped": num_skipped,
-            "pairs_trained": len(pairs),
-        }
+            before = done
+
+            def attempt(microbatch: int, chosen: Tensor = chosen, before: int = before, number: int = number) -> list:
+                nonlocal done
+                self.optimizer.zero_grad(set_to_none=True)
+                done, parts = before, []
+                for part in chosen.split(microbatch):
+                    micro, advantage = trajectory.gather(part), advantages[part[:, 0], part[:, 1]]
+                    # The first update comes before any parameter moved, so log_prob is old_log_prob.
+                    parts.append(self._accumulate(encoded, micro, advantage, len(chosen), on_policy=number == 0))
+                    done += len(part)
+                    self._progress("update", done, len(pairs))
+                return parts
+
+            parts, self.microbatch = halving(attempt, self.microbatch, "train.microbatch")
+            sums += [statistics for statistics, _ in parts]
+            deviation += [drift for _, drift in parts]
+            norms.append(self._optimizer_step())
+        return _statistics(torch.stack(sums).sum(0), torch.stack(deviation).max(), torch.stack(norms))
 
     def _accumulate(
         self, encoded: EncodedPrompts, micro: StepBatch, advantage: Tensor, divisor: int, *, on_policy: bool
-    ) -> tuple[Float32[Tensor, "5"], Float32[Tensor, ""]]:
-        """Add a microbatch's gradient; sums of (loss, approx_kl, clipfrac, drift, nonfinite), max |ratio - 1|."""
-        log_prob = self.log_prob(encoded, micro)
+    ) -> tuple[Float32[Tensor, "6"], Float32[Tensor, ""]]:
+        """Add a microbatch's gradient; sums of (loss, kl, approx_kl, clipfrac, drift, nonfinite), max |ratio - 1|."""
+        output, without = self._outputs(encoded, micro)
+        log_prob = self._log_prob(encoded, micro, output, without)
         old_log_prob = log_prob.detach() if on_policy else micro.old_log_prob
         loss, ratio = self.algorithm.objective(log_prob, old_log_prob, advantage)
+        kl = torch.zeros_like(ratio)
+        if self.algorithm.kl_weight:
+            kl = ops.gaussian_kl(self._guided(output, without), self._reference(encoded, micro), micro.coef)
+            loss = loss + self.algorithm.kl_weight * kl
         self._backward(loss.sum() / divisor)
         with torch.no_grad():
             off = (ratio - 1).abs()
@@ -187,6 +238,7 @@ class Engine:
             statistics = torch.stack(
                 [
                     loss.detach().sum(),
+                    kl.detach().sum(),
                     0.5 * (log_prob - old_log_prob).square().sum(),
                     clipped.float().sum(),
                     (log_prob - micro.old_log_prob).abs().sum(),
@@ -195,12 +247,67 @@ class Engine:
             )
             return statistics, off.max()
 
-    def log_prob(self, encoded: EncodedPrompts, micro: StepBatch) -> Float32[Tensor, " n"]:
-        """Log-probability of the pairs under the policy as it is now, differentiable in its parameters."""
+    def _apply(
+        self, gradients: PerSampleGradients, advantages: Float[Tensor, "b t"], pairs: Int64[Tensor, "n 2"]
+    ) -> Float[Tensor, "9"]:
+        """The one update of a one-pass iteration: each sample's gradient times the slope of its loss at ratio 1."""
+        log_prob = torch.zeros(len(advantages), device=advantages.device, requires_grad=True)
+        loss, _ = self.algorithm.objective(log_prob, log_prob.detach(), advantages[:, 0])
+        (slope,) = torch.autograd.grad(loss.sum(), log_prob)
+        for parameter, gradient in zip(self._parameters, gradients.weighted(slope), strict=True):
+            parameter.grad = gradient / len(pairs)
+        with torch.no_grad():
+            sample, step = pairs.unbind(1)
+            losses = loss[sample] * self._step_weight()[step]
+            zero = torch.zeros((), device=losses.device)
+            sums = torch.stack([losses.sum(), zero, zero, zero, zero, (~losses.isfinite()).float().sum()])
+        return _statistics(sums, zero, self._optimizer_step().unsqueeze(0))
+
+    def _optimizer_step(self) -> Float32[Tensor, ""]:
+        """One update with the gradient cut to its largest norm, none if that norm is not finite; the norm."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)
+        if self.optimizer.defaults.get("fused"):  # skips by itself, on the device
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif norm.isfinite():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.float()
+
+    def _ahead(self, prompts: list[str], iteration: int) -> Bool[Tensor, "b t"]:
+        keep = self.selector.ahead(prompts, self.schedule, iteration)
+        if keep is None:
+            raise ValueError(
+                "one_pass needs the steps before the rollout, and this selector decides after it; "
+                "set selector.mask_source = 'previous', or train.update = 'replay'"
+            )
+        return keep
+
+    def _step_weight(self) -> Float32[Tensor, " t"]:
+        make = self.algorithm.step_weight
+        return torch.ones_like(self.schedule.coef[:, 0]) if make is None else make(self.schedule)
+
+    def _weighted(self, advantages: Float[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+        return advantages if self.algorithm.step_weight is None else advantages * self._step_weight()
+
+    def _outputs(self, encoded: EncodedPrompts, micro: StepBatch) -> tuple[Tensor, Tensor | None]:
         scale = self.settings.guidance_scale
         with self._autocast():
-            output, without = predict(self.backbone, encoded, micro.sample, micro.timestep, micro.prompt_index, scale)
+            return predict(self.backbone, encoded, micro.sample, micro.timestep, micro.prompt_index, scale)
+
+    def _log_prob(
+        self, encoded: EncodedPrompts, micro: StepBatch, output: Tensor, without: Tensor | None
+    ) -> Float32[Tensor, " n"]:
+        scale = self.settings.guidance_scale
         return ops.guided_transition_log_prob(micro.sample, output, without, scale, micro.prev_sample, micro.coef)
+
+    def _guided(self, output: Tensor, without: Tensor | None) -> Tensor:
+        return output if without is None else without + self.settings.guidance_scale * (output - without)
+
+    @torch.no_grad()
+    def _reference(self, encoded: EncodedPrompts, micro: StepBatch) -> Tensor:
+        with self.backbone.reference_policy():
+            return self._guided(*self._outputs(encoded, micro))
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -209,3 +316,26 @@ class Engine:
         if self.schedule.coef.is_cuda:
             torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _statistics(sums: Float[Tensor, "6"], deviation: Float[Tensor, ""], norms: Float[Tensor, " u"]) -> Tensor:
+    """Everything an update tells, in one tensor, so that it is read once."""
+    good = norms.isfinite()
+    norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
+    return torch.cat([sums, torch.stack([deviation, norm, (~good).sum().float()]).to(sums)])
+
+
+def _named(statistics: Tensor, num_pairs: int) -> dict[str, Any]:
+    loss, kl, approx_kl, clipfrac, drift, nonfinite, deviation, norm, skipped = statistics.tolist()
+    return {
+        "loss": loss / num_pairs,
+        "kl": kl / num_pairs,
+        "approx_kl": approx_kl / num_pairs,
+        "clipfrac": clipfrac / num_pairs,
+        "rollout_drift": drift / num_pairs,
+        "nonfinite": round(nonfinite),
+        "ratio_max_deviation": deviation,
+        "grad_norm": norm,
+        "updates_skipped": round(skipped),
+        "pairs_trained": num_pairs,
+    }

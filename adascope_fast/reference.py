@@ -16,8 +16,6 @@ from adascope_fast.reference_correlation import correlation as correlation
 from adascope_fast.reference_correlation import correlation_from_state as correlation_from_state
 from adascope_fast.reference_correlation import correlation_lags as correlation_lags
 from adascope_fast.reference_correlation import correlation_lags_update as correlation_lags_update
-from adascope_fast.reference_correlation import correlation_lags as correlation_lags
-from adascope_fast.reference_correlation import correlation_lags_update as correlation_lags_update
 from adascope_fast.reference_correlation import correlation_update as correlation_update
 from adascope_fast.reference_policy import clipped_policy_loss as clipped_policy_loss
 from adascope_fast.reference_policy import dpok_policy_loss as dpok_policy_loss

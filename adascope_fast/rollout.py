@@ -4,11 +4,13 @@
 sample's noise does not depend on how many are denoised at once.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from adascope_fast import ops
@@ -37,6 +39,37 @@ class EncodedPrompts:
         return torch.tensor([row[prompt] for prompt in prompts], device=device)
 
 
+@dataclass
+class PromptCache:
+    """Encodes prompts, each distinct one once in the run, as long as `max_bytes` hold them."""
+
+    backbone: Backbone
+    max_bytes: int = 2**30
+    _rows: OrderedDict[str, Condition] = field(default_factory=OrderedDict, init=False, repr=False)
+    _negative: Condition | None = field(default=None, init=False, repr=False)
+
+    def __call__(self, prompts: Sequence[str]) -> EncodedPrompts:
+        """The distinct prompts in order of first appearance; the text encoder runs for the unknown ones alone."""
+        distinct = list(dict.fromkeys(prompts))
+        for prompt in distinct:  # one at a time: what is cached cannot depend on its neighbours, nor on a resume
+            if prompt not in self._rows:
+                self._rows[prompt] = self.backbone.encode([prompt])
+        if self._negative is None:
+            self._negative = self.backbone.encode([""])
+        rows = [self._rows[prompt] for prompt in distinct]
+        condition = {name: torch.cat([row[name] for row in rows]) for name in self._negative}
+        self._forget(distinct)
+        return EncodedPrompts(distinct, condition, self._negative)
+
+    def _forget(self, used: list[str]) -> None:
+        """Drop the prompts used least recently beyond `max_bytes`."""
+        for prompt in used:
+            self._rows.move_to_end(prompt)
+        size_of = sum(value.numel() * value.element_size() for value in self._rows[used[-1]].values())
+        while len(self._rows) * size_of > self.max_bytes:
+            self._rows.popitem(last=False)
+
+
 def predict(
     backbone: Backbone,
     encoded: EncodedPrompts,
@@ -55,6 +88,54 @@ def predict(
     return with_prompt, without
 
 
+class Moved(NamedTuple):
+    """Where a step took `m` samples: the next latents as stored, their log-probability, the guess of the final ones."""
+
+    prev_sample: Float[Tensor, "m *latent"]
+    log_prob: Float32[Tensor, " m"]
+    x0: Float[Tensor, "m *latent"]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """One step of some samples, without gradient: what `rollout` does unless it is told otherwise."""
+
+    backbone: Backbone
+    schedule: Schedule
+    encoded: EncodedPrompts
+    guidance_scale: float
+
+    def __call__(
+        self,
+        step: int,
+        rows: slice,
+        sample: Float[Tensor, "m *latent"],
+        noise: Float[Tensor, "m *latent"],
+        prompt_index: Int64[Tensor, " m"],
+    ) -> Moved:
+        """Step `step` of the samples `rows`."""
+        timestep, _ = self.row(step, len(sample))
+        output = predict(self.backbone, self.encoded, sample, timestep, prompt_index, self.guidance_scale)
+        return self.move(step, sample, noise, *output)
+
+    def row(self, step: int, count: int) -> tuple[Float32[Tensor, " m"], Float32[Tensor, "m 3"]]:
+        """The step's timestep and coefficients, for `count` samples."""
+        return self.schedule.timesteps[step].expand(count), self.schedule.coef[step].expand(count, 3)
+
+    def move(self, step: int, sample: Tensor, noise: Tensor, output: Tensor, without: Tensor | None) -> Moved:
+        """The step itself, from the model outputs with and without the prompt."""
+        if without is not None:
+            output = torch.lerp(without, output, self.guidance_scale)
+        _, coef = self.row(step, len(sample))
+        prev_sample, log_prob = ops.transition_step(sample, output, noise, coef)
+        x0 = self.schedule.x0_coef[step, 0] * sample + self.schedule.x0_coef[step, 1] * output
+        return Moved(prev_sample, log_prob, x0)
+
+
+Advance = Callable[[int, slice, Tensor, Tensor, Tensor], Moved]
+"""(step, rows, sample, noise, prompt_index) -> where the samples `rows` go."""
+
+
 @torch.no_grad()
 def rollout(
     backbone: Backbone,
@@ -66,7 +147,9 @@ def rollout(
     generator: torch.Generator,
     batch: int,
     initial: Float[Tensor, "b *latent"] | None = None,
+    advance: Advance | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_batch: Callable[[slice, Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample `b = len(prompts)` trajectories.
 
@@ -77,9 +160,12 @@ def rollout(
         generator: draws the initial latents and the noise of every step; on the device of the schedule.
         batch: samples denoised at once.
         initial: latents to start from in place of drawn ones.
+        advance: takes the steps; None: `Denoising`.
         on_step: called with the number of samples after each step of each batch.
+        on_batch: called with (rows, final latents) as soon as a batch is done.
     """
     device, num_steps = schedule.coef.device, schedule.num_steps
+    advance = advance or Denoising(backbone, schedule, encoded, guidance_scale)
     prompt_index = encoded.index(prompts, device)
     shape = (len(prompts), num_steps + 1, *backbone.latent_shape)
     latents = torch.randn(shape, generator=generator, device=device)
@@ -88,19 +174,12 @@ def rollout(
     x0 = torch.empty(len(prompts), num_steps, *backbone.latent_shape, device=device)
     log_prob = torch.empty(len(prompts), num_steps, device=device)
     for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        index = prompt_index[rows]
+        rows = slice(start, min(start + batch, len(prompts)))
         for step in range(num_steps):
-            sample = latents[rows, step]
-            timestep = schedule.timesteps[step].expand(len(sample))
-            output, without = predict(backbone, encoded, sample, timestep, index, guidance_scale)
-            if without is not None:
-                output = torch.lerp(without, output, guidance_scale)
-            coef = schedule.coef[step].expand(len(sample), 3)
-            latents[rows, step + 1], log_prob[rows, step] = ops.transition_step(
-                sample, output, latents[rows, step + 1], coef
-            )
-            x0[rows, step] = schedule.x0_coef[step, 0] * sample + schedule.x0_coef[step, 1] * output
+            moved = advance(step, rows, latents[rows, step], latents[rows, step + 1], prompt_index[rows])
+            latents[rows, step + 1], log_prob[rows, step], x0[rows, step] = moved
             if on_step is not None:
-                on_step(len(sample))
+                on_step(rows.stop - rows.start)
+        if on_batch is not None:
+            on_batch(rows, latents[rows, -1])
     return Trajectory(latents, x0, log_prob, schedule, list(prompts), prompt_index)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from adascope_fast.schedules import Schedule
 from adascope_fast.trajectory import Trajectory
 
 
@@ -23,6 +24,10 @@ class TimestepSelector(Protocol):
 
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
         """True where a step of a sample is to be trained, on the trajectory's device."""
+        ...
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
+        """The same choice before the rollout, on the CPU; None where it cannot be known yet."""
         ...
 
     def telemetry(self) -> dict[str, Any]:
@@ -57,22 +62,30 @@ class _Stateless:
                 f"{type(self).__name__} has no state, but is given {sorted(state)}; the checkpoint is another's"
             )
 
-    def _keep_interval(self, trajectory: Trajectory, start: int, end: int) -> Bool[Tensor, "b t"]:
-        b, t = trajectory.log_prob.shape
-        keep = torch.zeros(t, dtype=torch.bool)
+    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+        """What `ahead` says, on the trajectory's device."""
+        keep = self.ahead(trajectory.prompts, trajectory.schedule, iteration)
+        return keep.to(trajectory.log_prob.device)
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        """The steps of this iteration; they depend on nothing else."""
+        raise NotImplementedError
+
+    def _keep_interval(self, prompts: list[str], schedule: Schedule, start: int, end: int) -> Bool[Tensor, "b t"]:
+        keep = torch.zeros(schedule.num_steps, dtype=torch.bool)
         keep[start:end] = True
-        keep &= trajectory.schedule.trainable.cpu()
-        self._last = {"start": start, "end": end, "fraction": keep.sum().item() / t}
-        return on_device(keep.expand(b, t), trajectory)
+        keep &= schedule.trainable.cpu()
+        self._last = {"start": start, "end": end, "fraction": keep.sum().item() / schedule.num_steps}
+        return nonempty(keep.expand(len(prompts), -1))
 
 
 @dataclass
 class EveryStep(_Stateless):
     """All steps that have a log_prob: DDPO and every other host without AdaScope."""
 
-    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """All steps, every iteration."""
-        return self._keep_interval(trajectory, 0, trajectory.log_prob.shape[1])
+        return self._keep_interval(prompts, schedule, 0, schedule.num_steps)
 
 
 @dataclass
@@ -82,9 +95,9 @@ class StaticRange(_Stateless):
     start: int
     end: int
 
-    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """The same steps every iteration."""
-        return self._keep_interval(trajectory, *_checked(self.start, self.end, trajectory.log_prob.shape[1]))
+        return self._keep_interval(prompts, schedule, *_checked(self.start, self.end, schedule.num_steps))
 
 
 @dataclass
@@ -94,18 +107,18 @@ class RandomFraction(_Stateless):
     fraction: float
     seed: int = 0
 
-    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """Other steps for each sample and iteration; all that have a log_prob where those are too few."""
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction lies in (0, 1], but it is {self.fraction}; 1 trains every step")
-        b, t = trajectory.log_prob.shape
-        trainable = trajectory.schedule.trainable.cpu()
+        b, t = len(prompts), schedule.num_steps
+        trainable = schedule.trainable.cpu()
         num_kept = max(1, int(self.fraction * t + 1e-9))
         draw = torch.from_numpy(np.random.default_rng((self.seed, iteration)).random((b, t)))
         chosen = draw.masked_fill(~trainable, 2).argsort(1)[:, :num_kept]
         keep = torch.zeros(b, t, dtype=torch.bool).scatter_(1, chosen, True) & trainable
         self._last = {"fraction": keep.double().mean().item()}
-        return on_device(keep, trajectory)
+        return nonempty(keep)
 
 
 @dataclass
@@ -141,9 +154,9 @@ class Window(_Stateless):
             begin = min(first + self.shift * phase, last)
         return begin, min(begin + self.size, limit)
 
-    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """The window of this iteration, for every sample."""
-        return self._keep_interval(trajectory, *self.interval(trajectory.log_prob.shape[1], iteration))
+        return self._keep_interval(prompts, schedule, *self.interval(schedule.num_steps, iteration))
 
 
 @dataclass
@@ -163,18 +176,18 @@ class FastWindow(_Stateless):
         begin = _draw(self.seed, iteration, low, high - self.size)
         return begin, begin + self.size
 
-    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """One window for the whole batch of this iteration."""
-        return self._keep_interval(trajectory, *self.interval(trajectory.log_prob.shape[1], iteration))
+        return self._keep_interval(prompts, schedule, *self.interval(schedule.num_steps, iteration))
 
 
-def on_device(keep: Bool[Tensor, "b t"], trajectory: Trajectory) -> Bool[Tensor, "b t"]:
-    """`keep` where the trajectory is; an error if it keeps nothing."""
+def nonempty(keep: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """`keep` as it is; an error if it keeps nothing."""
     if not keep.any():
         raise ValueError(
             "every chosen step is deterministic (std = 0), so it has no log_prob; raise eta or noise_level"
         )
-    return keep.to(trajectory.log_prob.device)
+    return keep
 
 
 def _checked(start: int, end: int, num_steps: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from adascope_fast import backbones, checkpoint, prompts, reporting, rewards
+from adascope_fast.acceleration import Acceleration, accelerate, is_fused
 from adascope_fast.adascope import AdaScope
 from adascope_fast.algorithms import Algorithm, ddpo, grpo
 from adascope_fast.config import Config, ConfigError
@@ -28,7 +29,7 @@ from adascope_fast.engine import Engine, Settings
 from adascope_fast.evaluation import Evaluation, evaluate, interval
 from adascope_fast.progress import Progress
 from adascope_fast.reporting.images import save_grid
-from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.rollout import PromptCache
 from adascope_fast.runs import RunFolder
 from adascope_fast.timesteps import EveryStep, FastWindow, RandomFraction, StaticRange, TimestepSelector, Window
 
@@ -143,8 +144,11 @@ class Trainer:
         self.ema = backbones.Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler = config.sampler
         self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
+        acceleration = Acceleration(**config.acceleration.model_dump())
+        self.acceleration = accelerate(self.backbone.denoiser, acceleration, self.accelerator.device)
         self.optimizer = torch.optim.AdamW(
             self.backbone.trainable_parameters(),
+            fused=is_fused(acceleration),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.weight_decay,
@@ -157,13 +161,14 @@ class Trainer:
             self.algorithm,
             self.selector,
             self._score,
-            self.accelerator.prepare_optimizer(self.optimizer),
+            self.optimizer,
             Settings(
                 guidance_scale=sampler.guidance_scale,
                 rollout_batch=train.rollout_batch,
                 microbatch=train.microbatch,
                 updates_per_iteration=train.updates_per_iteration,
                 max_grad_norm=train.max_grad_norm,
+                update=train.update,
             ),
             backward=self.accelerator.backward,
             autocast=lambda: self.accelerator.autocast(),
@@ -176,12 +181,12 @@ class Trainer:
         if "before" not in folder.read("evaluation.json"):
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
+        cache = PromptCache(self.backbone)
         for iteration in range(first, train.iterations):
             started = time.perf_counter()
             batch = self._prompts_of(iteration)
-            encoded = EncodedPrompts.of(self.backbone, batch)
             report = self.engine.step(
-                encoded, batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
+                cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
             if self.ema is not None:
                 self.ema.update()
@@ -308,6 +313,7 @@ def algorithm_of(config: Config) -> Algorithm:
         "clip_range_high": settings.clip_range_high,
         "advantage_clip": settings.advantage_clip,
         "step_weight": settings.step_weight,
+        "kl_weight": settings.kl_weight,
     }
     if settings.name == "grpo":
         return grpo(**shared, scale=settings.advantage_scale)
@@ -320,7 +326,11 @@ def selector_of(config: Config) -> TimestepSelector:
     low, high = settings.start or 0, settings.end or num_steps
     makers: dict[str, Callable[[], TimestepSelector]] = {
         "adascope": lambda: AdaScope(
-            pooling=settings.pooling, kappa_s=settings.kappa, phi_e=settings.phi_end, persist=settings.persistence
+            pooling=settings.pooling,
+            kappa_s=settings.kappa,
+            phi_e=settings.phi_end,
+            persist=settings.persistence,
+            mask_source=settings.mask_source,
         ),
         "every_step": EveryStep,
         "random_fraction": lambda: RandomFraction(settings.fraction or 1.0, seed=config.run.seed),

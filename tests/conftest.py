@@ -33,7 +33,8 @@ class ToyBackbone:
         with torch.random.fork_rng():
             torch.manual_seed(5)
             layers = nn.Sequential(nn.Linear(18 + 1 + 3, 11), nn.Tanh(), nn.Linear(11, 18))
-        self.layers, self.dtype, self.num_rows = layers.to(dtype), dtype, 0
+        self.denoiser = self.layers = layers.to(dtype)
+        self.dtype, self.num_rows = dtype, 0
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         letters = [[len(prompt), prompt.count("a"), prompt.count("e")] for prompt in prompts]

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adascope_fast import schedules
-from adascope_fast.adascope import AdaScope, select_interval, theoretical_correlation, theoretical_cross_correlation
+from adascope_fast.adascope import (
+    AdaScope,
+    IntervalRule,
+    select_interval,
+    theoretical_correlation,
+    theoretical_cross_correlation,
+)
 from adascope_fast.schedules import Schedule
 from adascope_fast.sensing import latent_curves
 from adascope_fast.trajectory import Trajectory
@@ -357,3 +363,26 @@ def test_fixed_and_short_and_deterministic_steps():
     assert short.telemetry()["reasons"] == {"fallback:short": 2}
     with pytest.raises(ValueError, match="deterministic"):
         AdaScope(rule="fixed", fallback=(0.0, 0.3))(_trajectory(x0, ["a", "b"], windowed), 0)
+
+
+def test_the_previous_rollouts_decide_where_they_are_asked_to():
+    first, second = _settling(4, 40, 3, decay=0.25), _settling(4, 40, 8, decay=0.1)
+    current, previous = AdaScope(), AdaScope(mask_source="previous")
+    a, b = _trajectory(first, ["x", "x", "y", "y"]), _trajectory(second, ["y", "y", "z", "z"])
+    assert previous.ahead(a.prompts, a.schedule, 0) is not None
+    assert current.ahead(a.prompts, a.schedule, 0) is None
+    guess = previous(a, 0)
+    assert previous.telemetry()["intervals"] == [list(IntervalRule()._fallback(40, a.schedule.log_snr))] * 2
+    current(a, 0)
+    want = dict(zip(*(current.telemetry()[key] for key in ("prompts", "intervals")), strict=True))
+    ahead = previous.ahead(b.prompts, b.schedule, 1)
+    assert ahead is not None
+    assert torch.equal(previous(b, 1), ahead), "the same before and after the rollout"
+    told = dict(zip(*(previous.telemetry()[key] for key in ("prompts", "intervals")), strict=True))
+    assert told["y"] == want["y"], "a prompt seen before: its own interval"
+    mean = [sum(interval[i] for interval in want.values()) / 2 for i in (0, 1)]
+    assert told["z"] == pytest.approx(mean, abs=0.5), "a new prompt: the mean of all so far"
+    assert guess.shape == ahead.shape
+    again = AdaScope(mask_source="previous")
+    again.load_state_dict(previous.state_dict())
+    assert torch.equal(again.ahead(["z", "q"], b.schedule, 2), previous.ahead(["z", "q"], b.schedule, 2))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from adascope_fast.config import Config, ConfigError
 
-SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, train, evaluation, log"
+SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, train, acceleration, evaluation, log"
 
 
 def _error(path: Path | None, *overrides: str) -> str:
@@ -136,8 +136,7 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "train.microbatch=true",
-            "train.microbatch must be a whole number, got true (true or false); "
-            "write for example train.microbatch = 16",
+            "train.microbatch must be a whole number, got true (true or false); write for example train.microbatch = 1",
         ),
         (
             "train.learning_rate=fast",

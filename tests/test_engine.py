@@ -292,3 +292,52 @@ def test_the_denoiser_runs_within_autocast_and_backward_is_the_callers(make_toy:
     )  # fmt: skip
     engine.step(EncodedPrompts.of(toy, PROMPTS), PROMPTS, iteration=0, seed=0)
     assert (len(inside), len(differentiated)) == (2, 1)  # the rollout, and one microbatch
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_the_kl_pulls_towards_the_reference_by_its_weight(make_toy: Callable, guidance_scale: float):
+    """With no advantage the gradient is that of the KL alone; the reference is another toy's output."""
+    toy, reference = make_toy(torch.float64), make_toy(torch.float64)
+    with torch.no_grad():
+        for parameter in reference.trainable_parameters():
+            parameter.mul_(0.9)
+
+    @contextmanager
+    def reference_policy():
+        own, toy.layers = toy.layers, reference.layers
+        yield
+        toy.layers = own
+
+    toy.reference_policy = reference_policy  # type: ignore[method-assign]
+    engine = _engine(toy, _settings(guidance_scale=guidance_scale, microbatch=4))
+    engine.algorithm = replace(engine.algorithm, kl_weight=0.25)
+    keep, nothing = _ragged(), torch.zeros(B, T, dtype=torch.float64)
+    encoded, trajectory = _rollout(engine)
+    pack = trajectory.pack(keep)
+    outputs = []
+    for model in (toy, reference):
+        condition = {"text": encoded.condition["text"][pack.prompt_index]}
+        output = model.predict(pack.sample, pack.timestep, condition)
+        if guidance_scale != 1:
+            empty = {"text": encoded.negative["text"].expand(len(pack), -1)}
+            without = model.predict(pack.sample, pack.timestep, empty)
+            output = without + guidance_scale * (output - without)
+        outputs.append(output)
+    _, weight_output, std = pack.coef.double().unbind(1)
+    distance = (outputs[0] - outputs[1].detach()).square().flatten(1).mean(1)
+    kl = weight_output.square() * distance / (2 * std.square())
+    want = torch.autograd.grad(0.25 * kl.mean(), toy.trainable_parameters())
+    got = _gradient(engine, keep, nothing)
+    torch.testing.assert_close(got, torch.cat([g.flatten() for g in want]), rtol=1e-5, atol=1e-8)
+    values = engine.update(encoded, trajectory, keep, nothing, torch.Generator().manual_seed(4))
+    assert values["kl"] > 0
+
+
+def test_without_a_kl_weight_there_is_no_reference_pass(make_toy: Callable):
+    toy = make_toy()
+
+    def reference_policy():
+        raise AssertionError("the reference policy was asked for")
+
+    toy.reference_policy = reference_policy
+    _update(_engine(toy, _settings()), _ragged(), _advantages())

@@ -12,7 +12,7 @@ from torch import Tensor
 from adascope_fast import backbones
 from adascope_fast.algorithms import ddpo
 from adascope_fast.engine import Engine, Settings
-from adascope_fast.rollout import EncodedPrompts, predict, rollout
+from adascope_fast.rollout import EncodedPrompts, PromptCache, predict, rollout
 from adascope_fast.sampling import draw, initial_latents
 from adascope_fast.schedules import Schedule
 from adascope_fast.timesteps import EveryStep
@@ -194,3 +194,18 @@ def test_given_latents_are_where_the_rollout_starts_and_progress_counts_every_st
     assert torch.equal(trajectory.latents[:, 0], initial)
     assert (sum(counted), len(counted)) == (5 * 4, 3 * 4)
     assert toy.num_rows == 2 * 5 * 4, "guidance doubles the rows, nothing else does"
+
+
+def test_the_cache_encodes_each_prompt_once_and_alone(make_toy: Callable):
+    toy = make_toy()
+    encode, seen = toy.encode, []
+    toy.encode = lambda prompts: (seen.append(list(prompts)), encode(prompts))[1]
+    cache = PromptCache(toy, max_bytes=3 * 3 * 4)  # three prompts of three float32
+    for prompts in (["bb", "a", "bb"], ["a", "ee"], ["see", "a"]):
+        got, want = cache(prompts), EncodedPrompts.of(make_toy(), prompts)
+        assert got.prompts == want.prompts
+        assert torch.equal(got.condition["text"], want.condition["text"])
+        assert torch.equal(got.negative["text"], want.negative["text"])
+    assert seen == [["bb"], ["a"], [""], ["ee"], ["see"]]
+    cache(["bb", "a"])
+    assert seen[5:] == [["bb"]], "the least recently used prompt had to go, the others stayed"

@@ -17,6 +17,7 @@ class Backbone(Protocol):
 
     name: str
     latent_shape: tuple[int, int, int]
+    denoiser: nn.Module
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditioning of each prompt, one row a prompt; the empty prompt is the unconditional one."""

@@ -1,0 +1,104 @@
+"""What makes the same computation faster: compilation, memory layout, matrix precision, batches that fit.
+
+Each is a key of the configuration's `acceleration` section; "auto" turns on what pays on the device at hand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+Switch = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Which means to use. None of them may change a result beyond rounding."""
+
+    compile: Literal["auto", "off", "regional", "full"] = "auto"
+    cuda_graphs: bool = False
+    compile_backend: str = "inductor"
+    channels_last: Switch = "auto"
+    fused_optimizer: Switch = "auto"
+    matmul_precision: Literal["highest", "high"] = "highest"
+
+
+def accelerate(denoiser: nn.Module, acceleration: Acceleration, device: torch.device) -> dict[str, str]:
+    """Prepare the denoiser, in place, on its device; what was done for each key, and why, in words.
+
+    Raises:
+        ValueError: something was asked for that this device or model has not.
+    """
+    torch.set_float32_matmul_precision(acceleration.matmul_precision)
+    return {
+        "channels_last": _channels_last(denoiser, acceleration.channels_last, device),
+        "compile": _compile(denoiser, acceleration, device),
+        "fused_optimizer": "on" if is_fused(acceleration) else "off",
+        "matmul_precision": acceleration.matmul_precision,
+    }
+
+
+def is_fused(acceleration: Acceleration) -> bool:
+    """Whether the optimiser updates all parameters in one kernel; it also skips a step without asking the host."""
+    return acceleration.fused_optimizer != "off"
+
+
+def _channels_last(denoiser: nn.Module, choice: Switch, device: torch.device) -> str:
+    has_convolutions = any(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in denoiser.modules())
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and has_convolutions)):
+        return "off" if choice == "off" else "off: pays for convolutions on a GPU"
+    denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return "on"
+
+
+def _compile(denoiser: nn.Module, acceleration: Acceleration, device: torch.device) -> str:
+    choice = acceleration.compile
+    if choice == "auto":
+        if device.type != "cuda":
+            return "off: takes minutes on a CPU"
+        choice = "regional"
+    if choice == "off":
+        return "off"
+    # One graph a batch size: the rollout's, the update's, and their last ones.
+    options: dict[str, Any] = {"backend": acceleration.compile_backend, "dynamic": False}
+    if acceleration.cuda_graphs:
+        if device.type != "cuda":
+            raise ValueError(f"acceleration.cuda_graphs needs a CUDA device, got {device.type!r}; set it to false")
+        options["mode"] = "reduce-overhead"
+    if choice == "full":
+        denoiser.compile(**options)
+        return "full"
+    # diffusers names the blocks to compile, or (SD3) only those that must stay on one device: the same ones.
+    blocks = set(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())
+    found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
+    if not found:
+        raise ValueError(
+            f"regional compilation needs a model that names its repeated blocks, got {type(denoiser).__name__}; "
+            f"set acceleration.compile = 'full' or 'off'"
+        )
+    for block in found:
+        block.compile(**options)
+    return f"regional: {len(found)} blocks"
+
+
+def halving(attempt: Callable[[int], T], size: int, name: str) -> tuple[T, int]:
+    """`attempt(size)`, again with half the size as often as memory runs out; the result, and the size that did it.
+
+    Raises:
+        torch.OutOfMemoryError: a size of 1 does not fit either.
+    """
+    while True:
+        try:
+            return attempt(size), size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise torch.OutOfMemoryError(
+                    f"memory runs out even with {name} = 1; "
+                    f"set model.gradient_checkpointing = true or model.dtype = 'bfloat16'"
+                ) from error
+        # Outside the handler: the traceback holds on to the tensors of the attempt.
+        size = -(-size // 2)
+        torch.cuda.empty_cache()

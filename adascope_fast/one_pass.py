@@ -1,0 +1,77 @@
+"""Training without a replay: the kept steps are differentiated while the rollout passes through them.
+
+Axes: `b` samples, `t` steps, `m` samples of one denoiser call.
+
+At the first update after a rollout the ratio is 1, so the loss gradient is a weighted sum over samples of the gradient
+of their log-probability, and only the weight, the advantage, has to wait for the reward. The replay's forward pass is
+saved. In return the steps must be known beforehand, and an iteration makes one update. LeanGRPO calls this reweighting.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from adascope_fast import ops
+from adascope_fast.per_sample import PerSampleGradients
+from adascope_fast.rollout import Denoising, Moved, predict
+
+
+@dataclass
+class OnePass:
+    """An `advance` for `rollout` that adds up weight * d log_prob / d parameters of each sample's kept steps.
+
+    `keep` is on the CPU: which rows to differentiate is the host's decision.
+    """
+
+    denoising: Denoising
+    keep: Bool[Tensor, "b t"]
+    step_weight: Float[Tensor, " t"]
+    gradients: PerSampleGradients
+    microbatch: int
+
+    def __call__(
+        self,
+        step: int,
+        rows: slice,
+        sample: Float[Tensor, "m *latent"],
+        noise: Float[Tensor, "m *latent"],
+        prompt_index: Int64[Tensor, " m"],
+    ) -> Moved:
+        """One step of the samples `rows`: the kept ones with gradient, the others without."""
+        kept = self.keep[rows, step]
+        if not kept.any():
+            return self.denoising(step, rows, sample, noise, prompt_index)
+        if kept.all():
+            whole = torch.arange(rows.start, rows.start + len(sample), device=sample.device)
+            return self._learn(step, whole, sample, noise, prompt_index)
+        parts = []
+        for flag in (True, False):
+            index = (kept == flag).nonzero()[:, 0].to(sample.device)
+            part = sample[index], noise[index], prompt_index[index]
+            moved = self._learn(step, index + rows.start, *part) if flag else self.denoising(step, rows, *part)
+            parts.append((index, moved))
+        order = torch.cat([index for index, _ in parts]).argsort()
+        return Moved(*(torch.cat(values)[order] for values in zip(*(moved for _, moved in parts), strict=True)))
+
+    def _learn(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor) -> Moved:
+        size = self.microbatch
+        parts = [
+            self._differentiate(step, *part)
+            for part in zip(*(x.split(size) for x in (samples, sample, noise, prompt_index)), strict=True)
+        ]
+        return Moved(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _differentiate(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor) -> Moved:
+        it = self.denoising
+        timestep, coef = it.row(step, len(sample))
+        with torch.enable_grad(), self.gradients.leaves(len(sample)) as leaves:
+            output, without = predict(it.backbone, it.encoded, sample, timestep, prompt_index, it.guidance_scale)
+            moved = it.move(step, sample, noise, output.detach(), None if without is None else without.detach())
+            log_prob = ops.guided_transition_log_prob(
+                sample, output, without, it.guidance_scale, moved.prev_sample, coef
+            )
+            gradients = torch.autograd.grad(log_prob.sum() * self.step_weight[step], leaves)
+        self.gradients.add(samples, gradients)
+        return moved
