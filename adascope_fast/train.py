@@ -138,6 +138,7 @@ class Trainer:
             self._pipeline if self._pipeline is not None else config.model.name,
             **config.model.options(),
             seed=_seed(config.run.seed, "adapter"),
+            keep_reference=config.algorithm.kl_weight > 0,
         )
         self.backbone.to(self.accelerator.device)
         decay = config.model.ema_decay
