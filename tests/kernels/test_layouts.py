@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adascope_fast.kernels import step, transition
+from adascope_fast.kernels import gaussian_kl, policy_loss, step, training_step, transition
+from adascope_fast.kernels.library import NUM_THREADS
 from adascope_fast.kernels.rows import BLOCK
 
 TARGETS = {
@@ -28,6 +29,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NUM_SPLITS = 4
+SCALARS = {"guidance_scale", "kl_weight", "scale", "low", "high"}
+KERNELS = {
+    name: kernel
+    for module in (transition, step, gaussian_kl, policy_loss, training_step)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
 
 
 def _compile(kernel, target, types, **flags):
@@ -38,14 +46,15 @@ def _compile(kernel, target, types, **flags):
         name = parameter.name
         if parameter.is_constexpr:
             signature[name] = "constexpr"
-        elif name == "guidance_scale":
+        elif name in SCALARS:
             signature[name] = "fp32"
         else:
             signature[name] = f"*{types.get(name.removesuffix('_ptr'), 'fp32')}" if name.endswith("_ptr") else "i32"
             attributes[(index,)] = [["tt.divisibility", 16]]
     used = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": 4, "enable_fp_fusion": False})
+    options = {"num_warps": NUM_THREADS // TARGETS[target].warp_size, "enable_fp_fusion": False}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 NAME = r"%[\w#]+"
@@ -162,3 +171,16 @@ def test_every_log_prob_sums_one_expression_in_one_order(target, types, is_guide
         fused = r"\bfma\." if target != "gfx942" else r"\bv_(?:pk_)?(?:fma|fmac|mac)_f32"
         if "moments" not in name:
             assert not re.search(fused, kernel.asm["ptx" if target != "gfx942" else "amdgcn"])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_are_addressed_in_64_bits(name):
+    """A row number is widened before anything is multiplied by it: 100,000 rows of 65,536 elements pass 2^31."""
+    flags = [
+        parameter.name for parameter in KERNELS[name].params if parameter.name.startswith(("IS_", "HAS_", "NEEDS_"))
+    ]
+    compiled = _compile(KERNELS[name], "sm_90", _types("bf16", "bf16", "bf16"), ROWS=64, **dict.fromkeys(flags, True))
+    (row,) = re.findall(rf"({NAME}) = tt.get_program_id x", compiled.asm["ttir"])
+    uses = [line for line in compiled.asm["ttir"].splitlines() if re.search(rf"{row}(?![\w#])", line)]
+    assert len(uses) >= 2
+    assert all("tt.get_program_id x" in line or "arith.extsi" in line for line in uses), uses

@@ -97,7 +97,7 @@ def _training(output, uncond):
     choices: dict[str, Any] = {"output_uncond": uncond, "guidance_scale": 2.5, "ref_output": REF, "kl_weight": WEIGHTS}
     fused, stats = ops.transition_policy_loss(*rows, clip_range=0.1, **choices)
     losses = (log_prob, error, ppo, dpok, fused, ops.gaussian_kl(output, REF, COEF))
-    return [sum(losses).sum(), *stats.values()]
+    return [torch.stack(losses).sum(), *stats.values()]
 
 
 def _direct(output, uncond):

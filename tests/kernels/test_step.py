@@ -32,16 +32,18 @@ def _random(n, d, dtype=torch.float32):
 @pytest.mark.parametrize(("n", "d"), [(0, 5), (1, 1), (3, 220), (1, 8209)])
 def test_step_equals_the_reference_and_its_ratio_is_exactly_one(n, d, is_guided, dtype, kind):
     rows, _, _, guidance = _random(n, d, dtype)
-    guidance["output_uncond"] = guidance["output_uncond"] if is_guided else None
+    uncond = guidance["output_uncond"] if is_guided else None
+    guidance["output_uncond"] = uncond
     prev_sample, old_log_prob = step.transition_step(*rows, **guidance, kind=kind)
     want, _ = reference.transition_step(*rows, **guidance)
     assert prev_sample.dtype == dtype
     torch.testing.assert_close(prev_sample, want, rtol=RTOL[dtype], atol=1e-6)
     sample, output, _, coef = rows
-    policy = (sample, output, guidance["output_uncond"], GUIDANCE, prev_sample, coef)
+    policy = (sample, output, uncond, GUIDANCE, prev_sample, coef)
     log_prob = transition.guided_transition_log_prob(*policy, kind=kind)
     assert torch.equal(log_prob, old_log_prob)
-    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in policy]
+    uncond = None if uncond is None else uncond.double()
+    exact = (sample.double(), output.double(), uncond, GUIDANCE, prev_sample.double(), coef.double())
     want = reference.guided_transition_log_prob(*exact, kind=kind)
     torch.testing.assert_close(old_log_prob.double(), want, rtol=5e-6, atol=1e-6)
 

@@ -29,7 +29,7 @@ def _random(n, d, dtype=torch.float32):
     return *latents, 0.2 + torch.rand(n, 3, generator=generator)
 
 
-def _run(operation, sample, output, uncond, prev_sample, coef, weight, kind="gaussian") -> tuple[Any, Any, Any]:
+def _run(operation, sample, output, uncond, prev_sample, coef, weight, *, kind="gaussian") -> tuple[Any, Any, Any]:
     """Value, and the gradient in both outputs of a weighted sum of the rows."""
     output = output.detach().clone().requires_grad_()
     uncond = None if uncond is None else uncond.detach().clone().requires_grad_()
@@ -40,9 +40,9 @@ def _run(operation, sample, output, uncond, prev_sample, coef, weight, kind="gau
 
 def _assert_equals_reference(sample, output, uncond, prev_sample, coef, kind="gaussian"):
     weight = torch.linspace(-1, 2, len(coef))
-    got = _run(transition.guided_transition_log_prob, sample, output, uncond, prev_sample, coef, weight, kind)
+    got = _run(transition.guided_transition_log_prob, sample, output, uncond, prev_sample, coef, weight, kind=kind)
     double = [None if x is None else x.double() for x in (sample, output, uncond, prev_sample, coef, weight)]
-    want = _run(reference.guided_transition_log_prob, *double, kind)
+    want = _run(reference.guided_transition_log_prob, *double, kind=kind)
     torch.testing.assert_close(got[0].double(), want[0], rtol=VALUE_RTOL, atol=1e-6)
     for result, exact, model in zip(got[1:], want[1:], (output, uncond), strict=True):
         if model is not None:
