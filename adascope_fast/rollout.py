@@ -124,11 +124,10 @@ class Denoising:
 
     def move(self, step: int, sample: Tensor, noise: Tensor, output: Tensor, without: Tensor | None) -> Moved:
         """The step itself, from the model outputs with and without the prompt."""
-        if without is not None:
-            output = torch.lerp(without, output, self.guidance_scale)
         _, coef = self.row(step, len(sample))
-        prev_sample, log_prob = ops.transition_step(sample, output, noise, coef)
-        x0 = self.schedule.x0_coef[step, 0] * sample + self.schedule.x0_coef[step, 1] * output
+        x0_coef = self.schedule.x0_coef[step].expand(len(sample), 2)
+        guidance = {"output_uncond": without, "guidance_scale": self.guidance_scale}
+        prev_sample, log_prob, x0, _ = ops.transition_step_with_x0(sample, output, noise, coef, x0_coef, **guidance)
         return Moved(prev_sample, log_prob, x0)
 
 
