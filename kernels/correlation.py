@@ -3,7 +3,7 @@
 """Pearson correlation of each row of x with the same row of y, or of several earlier latents; at once or streamed.
 
 Bytes moved a row of d elements, e bytes an element: 2 d e read, once; for k lags (k + 1) d e instead of 2 k d e, as a
-block of x stays in registers for up to 6 of them. Launches: 2, and one more for every further 6 lags. No gradient.
+block of x stays in registers for up to 4 of them. Launches: 2, and one more for every further 4 lags. No gradient.
 
 Each block of a row is centred on its own mean while it is in registers, then merged (Chan et al.): no second pass over
 memory, and no E[xy] - E[x] E[y], which loses everything to an offset. All merges run in index order. Means are kept
@@ -22,7 +22,7 @@ from .rows import BLOCK, NUM_STAGES, aligned, cdiv, check, load, split
 
 DEGENERATE = tl.constexpr(1e-12)
 FINISH_ROWS = 64
-MAX_LAGS = 6
+MAX_LAGS = 4
 
 
 @triton.jit
