@@ -14,7 +14,7 @@ RTOL = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
 def _mean(key):
-    return [case for case in VECTORS[key] if case["reduce"] == "mean" and case["scheme"] != "cps_unnormalised"]
+    return [case for case in VECTORS[key] if case["reduce"] == "mean"]
 
 
 def _close(got, want, dtype, name):
@@ -38,7 +38,8 @@ def test_log_prob_equals_the_known_answers(case, dtype):
     sample, output, prev_sample = (torch.tensor([case[name]], dtype=dtype) for name in ("x", "model_output", "y"))
     coef = torch.tensor([[case["a_x"], case["b_m"], case["std"]]], dtype=dtype)
     output.requires_grad_()
-    log_prob = reference.transition_log_prob(sample, output, prev_sample, coef)
+    kind = "squared_error" if case.get("scheme") == "cps_unnormalised" else "gaussian"
+    log_prob = reference.transition_log_prob(sample, output, prev_sample, coef, kind=kind)
     log_prob.sum().backward()
     _close(log_prob.detach(), [case["logp"]], dtype, "log_prob")
     _close(output.grad, [case["dlogp_dm"]], dtype, "gradient")
@@ -198,6 +199,36 @@ def test_deterministic_step_is_its_mean_and_has_no_log_prob():
     prev_sample, log_prob = reference.transition_step(sample, output, noise, coef)
     torch.testing.assert_close(prev_sample[1], coef[1, 0] * sample[1] + coef[1, 1] * output[1])
     assert log_prob.isnan().tolist() == [False, True, False]
+    _, log_prob = reference.transition_step(sample, output, noise, coef, kind="squared_error")
+    assert log_prob[1].item() == pytest.approx(0, abs=1e-12)
+    assert log_prob[0].item() == pytest.approx(-(coef[0, 2] * noise[0]).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", VECTORS["x0_prediction"], ids=lambda case: case["pred"])
+def test_x0_of_a_step_equals_the_known_answers(case):
+    x0_coef = {
+        "epsilon": (2**0.5, -1.0),  # (x - sqrt(1 - 0.5) m) / sqrt(0.5)
+        "v_prediction": (0.5**0.5, -(0.5**0.5)),
+        "flow": (1.0, -0.5),
+    }[case["pred"]]
+    sample, output = (torch.tensor([case[name]], dtype=torch.float64) for name in "xm")
+    rows = (sample, output, torch.zeros_like(sample), torch.tensor([[0.9, -0.1, 0.3]]))
+    *step, x0, moments = reference.transition_step_with_x0(*rows, torch.tensor([x0_coef], dtype=torch.float64))
+    assert moments is None
+    _close(x0, [case["x0"]], torch.float64, "x0")
+    for got, want in zip(step, reference.transition_step(*rows), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_moments_of_a_step_are_of_x0_as_stored():
+    sample, output, noise, prev_x0, coef = _random(3, 40)
+    rows = (sample.bfloat16(), output, noise, coef, torch.tensor([[1.5, -0.5]]).expand(3, 2))
+    _, _, x0, moments = reference.transition_step_with_x0(*rows, prev_x0=prev_x0)
+    assert x0.dtype == torch.bfloat16
+    assert moments is not None
+    assert torch.equal(reference.correlation_from_state(moments), reference.correlation(x0, prev_x0))
+    with pytest.raises(ValueError, match=r"x0_coef must be \[3, 2\]"):
+        reference.transition_step_with_x0(*rows[:4], coef)
 
 
 @pytest.mark.parametrize("d", [1, 7, 1000, 4096, 4097, 4 * 64 * 64, 40001, 16 * 64 * 64])
