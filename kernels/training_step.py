@@ -1,13 +1,10 @@
 # ruff: noqa: N803 -- compile-time constants are upper case, as Triton writes them
 # pyright: reportGeneralTypeIssues=false
-"""A whole training step of a row: guidance, log-probability, ratio, clipped loss, KL, and the gradient in the outputs.
+"""The loss of a whole training step of a row: guidance, log-probability, ratio, clip and KL; differentiable.
 
 Bytes moved a row of d elements, e bytes an element: the loss reads 3 d e (4 d e with guidance), and d e more if a
-reference output is given; the gradient reads the same and writes d e (2 d e with guidance).
-Nothing of size d is kept between the two. Launches: 2 forward and 1 backward, or 2 for both (`transition_policy_grad`).
-
-The direct entry needs no launch in between: each program of the gradient derives its row's slope, dloss / dlog_prob,
-from the row's at most 16 partial sums, and the first program of a row writes its loss and statistics.
+reference output is given; the gradient reads the same and writes d e (2 d e with guidance). Nothing of size d is kept
+between the two: the gradient needs one slope a row, dloss / dlog_prob. Launches: 2 forward, 1 backward.
 """
 
 import torch
@@ -135,31 +132,6 @@ def policy_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def policy_grad_kernel(
-    grad_output_ptr, grad_uncond_ptr, loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, old_log_prob_ptr,
-    advantage_ptr, kl_weights_ptr, scales_ptr, sample_ptr, output_ptr, uncond_ptr, prev_ptr, ref_ptr, coef_ptr, n, d,
-    sample_stride, output_stride, uncond_stride, prev_stride, ref_stride, guidance_scale, low, high, kl_weight, scale,
-    IS_GUIDED: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr,
-    HAS_SCALES: tl.constexpr, IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient; from the first program of each row, its loss and statistics too."""
-    row = tl.program_id(0).to(tl.int64)
-    mask = row < n
-    kl_weight = weight_of(kl_weight, kl_weights_ptr, row, mask, HAS_KL_WEIGHTS)
-    slope = slope_of(
-        loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, mask,
-        tl.program_id(1) == 0, n, d, low, high, kl_weight, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, NUM_SPLITS,
-    )  # fmt: skip
-    store_policy_gradients(
-        grad_output_ptr, grad_uncond_ptr, weight_of(scale, scales_ptr, row, mask, HAS_SCALES), slope, kl_weight,
-        sample_ptr, output_ptr, uncond_ptr, prev_ptr, ref_ptr, coef_ptr, d, sample_stride, output_stride,
-        uncond_stride, prev_stride, ref_stride, guidance_scale,
-        IS_GUIDED, IS_GUIDED, HAS_PENALTY, IS_GAUSSIAN, BLOCK,
-    )  # fmt: skip
-
-
 def _policy_loss(
     sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float, prev_sample: Tensor,
     ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor,
@@ -173,7 +145,7 @@ def _policy_loss(
     loss, statistics, slope = coef.new_empty(n), coef.new_empty(len(STATISTICS), n), coef.new_empty(n)
     launch(
         policy_loss_kernel, (cdiv(n, FINISH_ROWS),), loss, statistics, slope, *partials, coef, old_log_prob, advantage,
-        _row_weights(kl_weights, coef), n, d, low, high, kl_weight, HAS_REF=ref_output is not None,
+        row_weights(kl_weights, coef), n, d, low, high, kl_weight, HAS_REF=ref_output is not None,
         HAS_PENALTY=kl_weight != 0, HAS_KL_WEIGHTS=kl_weights is not None, IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian,
         NUM_SPLITS=num_splits, ROWS=FINISH_ROWS,
     )  # fmt: skip
@@ -193,44 +165,19 @@ def _policy_loss_backward(
     latents, strides = zip(*(aligned(x) for x in (sample, output, uncond, prev_sample, ref)), strict=True)
     launch(
         policy_backward_kernel, (n, cdiv(d, BLOCK)), grad_output, grad_uncond, vector(grad), vector(slope),
-        _row_weights(kl_weights, coef), *latents, coef, n, d, *strides, guidance_scale, kl_weight,
+        row_weights(kl_weights, coef), *latents, coef, n, d, *strides, guidance_scale, kl_weight,
         IS_GUIDED=output_uncond is not None, NEEDS_UNCOND=needs_uncond, HAS_PENALTY=kl_weight != 0,
         HAS_KL_WEIGHTS=kl_weights is not None, IS_GAUSSIAN=is_gaussian, BLOCK=BLOCK,
     )  # fmt: skip
     return grad_output, grad_uncond
 
 
-def _policy_grad(
-    sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float, prev_sample: Tensor,
-    ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor,
-    advantage: Tensor, low: float, high: float, is_ppo: bool, is_gaussian: bool, scale: float, scales: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    coef, is_guided = vector(coef), output_uncond is not None
-    partials = residual_square(sample, output, output_uncond, guidance_scale, prev_sample, ref_output, coef)
-    (n, num_splits), d = partials[0].shape, sample.shape[1:].numel()
-    check_vectors(log_prob=coef[:, 0], old_log_prob=old_log_prob, advantage=advantage)
-    old_log_prob, advantage = vector(old_log_prob), vector(advantage)
-    loss, statistics = coef.new_empty(n), coef.new_empty(len(STATISTICS), n)
-    grad_output, grad_uncond = gradients(output, output_uncond, is_guided)
-    uncond = output if output_uncond is None else output_uncond
-    ref = output if ref_output is None else ref_output
-    latents, strides = zip(*(aligned(x) for x in (sample, output, uncond, prev_sample, ref)), strict=True)
-    launch(
-        policy_grad_kernel, (n, cdiv(d, BLOCK)), grad_output, grad_uncond, loss, statistics, *partials, old_log_prob,
-        advantage, _row_weights(kl_weights, coef), _row_weights(scales, coef), *latents, coef, n, d, *strides,
-        guidance_scale, low, high, kl_weight, scale, IS_GUIDED=is_guided, HAS_REF=ref_output is not None,
-        HAS_PENALTY=kl_weight != 0, HAS_KL_WEIGHTS=kl_weights is not None, HAS_SCALES=scales is not None,
-        IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian, NUM_SPLITS=num_splits, BLOCK=BLOCK,
-    )  # fmt: skip
-    return loss, statistics, grad_output, grad_uncond
-
-
-def _row_weights(weights: Tensor | None, coef: Tensor) -> Tensor:
+def row_weights(weights: Tensor | None, coef: Tensor) -> Tensor:
     """A weight a row; without one, memory that the kernel does not read."""
     return coef if weights is None else vector(weights)
 
 
-def _split_weight(name: str, weight: float | Tensor, n: int) -> tuple[float, Tensor | None]:
+def split_weight(name: str, weight: float | Tensor, n: int) -> tuple[float, Tensor | None]:
     """The two factors of a weight: one number, and one for each row."""
     if not isinstance(weight, Tensor):
         return weight, None
@@ -239,7 +186,8 @@ def _split_weight(name: str, weight: float | Tensor, n: int) -> tuple[float, Ten
     return 1.0, weight
 
 
-def _new_losses(sample: Tensor) -> tuple[Tensor, Tensor]:
+def new_losses(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the loss and the statistics."""
     n = len(sample)
     return sample.new_empty(n, dtype=torch.float32), sample.new_empty(len(STATISTICS), n, dtype=torch.float32)
 
@@ -249,7 +197,7 @@ policy_loss_op = register(
     "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor old_log_prob, "
     "Tensor advantage, float low, float high, bool is_ppo, bool is_gaussian) -> (Tensor, Tensor, Tensor)",
     _policy_loss,
-    lambda sample, *_: (*_new_losses(sample), sample.new_empty(len(sample), dtype=torch.float32)),
+    lambda sample, *_: (*new_losses(sample), sample.new_empty(len(sample), dtype=torch.float32)),
 )
 policy_loss_backward_op = register(
     "transition_policy_loss_backward(Tensor grad, Tensor slope, Tensor sample, Tensor output, Tensor? output_uncond, "
@@ -257,17 +205,6 @@ policy_loss_backward_op = register(
     "bool is_gaussian, bool needs_uncond) -> (Tensor, Tensor)",
     _policy_loss_backward,
     lambda grad, slope, sample, output, output_uncond, *rest: gradients(output, output_uncond, needs_uncond=rest[-1]),
-)
-policy_grad_op = register(
-    "transition_policy_grad(Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, "
-    "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor old_log_prob, "
-    "Tensor advantage, float low, float high, bool is_ppo, bool is_gaussian, float scale, Tensor? scales) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _policy_grad,
-    lambda sample, output, output_uncond, *_: (
-        *_new_losses(sample),
-        *gradients(output, output_uncond, needs_uncond=output_uncond is not None),
-    ),
 )
 
 
@@ -316,48 +253,18 @@ def transition_policy_loss(
     kind: str = "gaussian",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`reference.transition_policy_loss`."""
-    penalty = _penalty(kl_weight, ref_output, len(sample))
     loss, statistics, _ = _PolicyLoss.apply(  # pyright: ignore
-        sample, output, output_uncond, guidance_scale, prev_sample, ref_output, *penalty, coef, old_log_prob,
-        advantage, *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind),
+        sample, output, output_uncond, guidance_scale, prev_sample, ref_output,
+        *penalty(kl_weight, ref_output, len(sample)), coef, old_log_prob, advantage,
+        *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind),
     )  # fmt: skip
     return loss, dict(zip(STATISTICS, statistics, strict=True))
 
 
-def transition_policy_grad(
-    sample: Tensor,
-    output: Tensor,
-    prev_sample: Tensor,
-    coef: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    *,
-    clip_range: float,
-    clip_range_high: float | None = None,
-    output_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    ref_output: Tensor | None = None,
-    kl_weight: float | Tensor = 0.0,
-    clip: str = "ppo",
-    kind: str = "gaussian",
-    scale: float | Tensor = 1.0,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """`reference.transition_policy_grad`."""
-    n = len(sample)
-    with torch.no_grad():
-        loss, statistics, grad_output, grad_uncond = policy_grad_op(
-            sample, output, output_uncond, guidance_scale, prev_sample, ref_output,
-            *_penalty(kl_weight, ref_output, n), coef, old_log_prob, advantage,
-            *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind),
-            *_split_weight("scale", scale, n),
-        )  # fmt: skip
-    stats = dict(zip(STATISTICS, statistics, strict=True))
-    return loss, stats, grad_output, None if output_uncond is None else grad_uncond
-
-
-def _penalty(kl_weight: float | Tensor, ref_output: Tensor | None, n: int) -> tuple[float, Tensor | None]:
+def penalty(kl_weight: float | Tensor, ref_output: Tensor | None, n: int) -> tuple[float, Tensor | None]:
+    """The two factors of the KL's weight; a ValueError if there is a weight and nothing to weigh."""
     if ref_output is None and (isinstance(kl_weight, Tensor) or kl_weight != 0):
         raise ValueError(
             f"kl_weight = {kl_weight} needs ref_output, the reference policy's output; pass it or set kl_weight = 0"
         )
-    return _split_weight("kl_weight", kl_weight, n)
+    return split_weight("kl_weight", kl_weight, n)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adascope_fast.kernels import gaussian_kl, policy_loss, step, training_step, transition
+from adascope_fast.kernels import gaussian_kl, policy_loss, step, training_gradient, training_step, transition
 from adascope_fast.kernels.library import NUM_THREADS
 from adascope_fast.kernels.rows import BLOCK
 
@@ -32,7 +32,7 @@ NUM_SPLITS = 4
 SCALARS = {"guidance_scale", "kl_weight", "scale", "low", "high"}
 KERNELS = {
     name: kernel
-    for module in (transition, step, gaussian_kl, policy_loss, training_step)
+    for module in (transition, step, gaussian_kl, policy_loss, training_step, training_gradient)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }

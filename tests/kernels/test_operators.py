@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run here under TRITON_INTERPRET=1 alone", allow_module_level=True)
 
 from adascope_fast import ops
-from adascope_fast.kernels import correlation, gaussian_kl, policy_loss, step, training_step, transition
+from adascope_fast.kernels import gaussian_kl, policy_loss, step, training_gradient, training_step, transition
 
 GENERATOR = torch.Generator().manual_seed(3)
 SAMPLE, OUTPUT, UNCOND, PREV, REF, NOISE, X0 = torch.randn(7, 2, 12, generator=GENERATOR).unbind(0)
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Any, list[tuple]]] = {
         ],
     ),
     "transition_policy_grad": (
-        training_step.policy_grad_op,
+        training_gradient.policy_grad_op,
         [(*POLICY, 1.0, WEIGHTS), (*PLAIN, 0.5, None)],
     ),
     "gaussian_kl": (gaussian_kl.kl_op, [(OUTPUT, REF, COEF)]),
@@ -127,7 +127,7 @@ def _compute(operator, arguments, monkeypatch):
     """(kernels that the operator launches, PyTorch operators that it calls and that would launch more)."""
     monkeypatch.undo()  # poisoning fresh memory is a launch too
     launched, called = [], []
-    for module in (transition, step, gaussian_kl, policy_loss, training_step, correlation):
+    for module in (transition, step, gaussian_kl, policy_loss, training_step, training_gradient):
         monkeypatch.setattr(module, "launch", lambda kernel, grid, *_, **__: launched.append(kernel.__name__))
 
     class Recorder(TorchDispatchMode):
@@ -148,7 +148,7 @@ LAUNCHERS = {
     policy_loss.clipped_op: policy_loss._clipped,
     training_step.policy_loss_op: training_step._policy_loss,
     training_step.policy_loss_backward_op: training_step._policy_loss_backward,
-    training_step.policy_grad_op: training_step._policy_grad,
+    training_gradient.policy_grad_op: training_gradient._policy_grad,
     gaussian_kl.kl_op: gaussian_kl._kl,
     gaussian_kl.kl_backward_op: gaussian_kl._kl_backward,
 }
@@ -176,6 +176,6 @@ def test_number_of_launches(name, monkeypatch):
 
 def test_an_empty_batch_launches_nothing():
     empty = [x[:0] for x in (SAMPLE, OUTPUT, PREV, COEF, OLD, ADVANTAGE)]
-    loss, stats, grad_output, _ = training_step.transition_policy_grad(*empty, clip_range=0.1)
+    loss, stats, grad_output, _ = training_gradient.transition_policy_grad(*empty, clip_range=0.1)
     assert loss.shape == stats["nonfinite"].shape == (0,)
     assert grad_output.shape == (0, 12)

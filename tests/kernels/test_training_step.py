@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run here under TRITON_INTERPRET=1 alone", allow_module_level=True)
 
 from adascope_fast import reference
-from adascope_fast.kernels import step, training_step
+from adascope_fast.kernels import step, training_gradient, training_step
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())
 # A gradient is stored in the dtype of the output, and the interpreter truncates to bfloat16 where a GPU rounds.
@@ -111,7 +111,7 @@ def test_statistics_are_named_alike_and_carry_no_gradient():
 def _grad(latents, coef, old_log_prob, advantage, **choices) -> Any:
     """(loss, statistics, the gradients of both outputs), from the direct entry."""
     sample, output, uncond, prev_sample, ref_output = latents
-    return training_step.transition_policy_grad(
+    return training_gradient.transition_policy_grad(
         sample, output, prev_sample, coef, old_log_prob, advantage, clip_range=0.1, clip_range_high=0.2,
         output_uncond=uncond, guidance_scale=GUIDANCE, ref_output=ref_output, **choices,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def test_direct_gradient_equals_the_reference(scale):
         "kl_weight": torch.tensor([0.1, 0.0, 2.0]),
     }
     results = []
-    for module, dtype in ((training_step, torch.float32), (reference, torch.float64)):
+    for module, dtype in ((training_gradient, torch.float32), (reference, torch.float64)):
         latents = [x.to(dtype) for x in (sample, output, prev_sample, *rows)]
         others = {"output_uncond": uncond.to(dtype), "ref_output": ref_output.to(dtype)}
         results.append(module.transition_policy_grad(*latents, **others, **choices, scale=scale))
@@ -155,7 +155,7 @@ def test_direct_gradient_equals_the_reference(scale):
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-5)
     for got, exact in zip(gradients, exact_gradients, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=5e-6 * exact.abs().max().item())
-    alone = training_step.transition_policy_grad(sample, output, prev_sample, *rows, clip_range=0.1, scale=scale)
+    alone = training_gradient.transition_policy_grad(sample, output, prev_sample, *rows, clip_range=0.1, scale=scale)
     assert alone[3] is None
 
 
@@ -184,7 +184,7 @@ def test_first_update_after_a_rollout_sees_a_ratio_of_exactly_one(dtype, kind):
     prev_sample, old_log_prob = step.transition_step(sample, output, noise, coef, **guidance)
     rows = (sample, output, prev_sample, coef, old_log_prob, advantage)
     _, stats = training_step.transition_policy_loss(*rows, clip_range=1e-4, ref_output=ref_output, **guidance)
-    _, direct, *_ = training_step.transition_policy_grad(*rows, clip_range=1e-4, **guidance)
+    _, direct, *_ = training_gradient.transition_policy_grad(*rows, clip_range=1e-4, **guidance)
     for found in (stats, direct):
         assert torch.equal(found["log_prob"], old_log_prob)
         assert found["ratio"].tolist() == [1.0] * 3
@@ -271,4 +271,4 @@ def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"kl_weight must be a number or \[3\], one for each row, not \[1\]"):
         training_step.transition_policy_loss(*rows, clip_range=0.1, ref_output=output, kl_weight=torch.ones(1))
     with pytest.raises(ValueError, match=r"scale must be a number or \[3\], one for each row, not \[\]"):
-        training_step.transition_policy_grad(*rows, clip_range=0.1, scale=torch.tensor(1.0))
+        training_gradient.transition_policy_grad(*rows, clip_range=0.1, scale=torch.tensor(1.0))
