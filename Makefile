@@ -7,8 +7,11 @@ READY := .venv/.installed-dev
 TRL_READY := .venv-trl/.installed
 OFFLINE := HF_HUB_OFFLINE=1
 TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
+# What `bench` and `gpu` run on: .venv, or PYTHON where the command line names it.
+MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
+MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-all lint types bench bench-cpu gpu wheel
+.PHONY: quickstart test test-all lint types bench bench-quickstart bench-cpu gpu wheel
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -40,8 +43,13 @@ lint: $(READY)
 types: $(READY)
 	$(VENV)/pyright
 
-bench: $(READY)
-	$(OFFLINE) $(VENV)/python bench/quickstart.py
+# Time and traffic of each operation, on a GPU if there is one. `make bench PYTHON=python3` uses that Python as it is.
+bench: $(MEASURE_READY)
+	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels.py $(ARGS)
+
+# The quickstart and its control that trains every step, over three seeds.
+bench-quickstart: $(READY)
+	$(OFFLINE) $(VENV)/python bench/quickstart.py $(ARGS)
 
 # TRL's last release with a DDPOTrainer needs transformers 4, so it has an environment of its own, with the same torch.
 $(TRL_READY): $(READY)
@@ -54,10 +62,10 @@ $(TRL_READY): $(READY)
 bench-cpu: $(TRL_READY)
 	$(OFFLINE) $(VENV)/python bench/end_to_end.py --device cpu --sweep --out bench/results/end_to_end_cpu.json
 
-gpu: $(READY)
-	@if $(VENV)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then $(TEST) -m gpu; \
-	else echo "no GPU is present: the GPU tests were not run"; fi
+# GPU tests, the table of kernels and the end-to-end comparison, under nine minutes; says so where there is no GPU.
+# `make gpu PYTHON=python3` uses that Python as it is and installs nothing.
+gpu: $(MEASURE_READY)
+	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/gpu.py
 
 # Build the wheel (through the sdist, so that both are tried), install it in a clean environment, and use it from outside the checkout.
 wheel: $(READY)

@@ -1,0 +1,155 @@
+"""One timing of one operation, shape, number of rows, type and provider: what `bench/kernels.py` hands to pytest.
+
+`benchmark` (pytest-benchmark) times the host: the call without waiting for the device. On a GPU the device is timed by
+events around a replayed graph, behind a write that flushes the L2 cache; so neither the host nor a warm cache shows.
+Everything else goes to `extra_info`. On a CPU "kernels, host only" runs our operators with the launches left out.
+"""
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kernel_operations import OPERATIONS, Operation, Outputs, first_rows, inputs
+from torch import Tensor
+
+from adascope_fast import ops, reference
+
+SETTINGS = json.loads(os.environ["KERNEL_BENCH"])
+DEVICE = SETTINGS["device"]
+IS_GPU = DEVICE == "cuda"
+CHECKED_ROWS = 8
+FLUSH_BYTES = 256 << 20
+BYTES_NEEDED = 120  # an element, by the reference in float32 with its intermediates, and by the checks
+CASES = [
+    pytest.param(operation, shape, n, dtype, provider, id=f"{operation.function}-{shape}-{n}-{dtype}-{provider}")
+    for dtype in SETTINGS["dtypes"]
+    for shape in SETTINGS["shapes"]
+    for n in SETTINGS["rows"]
+    for operation in OPERATIONS
+    if operation.name in SETTINGS["operations"]
+    for provider in SETTINGS["providers"]
+]
+
+
+@pytest.fixture(autouse=True)
+def in_time() -> None:
+    if time.time() > SETTINGS["deadline"]:
+        pytest.skip("the time allowed had passed")
+
+
+@pytest.mark.parametrize(("operation", "shape", "n", "dtype", "provider"), CASES)
+def test_kernel(benchmark: Any, operation: Operation, shape: str, n: int, dtype: str, provider: str) -> None:
+    size = tuple(map(int, shape.split("x")))
+    num_elements = n * math.prod(size)
+    if IS_GPU and num_elements * BYTES_NEEDED > torch.cuda.mem_get_info()[0]:
+        pytest.skip("it would not fit in memory")
+    data = inputs(n, size, getattr(torch, dtype), DEVICE)
+    call, context = provided(operation, provider, data)
+    info = benchmark.extra_info
+    label = provider if IS_GPU or provider == "eager" else f"{provider}, host only"
+    info |= {"operation": operation.name, "shape": shape, "rows": n, "dtype": dtype, "provider": label}
+    info["bytes_moved"] = operation.num_latents * num_elements * data.sample.element_size()
+    synchronize = torch.cuda.synchronize if IS_GPU else None
+    rounds = SETTINGS["rounds"]
+    with context:
+        outputs = call()
+        if IS_GPU or provider != "kernels":
+            info["error"] = relative_error(operation, data, outputs)
+        if IS_GPU:
+            del outputs
+            info |= device_facts(call)
+        benchmark.pedantic(call, setup=synchronize, rounds=rounds, iterations=1, warmup_rounds=3)
+
+
+def provided(operation: Operation, provider: str, data: SimpleNamespace) -> tuple[Callable[[], Outputs], Any]:
+    """The call to time, and the context to time it in."""
+    if provider == "eager":
+        return lambda: operation.call(reference, data), nullcontext()
+    if provider == "compile":
+        torch.compiler.reset()
+        name = operation.compiled_function or operation.function
+        compiled = SimpleNamespace(**{name: torch.compile(getattr(reference, name), dynamic=False)})
+        call = operation.compiled_call or operation.call
+        return lambda: call(compiled, data), nullcontext()
+    if IS_GPU:
+        return lambda: operation.call(ops, data), ops.strict()
+    from launches import kernels_for_cpu, recorded
+
+    kernels = kernels_for_cpu()
+    return lambda: operation.call(kernels, data), recorded()
+
+
+def relative_error(operation: Operation, data: SimpleNamespace, outputs: Outputs) -> float:
+    """The largest difference from float64 over the first rows, as a share of the largest exact number."""
+    rows = first_rows(data, CHECKED_ROWS)
+    got = tuple(x[:CHECKED_ROWS].detach() for x in outputs)
+    errors = [
+        ((x.double() - exact).abs().max() / exact.abs().max()).item()
+        for x, exact in zip(got, operation.exact(rows, got), strict=True)
+    ]
+    return max(errors)
+
+
+def device_facts(call: Callable[[], Any]) -> dict[str, Any]:
+    """Microseconds on the device, launches, and the memory that a call needs beyond its inputs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"peak_memory_mb": round(peak / 2**20, 2), "launches": launches_of(call), **device_us(call)}
+
+
+def launches_of(call: Callable[[], Any]) -> int | None:
+    """Kernels, copies and fills that a call starts; None where the profiler sees no device."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    events = profiled.events() or []
+    return sum(event.device_type == DeviceType.CUDA for event in events) or None
+
+
+def device_us(call: Callable[[], Any]) -> dict[str, Any]:
+    """Median time of a replayed graph of the call with a cold L2 cache; without a graph where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, timed_by = torch.cuda.CUDAGraph(), "graph"
+    run: Callable[[], Any] = graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        run, timed_by = call, "events"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+    return {"device_us": statistics.median(timed(run, flush)), "timed_by": timed_by}
+
+
+def timed(run: Callable[[], Any], flush: Tensor) -> Iterator[float]:
+    """Microseconds of each run, behind a flush long enough for the host to get ahead."""
+    pairs = []
+    for _ in range(SETTINGS["rounds"]):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return (1000 * start.elapsed_time(end) for start, end in pairs)
