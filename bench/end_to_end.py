@@ -87,7 +87,8 @@ def ladder(batch: int, *, is_gpu: bool) -> list[Variant]:
             ("CUDA graphs", {"acceleration": {"cuda_graphs": True}}),
         ]
     config: dict[str, dict[str, Any]] = {
-        "acceleration": {"compile": "off", "channels_last": "off", "fused_optimizer": "off"}
+        "train": {"microbatch": batch},
+        "acceleration": {"compile": "off", "channels_last": "off", "fused_optimizer": "off"},
     }
     rows = [_ours("ladder_0", "ours with none of these", config)]
     for label, changes in features:
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[variant.name for variant in VARIANTS], help="rows to measure")
     parser.add_argument("--repeats", type=int, help="timed iterations of each variant; default 3, on CUDA 5")
     parser.add_argument("--num-steps", type=int, help="denoising steps; default 50, sd35m 10")
-    parser.add_argument("--batch", type=int, help="pictures of an iteration; default 8, on the CPU 4")
+    parser.add_argument("--batch", type=int, help="pictures of an iteration; default 8")
     parser.add_argument("--sweep", action="store_true", help="update time against the fraction of steps trained")
     parser.add_argument("--ladder", action="store_true", help="our features one at a time")
     parser.add_argument("--quick", action="store_true", help="two repeats, 20 steps: minutes on a GPU")
@@ -248,23 +249,20 @@ def run_sweep(processes: list[Worker], setting: Setting, prompts: Iterator[list[
     it = next((it for it in processes if it.variant.name == "ours_every_step" and not it.note), None)
     if it is None:
         return None
-    clock, num_steps = _clock(setting), setting.num_steps
+    num_steps, answers = setting.num_steps, []
     sizes = sorted({max(1, round(fraction * num_steps)) for fraction in SWEEP})
-    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    keeps = [[(num_steps - size) // 2, (num_steps - size) // 2 + size] for size in sizes]
     for _ in range(repeats):
-        batch = next(prompts)
-        for size in sizes:
-            first = (num_steps - size) // 2
-            answer = it.ask("run", prompts=batch, keep=[first, first + size])
-            if not answer:
-                return {"note": it.note}
-            seconds[size].append(answer[clock]["update"])
-    fractions, medians = [size / num_steps for size in sizes], [median(seconds[size]) for size in sizes]
+        answers.append(it.ask("sweep", prompts=next(prompts), keeps=keeps))
+        if it.note:
+            return {"note": it.note}
+    fractions, kind = [size / num_steps for size in sizes], _clock(setting)
+    medians = [median(values) for values in zip(*(answer[kind] for answer in answers), strict=True)]
     return {
         "fractions": fractions,
         "update_s": medians,
-        "clock": clock,
-        "all_update_s": list(seconds.values()),
+        "clock": kind,
+        "repeats": answers,
         "fit": report.fit_through_origin(fractions, medians),
     }
 
@@ -296,7 +294,7 @@ def _setting(name: str, chosen: argparse.Namespace, work: Path) -> Setting:
         num_steps=chosen.num_steps or (10 if is_flow else 20 if chosen.quick else 50),
         guidance_scale=4.5 if is_flow else 5.0,
         noise=0.7 if is_flow else 1.0,
-        batch=chosen.batch or (8 if is_gpu else 4),
+        batch=chosen.batch or 8,
         dtype="bfloat16" if is_gpu else "float32",
         device=chosen.device,
         threads=8 if is_gpu else 1,

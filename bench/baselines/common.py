@@ -6,6 +6,7 @@ ready, and then one JSON line for each JSON line on its standard input:
     {"op": "run", "prompts": [...], "keep": [start, end] or null}      one iteration, timed
     {"op": "count", ...}                                              one iteration, its GPU launches and host syncs
     {"op": "flops"}                                                   FLOPs of one (picture, step), where it knows them
+    {"op": "sweep", "prompts": [...], "keeps": [[start, end], ...]}   one rollout, then an update for each interval
 
 Imports torch and the standard library alone, so that it also runs in TRL's environment.
 """
@@ -101,6 +102,10 @@ class Variant:
         """FLOPs of one (picture, step), guidance included: `forward`, and `forward_backward`."""
         raise NotBuiltError("FLOPs are counted in the eager loop")
 
+    def sweep(self, prompts: list[str], keeps: list[list[int]]) -> list[Clock]:
+        """One rollout, then an update on each interval of steps: part "update" of a clock for each."""
+        raise NotBuiltError("the sweep is ours alone")
+
     def tokens(self, prompt: str) -> list[int]:
         """What the text encoder is given for a prompt."""
         raise NotImplementedError
@@ -135,6 +140,9 @@ def serve(variant: type[Variant]) -> None:
 def _obey(it: Variant, request: dict[str, Any]) -> dict[str, Any]:
     if request["op"] == "flops":
         return it.flops()
+    if request["op"] == "sweep":
+        clocks = it.sweep(request["prompts"], request["keeps"])
+        return {kind: [getattr(clock, kind[:-2])["update"] for clock in clocks] for kind in ("wall_s", "cpu_s")}
     prompts, keep = request["prompts"], request.get("keep")
     work = count if request["op"] == "count" else measure
     return work(it, prompts, None if keep is None else (keep[0], keep[1]))

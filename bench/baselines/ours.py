@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine import Engine
-from adascope_fast.rollout import PromptCache
+from adascope_fast.rollout import PromptCache, rollout
 from adascope_fast.timesteps import EveryStep, StaticRange
 from adascope_fast.train import Trainer
 
@@ -41,6 +41,28 @@ class Ours(Variant):
             "rollout_drift": values.get("rollout_drift"),
         }
 
+    def sweep(self, prompts: list[str], keeps: list[list[int]]) -> list[Clock]:
+        """One rollout, then `Engine.update` on each interval."""
+        engine, setting, clocks = self.engine, self.setting, []
+        encoded, generator = self.encode(prompts), torch.Generator(setting.device).manual_seed(setting.seed)
+        trajectory = rollout(
+            self.backbone,
+            engine.schedule,
+            encoded,
+            prompts,
+            guidance_scale=setting.guidance_scale,
+            generator=generator,
+            batch=setting.batch,
+        )
+        for start, end in keeps:
+            keep = torch.zeros_like(trajectory.log_prob, dtype=torch.bool)
+            keep[:, start:end] = True
+            advantages = torch.randn(trajectory.log_prob.shape, generator=generator, device=setting.device)
+            clocks.append(Clock(setting.device))
+            with clocks[-1]("update"):
+                engine.update(encoded, trajectory, keep, advantages, generator)
+        return clocks
+
     def tokens(self, prompt: str) -> list[int]:
         """Padded to the model's length."""
         tokenizer = self.backbone.pipeline.tokenizer
@@ -59,7 +81,8 @@ def configuration(setting: Setting) -> Config:
             "prompts_per_iteration": setting.batch,
             "samples_per_prompt": 1,
             "rollout_batch": setting.batch,
-            "microbatch": setting.batch,
+            # On the CPU a forward of several timesteps is the faster; a GPU is busy with one.
+            "microbatch": setting.batch * (1 if setting.device == "cuda" else 4),
             "learning_rate": setting.learning_rate,
             "max_grad_norm": setting.max_grad_norm,
             "mixed_precision": "bf16" if setting.dtype == "bfloat16" else "no",
