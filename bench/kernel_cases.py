@@ -59,10 +59,12 @@ def test_kernel(benchmark: Any, operation: Operation, shape: str, n: int, dtype:
     info["bytes_moved"] = operation.num_latents * num_elements * data.sample.element_size()
     synchronize = torch.cuda.synchronize if IS_GPU else None
     rounds = SETTINGS["rounds"]
-    with context:
+    with context as launches:
         outputs = call()
         if IS_GPU or provider != "kernels":
             info["error"] = relative_error(operation, data, outputs)
+        else:
+            info["launches"] = len(launches)
         if IS_GPU:
             del outputs
             info |= device_facts(call)

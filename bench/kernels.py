@@ -118,8 +118,8 @@ def table(result: Row) -> str:
     """Markdown: one line for each operation, shape, rows and type, the providers side by side."""
     rows = [row for row in result["rows"] if "host_us" in row]
     has_gpu = result["gpu"] is not None
-    on_gpu = {"device_us": "device us", "launches": "launches", "copy_share": "copy share", "peak_memory_mb": "peak MB"}
-    columns = {"host_us": "host us"} | (on_gpu if has_gpu else {}) | {"error": "error"}
+    on_gpu = {"device_us": "device us", "copy_share": "copy share", "peak_memory_mb": "peak MB"}
+    columns = {"host_us": "host us", "launches": "launches"} | (on_gpu if has_gpu else {}) | {"error": "error"}
     lines = [
         f"| operation | latents | rows | type | provider | {' | '.join(columns.values())} |",
         "|---" * (5 + len(columns)) + "|",

@@ -84,6 +84,7 @@ def test_a_run_on_the_cpu_measures_the_reference_and_the_host_alone(tmp_path: Pa
         assert "device_us" not in row
         assert ("error" in row) == (row["provider"] == "eager")
         assert row.get("error", 0) < 1e-5
+    assert [row.get("launches") for row in rows] == [None, 2, None, 3]
     assert [row["bytes_moved"] for row in rows] == [5 * 2 * 30 * 4] * 2 + [7 * 2 * 30 * 4] * 2
     result = kernels.facts("cpu") | {"rows": rows, "notes": [kernels.CPU_NOTE], "dtypes": ["float32"]}
     shown = kernels.table(result)
