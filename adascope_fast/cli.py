@@ -84,13 +84,13 @@ def train(
     _print(result, config)
 
 
-def _configured(arguments: list[str]) -> Config:
+def _configured(arguments: list[str], command: str = "train") -> Config:
     is_file = bool(arguments) and "=" not in arguments[0]
     if not is_file:
         raise ConfigError(
-            "train needs a configuration file first, got "
+            f"{command} needs a configuration file first, got "
             + (repr(arguments[0]) if arguments else "nothing")
-            + "; for example: adascope-fast train configs/quickstart.toml train.iterations=5"
+            + f"; for example: adascope-fast {command} configs/quickstart.toml train.iterations=5"
         )
     return Config.load(Path(arguments[0]), arguments[1:])
 
@@ -197,6 +197,21 @@ def pretrain(
 
     denoisers.pretrain(name, target, work)
     print(target)
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG.toml [section.field=value]...", help="A configuration, then what to change."),
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s your GPU sustains, for seconds.")] = None,
+) -> None:
+    """Say what a training would cost: parameters, operations, memory. No weights are read."""
+    config = _configured(arguments or [], "plan")
+    from adascope_fast.plan import plan as plan_of
+
+    print(plan_of(config).table(tflops))
 
 
 @app.command()

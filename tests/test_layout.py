@@ -78,6 +78,8 @@ BELOW: dict[str, set[str]] = {
     "runs": {"checkpoint", "config"},
     "sampling": {"backbones", "checkpoint", "config", "rollout"},
     "export": {"config", "sampling"},
+    "metering": set(),
+    "plan": {"backbones", "config", "metering"},
     "train": _TRAIN,
     "pretraining": {"backbones", "checkpoint", "prompts", "rewards"},
 }

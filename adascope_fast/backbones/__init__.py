@@ -6,7 +6,7 @@ One file a family, imported when a model of it is loaded.
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -35,6 +35,29 @@ def check(name: str, *, base: str | None = None, revision: str | None = None) ->
     source = locate(name, base=base, revision=revision)
     family = family_of(source.class_name)
     family.refuse(source.json(f"{family.denoiser_name}/config.json"))
+
+
+def outline(
+    name: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    quantize: str = "none",
+    device: str = "meta",
+    **options: Any,
+) -> PipelineBackbone:
+    """The model from its JSON files alone, for measurements; its other arguments are those of `load`.
+
+    On the meta device it has shapes and no numbers, on any other random weights; it has no tokenizers, so it cannot
+    encode, and its weights are not quantised.
+    """
+    from adascope_fast.backbones.outlining import outline as outline_of
+
+    found = locate(name, base=base, revision=revision)
+    family = family_of(found.class_name)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return _silenced(outline_of(found, family, Options(**options), wanted, device))
 
 
 def load(
@@ -98,8 +121,12 @@ def load(
     family = family_of(found.class_name)
     family.refuse(found.json(f"{family.denoiser_name}/config.json"))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    backbone = family(found.open(family.denoiser_name, wanted, quantize), source, options)
-    if source == "scenes-flow":
+    return _silenced(family(found.open(family.denoiser_name, wanted, quantize), source, options))
+
+
+def _silenced(backbone: PipelineBackbone) -> PipelineBackbone:
+    """The T5 of `scenes-flow` says nothing, which its backbone makes use of."""
+    if backbone.name == "scenes-flow":
         backbone.is_t5_silent = True  # type: ignore[attr-defined]
     return backbone
 

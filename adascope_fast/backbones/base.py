@@ -18,7 +18,8 @@ from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
 from adascope_fast.schedules import Schedule
 from adascope_fast.trajectory import Condition
 
-SAMPLING_MAX_BATCH = 64
+DECODED_AT_ONCE = 64
+DECODED_PIXELS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,19 @@ class PipelineBackbone:
         """Pictures [n, 3, h, w] in [0, 1], float32."""
         config = self.vae.config
         scaled = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(SAMPLING_MAX_BATCH)]
+        parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(self.num_decoded_at_once())]
         return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+
+    def num_decoded_at_once(self) -> int:
+        """Pictures that the VAE decodes in one go: a large one takes gigabytes."""
+        return max(1, min(DECODED_AT_ONCE, DECODED_PIXELS_AT_ONCE // self.resolution**2))
+
+    def condition_shape(self) -> dict[str, tuple[int, ...]]:
+        """Shape of a prompt's row of each tensor that `encode` gives."""
+        raise NotImplementedError
+
+    def _num_clip_tokens(self) -> int:
+        return self._text_encoders()[0].config.max_position_embeddings
 
     def _encode(self, prompts: list[str]) -> Condition:
         raise NotImplementedError

@@ -51,9 +51,17 @@ class Flux(FlowTransformer):
     def _schedule(self, num_steps: int, **options) -> Schedule:
         return super()._schedule(num_steps, sigmas=np.linspace(1.0, 1 / num_steps, num_steps), **options)
 
+    def condition_shape(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        tokens = (self._num_t5_tokens(), config.joint_attention_dim)
+        return {"text": tokens, "pooled": (config.pooled_projection_dim,)}
+
+    def _num_t5_tokens(self) -> int:
+        return self.options.max_sequence_length or 512
+
     def _encode(self, prompts: list[str]) -> Condition:
         text, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self.device, max_sequence_length=self.options.max_sequence_length or 512
+            prompts, None, device=self.device, max_sequence_length=self._num_t5_tokens()
         )
         return {"text": text, "pooled": pooled}
 

@@ -47,6 +47,9 @@ class DenoisingUNet(PipelineBackbone):
 class StableDiffusion(DenoisingUNet):
     """`StableDiffusionPipeline`; the embedded `scenes` is one in small."""
 
+    def condition_shape(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (self._num_clip_tokens(), self.denoiser.config.cross_attention_dim)}
+
     def _encode(self, prompts: list[str]) -> Condition:
         text, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
         return {"text": text}

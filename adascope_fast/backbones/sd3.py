@@ -62,6 +62,14 @@ class StableDiffusion3(FlowTransformer):
             )
         return shape
 
+    def condition_shape(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        tokens = self._num_clip_tokens() + self._num_t5_tokens()
+        return {"text": (tokens, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
+    def _num_t5_tokens(self) -> int:
+        return self.options.max_sequence_length or (1 if self.is_t5_silent else 256)
+
     def _encode(self, prompts: list[str]) -> Condition:
         text, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,
@@ -69,7 +77,7 @@ class StableDiffusion3(FlowTransformer):
             [""] * len(prompts) if self.is_t5_silent else None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.options.max_sequence_length or (1 if self.is_t5_silent else 256),
+            max_sequence_length=self._num_t5_tokens(),
         )
         return {"text": text, "pooled": pooled}
 

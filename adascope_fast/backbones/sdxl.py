@@ -10,6 +10,11 @@ from adascope_fast.trajectory import Condition
 class StableDiffusionXL(DenoisingUNet):
     """`StableDiffusionXLPipeline` without a refiner; pictures are uncropped and of the size that they are drawn in."""
 
+    def condition_shape(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"text": (self._num_clip_tokens(), config.cross_attention_dim), "pooled": (pooled,), "time_ids": (6,)}
+
     def _encode(self, prompts: list[str]) -> Condition:
         text, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
         if self.pipeline.config.force_zeros_for_empty_prompt:

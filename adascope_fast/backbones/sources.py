@@ -61,7 +61,7 @@ class Source:
     def open(self, denoiser: str, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
         """Load it; `denoiser` is the name of the component that `quantize` is for."""
         options: dict[str, Any] = {"dtype": dtype, "revision": self.revision}
-        with _quiet():
+        with quiet():
             try:
                 if quantize != "none":
                     options["quantization_config"] = quantization(denoiser, dtype, quantize)
@@ -181,7 +181,7 @@ def _not_there(name: str, place: str, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bars, and no remarks about image processors that are not used."""
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     for library in (diffusers_logging, transformers_logging):
