@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -113,3 +114,16 @@ def test_a_model_that_cannot_be_trained_is_one_line(tiny, tmp_path: Path):
     (line,) = err.splitlines()
     assert "schnell) is refused for RL: it is distilled to draw in 1 to 4 steps" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_printed_without_weights_and_a_missing_model_is_one_line(tiny, tmp_path: Path):
+    folder = tmp_path / "no_weights"
+    shutil.copytree(tiny("sdxl"), folder, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    code, out, err = _call("plan", TINY, f"model.name={folder}", "train.microbatch=2", "--tflops", "1")
+    assert code == 0, err
+    assert out.startswith(f"{folder}: StableDiffusionXL, 16 pixels, 4 pictures x 6 steps, guidance 1\n")
+    assert "GiB at microbatch 2  <- as configured" in out
+    code, out, err = _call("plan", TINY, "model.name=someone/missing")
+    assert (code, out) == (2, "")
+    assert "hf download someone/missing" in err
+    assert "plan needs a configuration file first" in _call("plan")[2]
