@@ -23,6 +23,7 @@ class Acceleration:
     compile_backend: str = "inductor"
     channels_last: Switch = "auto"
     fused_optimizer: Switch = "auto"
+    fold_adapter: Switch = "auto"
     matmul_precision: Literal["highest", "high"] = "highest"
 
 
@@ -37,6 +38,7 @@ def accelerate(denoiser: nn.Module, acceleration: Acceleration, device: torch.de
         "channels_last": _channels_last(denoiser, acceleration.channels_last, device),
         "compile": _compile(denoiser, acceleration, device),
         "fused_optimizer": "on" if is_fused(acceleration) else "off",
+        "fold_adapter": "on" if folds(acceleration) else "off",
         "matmul_precision": acceleration.matmul_precision,
     }
 
@@ -44,6 +46,11 @@ def accelerate(denoiser: nn.Module, acceleration: Acceleration, device: torch.de
 def is_fused(acceleration: Acceleration) -> bool:
     """Whether the optimiser updates all parameters in one kernel; it also skips a step without asking the host."""
     return acceleration.fused_optimizer != "off"
+
+
+def folds(acceleration: Acceleration) -> bool:
+    """Whether the rollout runs on weights that have the adapter in them, see `backbones.folding`."""
+    return acceleration.fold_adapter == "on" or (acceleration.fold_adapter == "auto" and not acceleration.cuda_graphs)
 
 
 def _channels_last(denoiser: nn.Module, choice: Switch, device: torch.device) -> str:

@@ -5,11 +5,13 @@ The engine knows neither: a new algorithm is a new function here, made of parts 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from adascope_fast import ops
 from adascope_fast.advantages import Advantage, GroupRelative, PerPromptTracker
 from adascope_fast.objectives import ppo_clip
 from adascope_fast.schedules import Schedule
@@ -26,6 +28,8 @@ class Algorithm:
 
     `step_weight` turns a schedule into weights [t] that multiply the advantages; None leaves every step its own.
     `kl_weight` (beta) adds that many times the KL of each step from the reference policy; 0 costs no reference pass.
+    `clip` names the fused operation that computes this objective, "ppo" or "dpok"; None: there is none, and the
+    objective is differentiated as it stands.
     """
 
     name: str
@@ -35,6 +39,46 @@ class Algorithm:
     clip_range_high: float | None = None
     step_weight: Callable[[Schedule], Float32[Tensor, " t"]] | None = None
     kl_weight: float = 0.0
+    clip: Literal["ppo", "dpok"] | None = None
+
+    def training_step(
+        self,
+        sample: Float[Tensor, "n *latent"],
+        output: Float[Tensor, "n *latent"],
+        prev_sample: Float[Tensor, "n *latent"],
+        coef: Float32[Tensor, "n 3"],
+        old_log_prob: Float32[Tensor, " n"] | None,
+        advantage: Float[Tensor, " n"],
+        *,
+        output_uncond: Float[Tensor, "n *latent"] | None,
+        guidance_scale: float,
+        ref_output: Float[Tensor, "n *latent"] | None,
+        scale: float,
+    ) -> tuple[Float[Tensor, " n"], dict[str, Tensor], Tensor, Tensor | None]:
+        """Loss, statistics and gradients in the model outputs, as `ops.transition_policy_grad`."""
+        shared: dict[str, Any] = {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
+        shared |= {"output_uncond": output_uncond, "guidance_scale": guidance_scale, "ref_output": ref_output}
+        rows = (sample, output, prev_sample, coef, old_log_prob, advantage)
+        if self.clip is not None:
+            return ops.transition_policy_grad(
+                *rows,
+                **shared,
+                kl_weight=self.kl_weight,
+                clip=self.clip,
+                scale=scale,
+            )
+        outputs = [value.detach().requires_grad_() for value in (output, output_uncond) if value is not None]
+        with torch.enable_grad():
+            shared["output_uncond"] = outputs[1] if len(outputs) == 2 else None
+            rows = (sample, outputs[0], prev_sample, coef, old_log_prob, torch.zeros_like(advantage))
+            penalty, stats = ops.transition_policy_loss(*rows, **shared, kl_weight=self.kl_weight)
+            log_prob = ops.guided_transition_log_prob(
+                sample, outputs[0], shared["output_uncond"], guidance_scale, prev_sample, coef
+            )
+            old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
+            loss = self.objective(log_prob, old_log_prob, advantage)[0] + penalty
+            gradients = torch.autograd.grad(loss.sum() * scale, outputs)
+        return loss.detach(), stats, gradients[0], gradients[1] if len(gradients) == 2 else None
 
 
 def balanced(schedule: Schedule) -> Float32[Tensor, " t"]:
@@ -102,4 +146,6 @@ def _clipped(
     def objective(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
         return ppo_clip(log_prob, old_log_prob, advantage, clip_range=clip_range, clip_range_high=clip_range_high)
 
-    return Algorithm(name, advantage, objective, clip_range, clip_range_high, STEP_WEIGHTS[step_weight], kl_weight)
+    return Algorithm(
+        name, advantage, objective, clip_range, clip_range_high, STEP_WEIGHTS[step_weight], kl_weight, "ppo"
+    )

@@ -218,7 +218,7 @@ class Train(Section):
     rollout_batch: Count = 16
     """Pictures denoised at once; halved where memory runs out. Changes memory and speed, not the result."""
     microbatch: Count | None = None
-    """(picture, step) pairs per backward pass; absent: as `rollout_batch`; halved where memory runs out."""
+    """(picture, step) pairs per backward pass; absent: `rollout_batch` or more; halved where memory runs out."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     weight_decay: PositiveOrZero = 1e-4
@@ -250,6 +250,8 @@ class AccelerationChoice(Section):
     """Memory layout of convolutions; `auto`: on for UNets on a GPU."""
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
     """One kernel for all parameters, which also skips an update that is not finite without asking the host."""
+    fold_adapter: Literal["auto", "on", "off"] = "auto"
+    """LoRA is added to float32 base weights while nothing is differentiated; `auto`: on, but for CUDA graphs."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """`high` lets float32 matrix products use TF32 on a GPU."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adascope_fast import ops
 from adascope_fast.acceleration import halving
 from adascope_fast.algorithms import Algorithm
+from adascope_fast.backbones.folding import Folding
 from adascope_fast.backbones.protocol import Backbone
 from adascope_fast.one_pass import OnePass
 from adascope_fast.per_sample import PerSampleGradients
@@ -29,14 +30,19 @@ from adascope_fast.schedules import Schedule
 from adascope_fast.scoring import Score, Scoring
 from adascope_fast.timesteps import TimestepSelector
 from adascope_fast.trajectory import StepBatch, Trajectory
+from adascope_fast.update_statistics import UpdateStatistics
+
+ROWS_THAT_PAY = 64
+"""Rows of a training forward up to which more of them are cheaper each (a quarter on a CPU, from 16 to 64)."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How an iteration is carried out. Batches change memory and speed, never the result beyond rounding.
 
-    `microbatch` None is the rollout's batch; both batches are halved where memory runs out. `update` "one_pass" saves
-    the replay's forward pass, see `adascope_fast.one_pass`.
+    `microbatch` None is the rollout's batch, or what makes 64 rows of a forward if that is more; both batches are
+    halved where memory runs out. `update` "one_pass" saves the replay's forward pass, see `adascope_fast.one_pass`;
+    `fold_adapter` adds LoRA to float32 base weights while nothing is differentiated.
     """
 
     guidance_scale: float
@@ -45,6 +51,7 @@ class Settings:
     updates_per_iteration: int = 1
     max_grad_norm: float = 1.0
     update: Literal["replay", "one_pass"] = "replay"
+    fold_adapter: bool = False
 
 
 @dataclass
@@ -59,7 +66,6 @@ class Engine:
     """Trains `backbone` on `score` with `algorithm`, at the steps that `selector` keeps.
 
     Args:
-        backward: how a loss is differentiated; accelerate's `backward` for mixed precision.
         autocast: context in which the denoiser runs.
         progress: called with (part, done, total) as an iteration advances.
     """
@@ -74,7 +80,6 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         settings: Settings,
         *,
-        backward: Callable[[Tensor], None] = torch.Tensor.backward,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
     ) -> None:
@@ -86,8 +91,9 @@ class Engine:
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
         self.rollout_batch = settings.rollout_batch
-        self.microbatch = settings.microbatch or settings.rollout_batch
-        self._backward, self._autocast, self._progress = backward, autocast, progress
+        copies = 1 if settings.guidance_scale == 1 else 2
+        self.microbatch = settings.microbatch or max(settings.rollout_batch, ROWS_THAT_PAY // copies)
+        self._autocast, self._progress = autocast, progress
         self._parameters = backbone.trainable_parameters()
         self._seconds: dict[str, float] = {}
 
@@ -111,7 +117,7 @@ class Engine:
                 statistics = self._replay(encoded, trajectory, pairs, self._weighted(advantages), generator)
             else:
                 statistics = self._apply(gradients, advantages, pairs)
-            values = _named(statistics, len(pairs))
+            values = statistics.read(len(pairs))
         values |= {
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
@@ -131,11 +137,13 @@ class Engine:
     ) -> dict[str, Any]:
         """The iteration's optimiser updates on the kept pairs, in an order drawn from `generator`; their statistics."""
         pairs = trajectory.pairs(keep)
-        return _named(self._replay(encoded, trajectory, pairs, advantages, generator), len(pairs))
+        return self._replay(encoded, trajectory, pairs, advantages, generator).read(len(pairs))
 
     def log_prob(self, encoded: EncodedPrompts, micro: StepBatch) -> Float32[Tensor, " n"]:
         """Log-probability of the pairs under the policy as it is now, differentiable in its parameters."""
-        return self._log_prob(encoded, micro, *self._outputs(encoded, micro))
+        output, without = self._outputs(encoded, micro)
+        scale = self.settings.guidance_scale
+        return ops.guided_transition_log_prob(micro.sample, output, without, scale, micro.prev_sample, micro.coef)
 
     def _rollout(
         self,
@@ -147,6 +155,7 @@ class Engine:
     ) -> tuple[Trajectory, PerSampleGradients | None]:
         total, start = len(prompts) * self.schedule.num_steps, generator.get_state()
         scale = self.settings.guidance_scale
+        folding = Folding(self.backbone.denoiser) if self.settings.fold_adapter else None
 
         def attempt(batch: int) -> tuple[Trajectory, PerSampleGradients | None]:
             done, advance = 0, None
@@ -155,14 +164,14 @@ class Engine:
             if keep is not None:
                 denoising = Denoising(self.backbone, self.schedule, encoded, scale)
                 gradients = PerSampleGradients(self.backbone.denoiser, self._parameters, len(prompts))
-                advance = OnePass(denoising, keep.cpu(), self._step_weight(), gradients, self.microbatch)
+                advance = OnePass(denoising, keep.cpu(), self._step_weight(), gradients, self.microbatch, folding)
 
             def on_step(num_samples: int) -> None:
                 nonlocal done
                 done += num_samples
                 self._progress("rollout", done, total)
 
-            with self._autocast():
+            with self._autocast(), folding or nullcontext():
                 trajectory = rollout(
                     self.backbone,
                     self.schedule,
@@ -187,7 +196,7 @@ class Engine:
         pairs: Int64[Tensor, "n 2"],
         advantages: Float[Tensor, "b t"],
         generator: torch.Generator,
-    ) -> Float[Tensor, "9"]:
+    ) -> UpdateStatistics:
         """The updates; nothing in here waits for the device unless the optimiser cannot skip a step by itself."""
         num_updates = self.settings.updates_per_iteration
         if len(pairs) < num_updates:
@@ -196,7 +205,7 @@ class Engine:
                 f"lower train.updates_per_iteration or keep more steps"
             )
         order = torch.randperm(len(pairs), generator=generator, device=pairs.device)
-        sums, deviation, norms, done = [], [], [], 0
+        statistics, done = UpdateStatistics(), 0
         for number, chosen in enumerate(pairs[order].tensor_split(num_updates)):
             before = done
 
@@ -204,7 +213,7 @@ class Engine:
                 nonlocal done
                 self.optimizer.zero_grad(set_to_none=True)
                 done, parts = before, []
-                for part in chosen.split(microbatch):
+                for part in chosen.tensor_split(-(-len(chosen) // microbatch)):  # of equal size, or one less
                     micro, advantage = trajectory.gather(part), advantages[part[:, 0], part[:, 1]]
                     # The first update comes before any parameter moved, so log_prob is old_log_prob.
                     parts.append(self._accumulate(encoded, micro, advantage, len(chosen), on_policy=number == 0))
@@ -213,55 +222,44 @@ class Engine:
                 return parts
 
             parts, self.microbatch = halving(attempt, self.microbatch, "train.microbatch")
-            sums += [statistics for statistics, _ in parts]
-            deviation += [drift for _, drift in parts]
-            norms.append(self._optimizer_step())
-        return _statistics(torch.stack(sums).sum(0), torch.stack(deviation).max(), torch.stack(norms))
+            statistics.add(parts, self._optimizer_step())
+        return statistics
 
     def _accumulate(
         self, encoded: EncodedPrompts, micro: StepBatch, advantage: Tensor, divisor: int, *, on_policy: bool
-    ) -> tuple[Float32[Tensor, "6"], Float32[Tensor, ""]]:
-        """Add a microbatch's gradient; sums of (loss, kl, approx_kl, clipfrac, drift, nonfinite), max |ratio - 1|."""
+    ) -> dict[str, Float32[Tensor, " n"]]:
+        """Add a microbatch's gradient; what it tells of each pair."""
         output, without = self._outputs(encoded, micro)
-        log_prob = self._log_prob(encoded, micro, output, without)
-        old_log_prob = log_prob.detach() if on_policy else micro.old_log_prob
-        loss, ratio = self.algorithm.objective(log_prob, old_log_prob, advantage)
-        kl = torch.zeros_like(ratio)
-        if self.algorithm.kl_weight:
-            kl = ops.gaussian_kl(self._guided(output, without), self._reference(encoded, micro), micro.coef)
-            loss = loss + self.algorithm.kl_weight * kl
-        self._backward(loss.sum() / divisor)
-        with torch.no_grad():
-            off = (ratio - 1).abs()
-            high = self.algorithm.clip_range_high or self.algorithm.clip_range
-            clipped = (ratio < 1 - self.algorithm.clip_range) | (ratio > 1 + high)
-            statistics = torch.stack(
-                [
-                    loss.detach().sum(),
-                    kl.detach().sum(),
-                    0.5 * (log_prob - old_log_prob).square().sum(),
-                    clipped.float().sum(),
-                    (log_prob - micro.old_log_prob).abs().sum(),
-                    (~loss.isfinite()).float().sum(),
-                ]
-            )
-            return statistics, off.max()
+        outputs = [value for value in (output, without) if value is not None]
+        loss, stats, *gradients = self.algorithm.training_step(
+            micro.sample,
+            output,
+            micro.prev_sample,
+            micro.coef,
+            None if on_policy else micro.old_log_prob,
+            advantage,
+            output_uncond=without,
+            guidance_scale=self.settings.guidance_scale,
+            ref_output=self._reference(encoded, micro) if self.algorithm.kl_weight else None,
+            scale=1 / divisor,
+        )
+        torch.autograd.backward(outputs, [gradient for gradient in gradients if gradient is not None])
+        return stats | {"loss": loss, "rollout_drift": (stats["log_prob"] - micro.old_log_prob).abs()}
 
     def _apply(
         self, gradients: PerSampleGradients, advantages: Float[Tensor, "b t"], pairs: Int64[Tensor, "n 2"]
-    ) -> Float[Tensor, "9"]:
+    ) -> UpdateStatistics:
         """The one update of a one-pass iteration: each sample's gradient times the slope of its loss at ratio 1."""
         log_prob = torch.zeros(len(advantages), device=advantages.device, requires_grad=True)
         loss, _ = self.algorithm.objective(log_prob, log_prob.detach(), advantages[:, 0])
         (slope,) = torch.autograd.grad(loss.sum(), log_prob)
         for parameter, gradient in zip(self._parameters, gradients.weighted(slope), strict=True):
             parameter.grad = gradient / len(pairs)
-        with torch.no_grad():
-            sample, step = pairs.unbind(1)
-            losses = loss[sample] * self._step_weight()[step]
-            zero = torch.zeros((), device=losses.device)
-            sums = torch.stack([losses.sum(), zero, zero, zero, zero, (~losses.isfinite()).float().sum()])
-        return _statistics(sums, zero, self._optimizer_step().unsqueeze(0))
+        sample, step = pairs.unbind(1)
+        losses = (loss.detach()[sample] * self._step_weight()[step]).float()
+        statistics = UpdateStatistics()
+        statistics.add([{"loss": losses}], self._optimizer_step())
+        return statistics
 
     def _optimizer_step(self) -> Float32[Tensor, ""]:
         """One update with the gradient cut to its largest norm, none if that norm is not finite; the norm."""
@@ -295,12 +293,6 @@ class Engine:
         with self._autocast():
             return predict(self.backbone, encoded, micro.sample, micro.timestep, micro.prompt_index, scale)
 
-    def _log_prob(
-        self, encoded: EncodedPrompts, micro: StepBatch, output: Tensor, without: Tensor | None
-    ) -> Float32[Tensor, " n"]:
-        scale = self.settings.guidance_scale
-        return ops.guided_transition_log_prob(micro.sample, output, without, scale, micro.prev_sample, micro.coef)
-
     def _guided(self, output: Tensor, without: Tensor | None) -> Tensor:
         return output if without is None else without + self.settings.guidance_scale * (output - without)
 
@@ -316,26 +308,3 @@ class Engine:
         if self.schedule.coef.is_cuda:
             torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _statistics(sums: Float[Tensor, "6"], deviation: Float[Tensor, ""], norms: Float[Tensor, " u"]) -> Tensor:
-    """Everything an update tells, in one tensor, so that it is read once."""
-    good = norms.isfinite()
-    norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
-    return torch.cat([sums, torch.stack([deviation, norm, (~good).sum().float()]).to(sums)])
-
-
-def _named(statistics: Tensor, num_pairs: int) -> dict[str, Any]:
-    loss, kl, approx_kl, clipfrac, drift, nonfinite, deviation, norm, skipped = statistics.tolist()
-    return {
-        "loss": loss / num_pairs,
-        "kl": kl / num_pairs,
-        "approx_kl": approx_kl / num_pairs,
-        "clipfrac": clipfrac / num_pairs,
-        "rollout_drift": drift / num_pairs,
-        "nonfinite": round(nonfinite),
-        "ratio_max_deviation": deviation,
-        "grad_norm": norm,
-        "updates_skipped": round(skipped),
-        "pairs_trained": num_pairs,
-    }

@@ -8,12 +8,14 @@ saved. In return the steps must be known beforehand, and an iteration makes one 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from adascope_fast import ops
+from adascope_fast.backbones.folding import Folding
 from adascope_fast.per_sample import PerSampleGradients
 from adascope_fast.rollout import Denoising, Moved, predict
 
@@ -30,6 +32,7 @@ class OnePass:
     step_weight: Float[Tensor, " t"]
     gradients: PerSampleGradients
     microbatch: int
+    folding: Folding | None = None
 
     def __call__(
         self,
@@ -42,7 +45,7 @@ class OnePass:
         """One step of the samples `rows`: the kept ones with gradient, the others without."""
         kept = self.keep[rows, step]
         if not kept.any():
-            return self.denoising(step, rows, sample, noise, prompt_index)
+            return self._plain(step, rows, sample, noise, prompt_index)
         if kept.all():
             whole = torch.arange(rows.start, rows.start + len(sample), device=sample.device)
             return self._learn(step, whole, sample, noise, prompt_index)
@@ -50,12 +53,19 @@ class OnePass:
         for flag in (True, False):
             index = (kept == flag).nonzero()[:, 0].to(sample.device)
             part = sample[index], noise[index], prompt_index[index]
-            moved = self._learn(step, index + rows.start, *part) if flag else self.denoising(step, rows, *part)
+            moved = self._learn(step, index + rows.start, *part) if flag else self._plain(step, rows, *part)
             parts.append((index, moved))
         order = torch.cat([index for index, _ in parts]).argsort()
         return Moved(*(torch.cat(values)[order] for values in zip(*(moved for _, moved in parts), strict=True)))
 
+    def _plain(self, *step: Any) -> Moved:
+        if self.folding is not None:
+            self.folding.on()
+        return self.denoising(*step)
+
     def _learn(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor) -> Moved:
+        if self.folding is not None:
+            self.folding.off()
         size = self.microbatch
         parts = [
             self._differentiate(step, *part)

@@ -60,7 +60,7 @@ def transition_policy_loss(
     output: Float[Tensor, "n *latent"],
     prev_sample: Float[Tensor, "n *latent"],
     coef: Float[Tensor, "n 3"],
-    old_log_prob: Float[Tensor, " n"],
+    old_log_prob: Float[Tensor, " n"] | None,
     advantage: Float[Tensor, " n"],
     *,
     clip_range: float,
@@ -81,7 +81,8 @@ def transition_policy_loss(
     Args:
         sample, prev_sample, coef, kind: as in `transition_log_prob`.
         output, output_uncond, guidance_scale: as in `transition_step`.
-        old_log_prob, advantage, clip_range, clip_range_high: as in `clipped_policy_loss`.
+        advantage, clip_range, clip_range_high: as in `clipped_policy_loss`.
+        old_log_prob: of the policy that drew the rollout; None where that is this one, so that the ratio is 1 exactly.
         ref_output: the reference policy's output, after guidance; no gradient flows to it.
         kl_weight: beta, one for all rows or one for each; with 0 the KL is only measured. Other KLs of the field are
             the true one times a number a row: DPOK's mean (output - ref_output)^2 has 2 std^2 / b^2, flow_grpo's -dt.
@@ -94,6 +95,7 @@ def transition_policy_loss(
         )
     output = guide(output, output_uncond, guidance_scale)
     log_prob = transition_log_prob(sample, output, prev_sample, coef, kind=kind)
+    old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
     clipped_loss = dpok_policy_loss if clip == "dpok" else clipped_policy_loss
     bounds = {"clip_range": clip_range, "clip_range_high": clip_range_high}
     loss, ratio = clipped_loss(log_prob, old_log_prob, advantage, **bounds)
@@ -119,7 +121,7 @@ def transition_policy_grad(
     output: Float[Tensor, "n *latent"],
     prev_sample: Float[Tensor, "n *latent"],
     coef: Float[Tensor, "n 3"],
-    old_log_prob: Float[Tensor, " n"],
+    old_log_prob: Float[Tensor, " n"] | None,
     advantage: Float[Tensor, " n"],
     *,
     clip_range: float,

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from adascope_fast import backbones, checkpoint, prompts, reporting, rewards
-from adascope_fast.acceleration import Acceleration, accelerate, is_fused
+from adascope_fast.acceleration import Acceleration, accelerate, folds, is_fused
 from adascope_fast.adascope import AdaScope
 from adascope_fast.algorithms import Algorithm, ddpo, grpo
 from adascope_fast.config import Config, ConfigError
@@ -170,8 +170,8 @@ class Trainer:
                 updates_per_iteration=train.updates_per_iteration,
                 max_grad_norm=train.max_grad_norm,
                 update=train.update,
+                fold_adapter=folds(acceleration),
             ),
-            backward=self.accelerator.backward,
             autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
         )

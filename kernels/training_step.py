@@ -43,12 +43,14 @@ def weight_of(weight, weights_ptr, row, mask, HAS_WEIGHTS: tl.constexpr):
 @triton.jit
 def slope_of(
     loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, mask,
-    is_first, n, d, low, high, kl_weight, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr, IS_PPO: tl.constexpr,
-    IS_GAUSSIAN: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    is_first, n, d, low, high, kl_weight, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
+    IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, NUM_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """dloss / dlog_prob of rows from their partial sums; stores their loss and the rows of STATISTICS, [6, n]."""
     log_prob = log_prob_of(partial_ptr, coef_ptr, row, mask, d, IS_GAUSSIAN, NUM_SPLITS)
-    old_log_prob = tl.load(old_log_prob_ptr + row, mask=mask, other=0.0)
+    old_log_prob = log_prob
+    if HAS_OLD:
+        old_log_prob = tl.load(old_log_prob_ptr + row, mask=mask, other=0.0)
     advantage = tl.load(advantage_ptr + row, mask=mask, other=0.0)
     loss, ratio, slope = clipped_loss_of(log_prob, old_log_prob, advantage, low, high, IS_PPO)
     kl = tl.zeros_like(log_prob)
@@ -73,9 +75,9 @@ def slope_of(
 @triton.jit
 def policy_loss_kernel(
     loss_ptr, statistics_ptr, slope_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr,
-    kl_weights_ptr, n, d, low, high, kl_weight, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
-    HAS_KL_WEIGHTS: tl.constexpr, IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    kl_weights_ptr, n, d, low, high, kl_weight, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Finish: loss, statistics and slope of each row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -83,7 +85,7 @@ def policy_loss_kernel(
     slope = slope_of(
         loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, mask,
         True, n, d, low, high, weight_of(kl_weight, kl_weights_ptr, row, mask, HAS_KL_WEIGHTS),
-        HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, NUM_SPLITS,
+        HAS_OLD, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, NUM_SPLITS,
     )  # fmt: skip
     tl.store(slope_ptr + row, slope, mask=mask)
 
@@ -134,20 +136,19 @@ def policy_backward_kernel(
 
 def _policy_loss(
     sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float, prev_sample: Tensor,
-    ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor,
+    ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor | None,
     advantage: Tensor, low: float, high: float, is_ppo: bool, is_gaussian: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     coef = vector(coef)
     partials = residual_square(sample, output, output_uncond, guidance_scale, prev_sample, ref_output, coef)
     (n, num_splits), d = partials[0].shape, sample.shape[1:].numel()
-    check_vectors(log_prob=coef[:, 0], old_log_prob=old_log_prob, advantage=advantage)
-    old_log_prob, advantage = vector(old_log_prob), vector(advantage)
+    old, advantage = old_vector(coef, old_log_prob, advantage), vector(advantage)
     loss, statistics, slope = coef.new_empty(n), coef.new_empty(len(STATISTICS), n), coef.new_empty(n)
     launch(
-        policy_loss_kernel, (cdiv(n, FINISH_ROWS),), loss, statistics, slope, *partials, coef, old_log_prob, advantage,
-        row_weights(kl_weights, coef), n, d, low, high, kl_weight, HAS_REF=ref_output is not None,
-        HAS_PENALTY=kl_weight != 0, HAS_KL_WEIGHTS=kl_weights is not None, IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian,
-        NUM_SPLITS=num_splits, ROWS=FINISH_ROWS,
+        policy_loss_kernel, (cdiv(n, FINISH_ROWS),), loss, statistics, slope, *partials, coef, old, advantage,
+        row_weights(kl_weights, coef), n, d, low, high, kl_weight, HAS_OLD=old_log_prob is not None,
+        HAS_REF=ref_output is not None, HAS_PENALTY=kl_weight != 0, HAS_KL_WEIGHTS=kl_weights is not None,
+        IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian, NUM_SPLITS=num_splits, ROWS=FINISH_ROWS,
     )  # fmt: skip
     return loss, statistics, slope
 
@@ -172,6 +173,13 @@ def _policy_loss_backward(
     return grad_output, grad_uncond
 
 
+def old_vector(coef: Tensor, old_log_prob: Tensor | None, advantage: Tensor) -> Tensor:
+    """The old log-probabilities; without them, memory that the kernel does not read. Checks shapes."""
+    given = {} if old_log_prob is None else {"old_log_prob": old_log_prob}
+    check_vectors(log_prob=coef[:, 0], **given, advantage=advantage)
+    return row_weights(old_log_prob, coef)
+
+
 def row_weights(weights: Tensor | None, coef: Tensor) -> Tensor:
     """A weight a row; without one, memory that the kernel does not read."""
     return coef if weights is None else vector(weights)
@@ -194,7 +202,7 @@ def new_losses(sample: Tensor) -> tuple[Tensor, Tensor]:
 
 policy_loss_op = register(
     "transition_policy_loss(Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, "
-    "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor old_log_prob, "
+    "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor? old_log_prob, "
     "Tensor advantage, float low, float high, bool is_ppo, bool is_gaussian) -> (Tensor, Tensor, Tensor)",
     _policy_loss,
     lambda sample, *_: (*new_losses(sample), sample.new_empty(len(sample), dtype=torch.float32)),
@@ -240,7 +248,7 @@ def transition_policy_loss(
     output: Tensor,
     prev_sample: Tensor,
     coef: Tensor,
-    old_log_prob: Tensor,
+    old_log_prob: Tensor | None,
     advantage: Tensor,
     *,
     clip_range: float,

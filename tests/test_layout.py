@@ -17,6 +17,7 @@ PACKAGE = CHECKOUT / "adascope_fast"
 _TABLES = {"trajectory", "schedules", "ops"}
 _ENGINE = {
     "acceleration",
+    "update_statistics",
     "one_pass",
     "per_sample",
     "scoring",
@@ -62,6 +63,7 @@ BELOW: dict[str, set[str]] = {
     "metrics": {"prompts", "rewards"},
     "reporting": set(),
     "acceleration": set(),
+    "update_statistics": set(),
     "per_sample": set(),
     "scoring": {"backbones"},
     "one_pass": {"backbones", "ops", "per_sample", "rollout"},

@@ -39,7 +39,7 @@ def _run(
     """Loss, statistics and the gradients of both outputs, of a weighted sum of the rows."""
     sample, output, uncond, prev_sample, ref_output = (x.to(dtype or x.dtype) for x in latents)
     output, uncond = (x.detach().clone().requires_grad_() for x in (output, uncond))
-    rows = (x.to(dtype or x.dtype) for x in (coef, old_log_prob, advantage))
+    rows = (x if x is None else x.to(dtype or x.dtype) for x in (coef, old_log_prob, advantage))
     loss, stats = operation(
         sample, output, prev_sample, *rows, clip_range=0.1, clip_range_high=0.2, output_uncond=uncond,
         guidance_scale=GUIDANCE, ref_output=ref_output if with_ref else None, kl_weight=kl_weight, **choices,
@@ -272,3 +272,25 @@ def test_wrong_input_is_refused():
         training_step.transition_policy_loss(*rows, clip_range=0.1, ref_output=output, kl_weight=torch.ones(1))
     with pytest.raises(ValueError, match=r"scale must be a number or \[3\], one for each row, not \[\]"):
         training_gradient.transition_policy_grad(*rows, clip_range=0.1, scale=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("clip", ["ppo", "dpok"])
+def test_without_an_old_log_prob_the_policy_is_its_own(clip):
+    *latents, coef, _, advantage = _random(5, 1100)
+    latents[0][2, 3] = torch.nan
+    choices = {"kl_weight": 0.3, "clip": clip}
+    own = _run(training_step.transition_policy_loss, latents, coef, None, advantage, **choices)
+    log_prob = own[1]["log_prob"]
+    told = _run(training_step.transition_policy_loss, latents, coef, log_prob, advantage, **choices)
+    direct = _grad(latents, coef, None, advantage, **choices, scale=torch.linspace(0.5, 2, 5))
+    finite = log_prob.isfinite()
+    assert finite.tolist() == [True, True, False, True, True]
+    assert (own[1]["ratio"][finite] == 1).all()
+    for got in (told, direct):
+        torch.testing.assert_close(got[0], own[0], rtol=0, atol=0, equal_nan=True)
+        for name, value in own[1].items():
+            torch.testing.assert_close(got[1][name], value, rtol=0, atol=0, equal_nan=True)
+        for one, other in zip(got[2:], own[2:], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    exact = _run(reference.transition_policy_loss, latents, coef, None, advantage, **choices)
+    torch.testing.assert_close(own[0], exact[0], rtol=1e-5, atol=1e-5, equal_nan=True)
