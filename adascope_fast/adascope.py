@@ -1,169 +1,45 @@
 """AdaScope (arXiv 2605.15855): train only the steps between "structure has formed" and "reward has saturated".
 
-Axes: `b` samples, `p` of them pooled into one decision, `t` denoising steps, noisiest first; states 0..t, t the image.
-Intervals are half open, [start, end).
+Axes: `b` samples, `t` denoising steps, noisiest first; states 0..t, t the image. Intervals are half open, [start, end).
 
-The printed rule ("literal") stops where second differences vanish, so also wherever the reward rises steadily; the
-default, "knee", follows the paper's text instead. Decisions are made on the host in float64, from sums in the order of
-the values: the order of the samples cannot matter.
+`AdaScope` keeps what the rule needs from one iteration to the next; the rule itself is in `interval_rule`, the curves
+come from `sensing`, and Theorem 2 is in `theory`. Decisions are made on the host in float64, from sums in the order of
+the values: neither the order of the samples nor the number of ranks can matter.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from adascope_fast.causal import Scale
+from adascope_fast.curves import finite_mean, host, mean, rounded
+from adascope_fast.interval_rule import Interval as Interval
+from adascope_fast.interval_rule import IntervalRule as IntervalRule
+from adascope_fast.interval_rule import select_interval as select_interval
+from adascope_fast.ranks import gathered
 from adascope_fast.schedules import Schedule
-from adascope_fast.sensing import latent_curves
+from adascope_fast.sensing import Curves, LatentSensor, Sensor
+from adascope_fast.theory import theoretical_correlation as theoretical_correlation
+from adascope_fast.theory import theoretical_cross_correlation as theoretical_cross_correlation
 from adascope_fast.timesteps import nonempty
 from adascope_fast.trajectory import Trajectory
 
-
-class Interval(NamedTuple):
-    """Steps start..end-1, and why: "ok", "fixed", "clamped:..." or "fallback:..."."""
-
-    start: int
-    end: int
-    reason: str
-
-
-@dataclass(kw_only=True)
-class IntervalRule:
-    """Parameters of `select_interval`; fractions are of t and round half up."""
-
-    rule: Literal["knee", "literal", "fixed"] = "knee"
-    kappa_s: float = 0.25
-    """Structure has formed when its volatility has fallen to this share of its peak above the floor."""
-    persist: int = 2
-    """Steps in a row for which a test must hold."""
-    phi_e: float = 0.10
-    """Reward has saturated when this share of its gain since the start is left."""
-    smooth_s: int = 3
-    smooth_g: int = 5
-    start_lo: float = 0.0
-    start_hi: float = 0.30
-    end_hi: float = 0.90
-    min_frac: float = 0.20
-    max_frac: float = 0.80
-    fallback: tuple[float, float] | None = None
-    """Interval as fractions of t; None means log-SNR in [-4.05, 0.086) where it is known, else (0.10, 0.64)."""
-    range_eps: float = 1e-6
-    """Smaller ranges of structure and gains of preference count as none."""
-    literal_eps: float = 0.02
-    """What "literal" takes for zero, as a share of the curve's range; the paper's value is unpublished."""
-
-    def __post_init__(self) -> None:
-        if self.rule not in ("knee", "literal", "fixed"):
-            raise ValueError(f"rule is knee, literal or fixed, not {self.rule!r}")
-        if min(self.smooth_s, self.smooth_g, self.persist) < 1 or self.smooth_s % 2 == 0 or self.smooth_g % 2 == 0:
-            raise ValueError(
-                f"smoothing widths are odd, but are {self.smooth_s}, {self.smooth_g}; persist is at least 1"
-            )
-
-    def interval(self, structure: Any, preference: Any, *, volatility: Any = None, log_snr: Any = None) -> Interval:
-        """See `select_interval`."""
-        g = _host(preference)
-        s = _host(structure if volatility is None else volatility)
-        t = g.shape[1] - 1
-        if t < 4:
-            return Interval(0, t, "fallback:short")
-        fallback = self._fallback(t, log_snr)
-        if self.rule == "fixed":
-            return Interval(*fallback, "fixed")
-        finite = np.isfinite(s).all(1) & np.isfinite(g).all(1)
-        if not finite.any():
-            return Interval(*fallback, "fallback:nonfinite")
-        s, g = s[finite], g[finite]
-        if volatility is None and np.ptp(s, axis=1).max() < self.range_eps:
-            return Interval(*fallback, "fallback:constant_f")
-        if self.rule == "literal":
-            return self._literal(s, g, fallback, is_volatility=volatility is not None)
-        q = _mean(s) if volatility is not None else np.sqrt(_mean(np.diff(s, 2) ** 2))
-        start = self._start(_smooth(q, self.smooth_s), t)
-        if start is None:
-            return Interval(*fallback, "fallback:no_start")
-        return self._end(_smooth(_mean(g), self.smooth_g), start, t, fallback[1])
-
-    def _start(self, q: np.ndarray, t: int) -> int | None:
-        low, high = _round(self.start_lo * t), _round(self.start_hi * t)
-        floor, peak = np.median(q[t // 2 :]), int(q[: high + 1].argmax())
-        if q[peak] <= floor:
-            return None
-        return _first(q <= floor + self.kappa_s * (q[peak] - floor), max(peak, low), high, self.persist)
-
-    def _end(self, g: np.ndarray, start: int, t: int, fallback_end: int) -> Interval:
-        shortest = start + max(1, _round(self.min_frac * t))
-        latest, longest = max(_round(self.end_hi * t), shortest), start + _round(self.max_frac * t)
-        gain = g[t] - g[start]
-        if gain <= self.range_eps:
-            end, reason = max(min(fallback_end, _round(self.end_hi * t)), shortest), "fallback:no_gain"
-        else:
-            found = _first((g[t] - g) / gain <= self.phi_e, shortest, t, self.persist)
-            end, reason = (latest, "clamped:no_end") if found is None else (found, "ok")
-        for bound, name in ((latest, "clamped:max_end"), (longest, "clamped:max_len"), (t, "clamped:max_end")):
-            if end > bound > start:
-                end, reason = bound, name if reason == "ok" else reason
-        return Interval(start, end, reason)
-
-    def _literal(self, s: np.ndarray, g: np.ndarray, fallback: tuple[int, int], *, is_volatility: bool) -> Interval:
-        f, g = _mean(s), _mean(g)
-        change = f if is_volatility else np.abs(np.diff(f, 2))
-        start = _first(change <= self.literal_eps * np.ptp(f), 0, len(change), 1)
-        if start is None:
-            return Interval(*fallback, "fallback:no_start")
-        change = np.abs(np.diff(g, 2))
-        end = _first(change <= self.literal_eps * np.ptp(g), start + 1, len(change), 1)
-        if end is None:
-            return Interval(start, max(_round(self.end_hi * (len(g) - 1)), start + 1), "clamped:no_end")
-        return Interval(start, end, "ok")
-
-    def _fallback(self, t: int, log_snr: Any) -> tuple[int, int]:
-        if self.fallback is None and log_snr is not None:
-            snr = _host(log_snr)
-            steps = np.flatnonzero((snr >= -4.05) & (snr < 0.086))  # SD1.5's steps 5..31 of 50, the paper's mean
-            if len(steps):
-                return int(steps[0]), int(steps[-1]) + 1
-        start, end = (_round(share * t) for share in self.fallback or (0.10, 0.64))
-        start = min(max(start, 0), t - 1)
-        return start, min(max(end, start + 1), t)
-
-
-def select_interval(
-    structure: Float[Tensor, "p t+1"] | None,
-    preference: Float[Tensor, "p t+1"],
-    *,
-    rule: Literal["knee", "literal", "fixed"] = "knee",
-    volatility: Float[Tensor, "p q"] | None = None,
-    log_snr: Float[Tensor, " t"] | None = None,
-    **parameters: Any,
-) -> Interval:
-    """The steps worth training, from the curves of the samples that share the decision.
-
-    "knee": q is the smoothed root mean square over samples of structure's second differences. `start` is the first step
-    from q's early peak on with q <= floor + kappa_s (peak - floor), the floor being the median of q's later half. `end`
-    is the first with at most phi_e of the smoothed mean preference's gain since `start` left. Both hold `persist` times
-    in a row. Then the bounds. Samples with a value that is not finite are left out; degenerate cases say their reason.
-
-    Args:
-        structure: text-image similarity of the clean guess at each state; not used if volatility is given.
-        preference: reward of the clean guess at each state; higher is better.
-        volatility: how much the structure changes at each step, directly (latent mode).
-        log_snr: of the state entering each step; places the fallback.
-        parameters: fields of `IntervalRule`.
-    """
-    return IntervalRule(rule=rule, **parameters).interval(structure, preference, volatility=volatility, log_snr=log_snr)
+SCALE_DECAY = 0.9
+Pools = list[tuple[str, list[int]]]
 
 
 @dataclass(kw_only=True)
 class AdaScope(IntervalRule):
-    """Selects, for each prompt and iteration, the steps between structure and saturation, from latents.
+    """Selects, for each prompt and iteration, the steps between structure and saturation.
 
     A decision that falls back takes the prompt's moving average instead; one within a step of it does not move.
+
+    >>> keep = AdaScope().decide(curves_of_guesses(x0, final), prompts)  # in a loop of your own
     """
 
     pooling: Literal["prompt", "sample", "batch"] = "prompt"
@@ -173,8 +49,14 @@ class AdaScope(IntervalRule):
     gradient unbiased, and lets the steps be trained while they are sampled (one-pass)."""
     memory_decay: float = 0.7
     """Weight of the past in the moving average of each prompt's interval; 0 remembers the last one alone."""
+    sensor: Sensor = field(default_factory=LatentSensor)
+    """Where the curves come from."""
+    sense_every: int = 1
+    """Iterations from one sensing to the next; those between take what is remembered."""
     _memory: dict[str, tuple[float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _overall: tuple[float, float] | None = field(default=None, init=False, repr=False, compare=False)
+    _scale: Scale | None = field(default=None, init=False, repr=False, compare=False)
+    _gains: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
     _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -183,56 +65,110 @@ class AdaScope(IntervalRule):
             raise ValueError(f"mask_source is current or previous, not {self.mask_source!r}")
         if self.pooling not in ("prompt", "sample", "batch"):
             raise ValueError(f"pooling is prompt, sample or batch, not {self.pooling!r}")
+        if self.sense_every < 1:
+            raise ValueError(f"sense_every is at least 1, but it is {self.sense_every}; 1 senses every iteration")
+        if self.rule == "knee_causal" and not self.sensor.is_causal:
+            raise ValueError(
+                "knee_causal decides while sampling, and the latent mode compares with the final latent, which is not "
+                'known then; use sensing.kind = "semantic" or "reward_only", or rule "knee"'
+            )
 
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
         """The interval of each pool, less the steps without log_prob."""
-        known = self.ahead(trajectory.prompts, trajectory.schedule, iteration)
-        b, t = trajectory.log_prob.shape
-        curves = (torch.zeros(b, t), torch.zeros(b, t + 1)) if self.rule == "fixed" else latent_curves(trajectory)
-        change, preference, log_snr, trainable = _to_host(*curves, trajectory.schedule)
-        pools = self._pools(trajectory.prompts)
-        found = [self.interval(None, preference[i], volatility=change[i], log_snr=log_snr) for _, i in pools]
-        if known is None:
-            chosen = [self._steady(prompt, interval, t) for (prompt, _), interval in zip(pools, found, strict=True)]
+        schedule = trajectory.schedule
+        is_sensed = self.is_sensed and trajectory.num_steps >= 4 and iteration % self.sense_every == 0
+        keep = self.decide(
+            self.sensor(trajectory) if is_sensed else None,
+            trajectory.prompts,
+            log_snr=schedule.log_snr,
+            trainable=schedule.trainable,
+        )
+        return nonempty(keep).to(trajectory.log_prob.device)
+
+    def decide(
+        self,
+        curves: Curves | None,
+        prompts: list[str],
+        *,
+        log_snr: Any = None,
+        trainable: Any = None,
+        num_steps: int | None = None,
+    ) -> Bool[Tensor, "b t"]:
+        """The steps to train of samples whose curves were sensed by whatever means; on the CPU.
+
+        Args:
+            curves: None where nothing was sensed: the decision is made from memory.
+            log_snr: [t], of the state that enters each step; places the fallback.
+            trainable: [t], False where a step has no log_prob; None: all have one.
+            num_steps: t, where neither curves nor log_snr say it.
+        """
+        t = num_steps if curves is None else curves.preference.shape[1] - 1
+        t = t if t is not None else len(log_snr)
+        log_snr = None if log_snr is None else host(log_snr)
+        usable = np.ones(t, dtype=bool) if trainable is None else host(trainable) > 0
+        sensed = None if curves is None else _to_host(curves)
+        every_prompt, sensed, own = gathered(prompts, sensed)
+        pools = self._pools(every_prompt)
+        remembered = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
+        if sensed is None:
+            found = chosen = remembered
         else:
-            chosen = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
-        self._remember([prompt for prompt, _ in pools], found, t)
-        keep = _keep(pools, chosen, trainable, b)
-        self._last = {
-            "intervals": [[start, end] for start, end, _ in chosen],
-            "prompts": [prompt for prompt, _ in pools],
-            "reasons": dict(Counter(reason for *_, reason in (chosen if known is None else found))),
-            "mean_start": float(np.mean([start for start, *_ in chosen])),
-            "mean_end": float(np.mean([end for _, end, _ in chosen])),
-            "fraction": float(keep.mean()),
-        }
-        return nonempty(torch.from_numpy(keep)).to(trajectory.log_prob.device)
+            found = [self._found(sensed, rows, log_snr) for _, rows in pools]
+            is_ahead = self.mask_source == "previous"
+            steady = [self._steady(prompt, interval, t) for (prompt, _), interval in zip(pools, found, strict=True)]
+            chosen = remembered if is_ahead else steady
+            self._remember([prompt for prompt, _ in pools], found, t)
+            self._rescale(sensed, [rows for _, rows in pools])
+        keep = _keep(pools, chosen, usable, len(every_prompt))
+        self._gains = None if sensed is None else _gains(sensed["preference"], pools)[own]
+        self._tell(pools, chosen, found if self.mask_source == "previous" else chosen, keep, usable, sensed)
+        return torch.from_numpy(keep[own])
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
         """With mask_source "previous", the interval of each pool before its rollout; else None."""
         if self.mask_source != "previous":
             return None
         t, pools = schedule.num_steps, self._pools(prompts)
-        log_snr, trainable = _host(schedule.log_snr), schedule.trainable.cpu().numpy()
+        log_snr, trainable = host(schedule.log_snr), schedule.trainable.cpu().numpy()
         chosen = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
         return nonempty(torch.from_numpy(_keep(pools, chosen, trainable, len(prompts))))
 
+    def gains(self) -> Float64[Tensor, "b t"] | None:
+        """What each step of the last rollout added to the preference, averaged over its pool; None if not sensed."""
+        return None if self._gains is None else torch.from_numpy(self._gains)
+
     def telemetry(self) -> dict[str, Any]:
-        """The last decision: intervals and prompts pool by pool, reasons counted, means over pools, share kept."""
+        """The last decision: intervals and prompts pool by pool, reasons counted, means over pools, share kept.
+
+        `curves` holds the means over all sensed samples; `deterministic` counts chosen steps that have no log_prob.
+        """
         return dict(self._last)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving average of each prompt's interval, and of all, as fractions of t."""
-        memory = {prompt: list(share) for prompt, share in self._memory.items()}
-        return {"memory": memory} | ({"overall": list(self._overall)} if self._overall else {})
+        """The moving average of each prompt's interval, and of all, as fractions of t; that of the curves' scale."""
+        state: dict[str, Any] = {"memory": {prompt: list(share) for prompt, share in self._memory.items()}}
+        for name, value in (("overall", self._overall), ("scale", self._scale)):
+            state |= {} if value is None else {name: list(value)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the moving averages of `state`."""
         self._memory = {prompt: (start, end) for prompt, (start, end) in state["memory"].items()}
-        overall = state.get("overall")
+        overall, scale = state.get("overall"), state.get("scale")
         self._overall = None if overall is None else (overall[0], overall[1])
+        self._scale = None if scale is None else Scale(*scale)
 
-    def _pools(self, prompts: list[str]) -> list[tuple[str, list[int]]]:
+    def _found(self, sensed: dict[str, np.ndarray], rows: list[int], log_snr: np.ndarray | None) -> Interval:
+        part = {name: values[rows] for name, values in sensed.items()}
+        return self.interval(
+            part.get("structure"),
+            part["preference"],
+            volatility=part.get("volatility"),
+            log_snr=log_snr,
+            scale=self._scale,
+        )
+
+    def _pools(self, prompts: list[str]) -> Pools:
         keys = {"prompt": prompts, "sample": range(len(prompts)), "batch": [""] * len(prompts)}[self.pooling]
         rows: dict[Any, list[int]] = {}
         for row, key in enumerate(keys):
@@ -240,29 +176,30 @@ class AdaScope(IntervalRule):
         return [("" if self.pooling == "batch" else prompts[pool[0]], pool) for pool in rows.values()]
 
     def _steady(self, prompt: str, interval: Interval, t: int) -> Interval:
-        if prompt not in self._memory or interval.reason in ("fixed", "fallback:short"):
+        if prompt not in self._memory or interval.reason in ("fixed", "schedule", "fallback:short"):
             return interval
         start, end = (share * t for share in self._memory[prompt])
-        remembered = _round(start), max(_round(end), _round(start) + 1)
+        remembered = rounded(start), max(rounded(end), rounded(start) + 1)
         if interval.reason.startswith("fallback"):
             return Interval(*remembered, f"{interval.reason}:memory")
         moved = max(abs(interval.start - start), abs(interval.end - end)) >= 1
         return interval if moved else Interval(*remembered, interval.reason)
 
-    def _remembered(self, prompt: str, t: int, log_snr: np.ndarray) -> Interval:
+    def _remembered(self, prompt: str, t: int, log_snr: np.ndarray | None) -> Interval:
         """What is known of a prompt before its rollout: its own past, that of all prompts, or nothing."""
-        if self.rule == "fixed" or t < 4:
-            return self.interval(None, np.zeros((1, t + 1)), volatility=np.zeros((1, t)), log_snr=log_snr)
+        unsensed = self.unsensed(t, log_snr)
+        if unsensed is not None:
+            return unsensed
         share = self._memory.get(prompt, self._overall)
         if share is None:
-            return Interval(*self._fallback(t, log_snr), "fallback:first")
-        start = _round(share[0] * t)
-        return Interval(start, max(_round(share[1] * t), start + 1), "previous")
+            return Interval(*self.fallback_interval(t, log_snr), "fallback:first")
+        start = rounded(share[0] * t)
+        return Interval(start, max(rounded(share[1] * t), start + 1), "previous")
 
     def _remember(self, prompts: list[str], found: list[Interval], t: int) -> None:
         new: dict[str, list[tuple[int, int]]] = {}
         for prompt, (start, end, reason) in zip(prompts, found, strict=True):
-            if not reason.startswith("fallback") and reason != "fixed":
+            if not reason.startswith("fallback") and reason not in ("fixed", "schedule"):
                 new.setdefault(prompt, []).append((start, end))
         for prompt, pairs in new.items():
             self._memory[prompt] = self._average(self._memory.get(prompt), pairs, t)
@@ -275,69 +212,66 @@ class AdaScope(IntervalRule):
         start, end = (self.memory_decay * old + (1 - self.memory_decay) * share).tolist()
         return start, end
 
+    def _rescale(self, sensed: dict[str, np.ndarray], pools: list[list[int]]) -> None:
+        """Let the finished curves into the moving average of their scale, which "knee_causal" needs."""
+        if self.rule != "knee_causal":
+            return
+        parts = [{name: values[rows] for name, values in sensed.items()} for rows in pools]
+        scales = [
+            self.scale(part.get("structure"), part["preference"], volatility=part.get("volatility")) for part in parts
+        ]
+        known = [scale for scale in scales if scale is not None]
+        if known:
+            new = mean(np.array(known))
+            old = new if self._scale is None else np.array(self._scale)
+            self._scale = Scale(*(SCALE_DECAY * old + (1 - SCALE_DECAY) * new).tolist())
 
-def theoretical_correlation(
-    alphas_cumprod_t: float | Tensor, alphas_cumprod_s: float | Tensor, variance: float | Tensor
-) -> Float64[Tensor, "..."]:
-    """Correlation of one latent component at two noise levels of the forward process (Theorem 2).
+    def _tell(
+        self,
+        pools: Pools,
+        chosen: list[Interval],
+        reasons: list[Interval],
+        keep: np.ndarray,
+        usable: np.ndarray,
+        sensed: dict[str, np.ndarray] | None,
+    ) -> None:
+        self._last = {
+            "intervals": [[start, end] for start, end, _ in chosen],
+            "prompts": [prompt for prompt, _ in pools],
+            "reasons": dict(Counter(reason for *_, reason in reasons)),
+            "mean_start": float(np.mean([start for start, *_ in chosen])),
+            "mean_end": float(np.mean([end for _, end, _ in chosen])),
+            "fraction": float(keep.mean()),
+            "deterministic": sum(
+                int((~usable[start:end]).sum()) * len(rows)
+                for (_, rows), (start, end, _) in zip(pools, chosen, strict=True)
+            ),
+        }
+        if sensed is not None:
+            self._last["curves"] = {name: _as_json(finite_mean(values)) for name, values in sensed.items()}
 
-    sqrt((variance + 1/SNR) / (variance + 1/SNR of the noisier)): the law of ancestral sampling, not of ODE or Flow-SDE.
-    The levels come in either order; variance is that of the component in the data, 1 for SD's latents.
-    """
-    alphas = (torch.as_tensor(alpha, dtype=torch.float64) for alpha in (alphas_cumprod_t, alphas_cumprod_s))
-    clean, noisy = (variance + (1 - alpha) / alpha for alpha in alphas)
-    return (torch.minimum(clean, noisy) / torch.maximum(clean, noisy)).sqrt()
 
-
-def theoretical_cross_correlation(
-    alphas_cumprod_t: float, alphas_cumprod_s: float, covariance: Float[Tensor, "d d"]
-) -> Float64[Tensor, "d d"]:
-    """Correlation of component i at level t with component j at the noisier level s (Theorem 2)."""
-    covariance = torch.as_tensor(covariance, dtype=torch.float64)
-    noise = math.sqrt(alphas_cumprod_s / alphas_cumprod_t) * (1 - alphas_cumprod_t)
-    cross = math.sqrt(alphas_cumprod_t * alphas_cumprod_s) * covariance + noise * torch.eye(len(covariance)).double()
-    variances = [alpha * covariance.diagonal() + 1 - alpha for alpha in (alphas_cumprod_t, alphas_cumprod_s)]
-    return cross / torch.outer(*variances).sqrt()
-
-
-def _keep(
-    pools: list[tuple[str, list[int]]], intervals: list[Interval], trainable: np.ndarray, num_samples: int
-) -> np.ndarray:
+def _keep(pools: Pools, intervals: list[Interval], trainable: np.ndarray, num_samples: int) -> np.ndarray:
     keep = np.zeros((num_samples, len(trainable)), dtype=bool)
     for (_, rows), (start, end, _) in zip(pools, intervals, strict=True):
         keep[rows, start:end] = trainable[start:end]
     return keep
 
 
-def _to_host(structure: Tensor, preference: Tensor, schedule: Schedule) -> list[np.ndarray]:
-    """Volatility [b, t], preference [b, t+1], log_snr [t] and trainable [t], in one transfer."""
-    parts = [structure, preference, schedule.log_snr.to(structure), schedule.trainable.to(structure)]
-    flat = np.split(
-        _host(torch.cat([part.flatten() for part in parts])), np.cumsum([part.numel() for part in parts])[:-1]
-    )
-    change, curve, log_snr, trainable = (values.reshape(part.shape) for values, part in zip(flat, parts, strict=True))
-    return [change, curve, log_snr, trainable > 0]
+def _gains(preference: np.ndarray, pools: Pools) -> np.ndarray:
+    gains = np.empty((preference.shape[0], preference.shape[1] - 1))
+    for _, rows in pools:
+        gains[rows] = np.diff(finite_mean(preference[rows]))
+    return gains
 
 
-def _host(x: Any) -> np.ndarray:
-    return np.asarray(x.detach().double().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
+def _as_json(values: np.ndarray) -> list[float | None]:
+    return [round(float(value), 6) if np.isfinite(value) else None for value in values]
 
 
-def _mean(curves: np.ndarray) -> np.ndarray:
-    """Mean over the first axis, summed in the order of the values."""
-    return np.sort(curves, axis=0).mean(0)
-
-
-def _smooth(curve: np.ndarray, width: int) -> np.ndarray:
-    """Centred moving average of odd width, edges replicated."""
-    return np.convolve(np.pad(curve, width // 2, mode="edge"), np.full(width, 1 / width), mode="valid")
-
-
-def _first(holds: np.ndarray, low: int, high: int, persist: int) -> int | None:
-    """The first index in low..high from which `holds` is true `persist` times in a row."""
-    starts = range(low, min(high, len(holds) - persist) + 1)
-    return next((i for i in starts if holds[i : i + persist].all()), None)
-
-
-def _round(x: float) -> int:
-    return math.floor(x + 0.5)
+def _to_host(curves: Curves) -> dict[str, np.ndarray]:
+    """The curves by name, in one transfer."""
+    parts = {name: value for name, value in curves._asdict().items() if value is not None}
+    flat = host(torch.cat([torch.as_tensor(value).flatten() for value in parts.values()]))
+    split = np.split(flat, np.cumsum([value.numel() for value in parts.values()])[:-1])
+    return {name: values.reshape(parts[name].shape) for name, values in zip(parts, split, strict=True)}

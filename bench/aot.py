@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,8 @@ def markdown(rows: list[Row]) -> str:
 
 def interpreted_tests() -> str:
     """The closing line of the kernels' tests under Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]
+    harmless = "ignore:Conversion of an array:DeprecationWarning"  # in the interpreter of Triton 3.6
+    command = [sys.executable, "-m", "pytest", "-q", "-W", harmless, "-p", "no:cacheprovider", "tests/kernels"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False)
     return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
@@ -274,6 +276,7 @@ def main() -> int:
     result["triton"][triton.__version__] = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "numpy": version("numpy"),  # the interpreter of Triton 3.6 fails with numpy from 2.4 on
         "variants_compiled": len(rows),
         "problems": broken,
         "interpreted_tests": interpreted_tests() if chosen.interpret else "not run",

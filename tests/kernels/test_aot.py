@@ -1,107 +1,95 @@
-"""Every kernel compiled, without a GPU, for the GPUs it is meant for: what the compiler made of it.
+"""Every kernel compiled, without a GPU, for the GPUs it is meant for: what the compiler made of it. Nothing runs here.
 
-No spills, no double arithmetic, no atomics (sums have one order), wide loads, little shared memory. Nothing runs here.
+`bench/aot.py` holds the rules: no spills, no double arithmetic, no float atomics (sums have one order), no fused
+multiply-adds, wide loads, little shared memory. It runs as a program, since it registers the operators in its own way.
 """
 
+import copy
+import importlib.util
+import json
 import os
-import re
 import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1" or find_spec("triton") is None:
     pytest.skip("needs triton and not its interpreter, which replaces the compiler", allow_module_level=True)
 
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from adascope_fast.kernels import correlation, gaussian_kl, policy_loss, transition
-from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS
-
-KERNELS = {
-    name: kernel
-    for module in (transition, gaussian_kl, policy_loss, correlation)
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-}
-REDUCING = ("residual_square_kernel", "output_square_kernel", "moments_kernel")
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-VARIANTS = [(name, "bf16", target) for name in KERNELS for target in TARGETS]
-VARIANTS += [(name, "fp32", "sm_90") for name in REDUCING]
-LATENTS = {"sample", "output", "uncond", "prev", "ref", "noise", "x", "y", "grad_output", "grad_uncond"}
-SCALARS = {"guidance_scale", "kl_weight", "low", "high"}
-FLAGS = ("IS_GUIDED", "NEEDS_UNCOND", "HAS_REF", "HAS_PENALTY")
+CHECKOUT = Path(__file__).parents[2]
 
 
-def _compile(name, dtype, target):
-    """The kernel as a launch with aligned latents whose length is a multiple of 16 would specialise it."""
-    constants = dict.fromkeys(FLAGS, True) | {"BLOCK": BLOCK, "NUM_SPLITS": MAX_SPLITS, "ROWS": transition.FINISH_ROWS}
-    if name in ("state_kernel", "correlation_kernel"):
-        constants["ROWS"] = correlation.FINISH_ROWS
-    signature, attributes = {}, {}
-    for index, parameter in enumerate(KERNELS[name].params):
-        argument = parameter.name
-        if parameter.is_constexpr:
-            signature[argument] = "constexpr"
-        elif argument in SCALARS:
-            signature[argument] = "fp32"
-        else:
-            pointee = dtype if argument.removesuffix("_ptr") in LATENTS else "fp32"
-            signature[argument] = f"*{pointee}" if argument.endswith("_ptr") else "i32"
-            if argument not in ("n", "groups"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    used = {argument: constants[argument] for argument, kind in signature.items() if kind == "constexpr"}
-    source = ASTSource(fn=KERNELS[name], signature=signature, constexprs=used, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": 4, "enable_fp_fusion": False})
+def _load_aot() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_aot", CHECKOUT / "bench" / "aot.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _cuda_resources(compiled, folder):
-    """(registers, stack, local memory) of a thread, from the binary."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
-    assert found, printed
-    return tuple(int(number) for number in found.groups())
+aot = _load_aot()
+KERNELS = aot.kernel_names()
+COMMITTED = json.loads(aot.RESULTS.read_text(encoding="utf-8"))
 
 
-def test_every_kernel_is_found():
-    assert len(KERNELS) == 13
-    assert set(REDUCING) <= set(KERNELS)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the compiler makes of the kernels as they are now."""
+    out = tmp_path_factory.mktemp("aot") / "aot.json"
+    command = [sys.executable, str(CHECKOUT / "bench" / "aot.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.exists(), done.stderr
+    assert "problems" in done.stdout
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("name", "dtype", "target"), VARIANTS)
-def test_kernel_compiles_lean(name, dtype, target, tmp_path):
-    compiled = _compile(name, dtype, target)
-    assert compiled.metadata.shared <= 48 * 1024
-    if target == "gfx942":
-        assembly = compiled.asm["amdgcn"]
-        counts = {key: int(count) for key, count in re.findall(r"\.(\w+_count):\s*(\d+)", assembly)}
-        assert counts["vgpr_spill_count"] == counts["sgpr_spill_count"] == 0
-        assert counts["vgpr_count"] <= 128
-        assert not re.search(r"\bv_\w+_f64\b|\b(global|buffer|flat|ds)_atomic", assembly)
-        return
-    registers, stack, local = _cuda_resources(compiled, tmp_path)
-    assert stack == local == 0
-    assert registers <= 128
-    ptx = compiled.asm["ptx"]
-    assert ".f64" not in ptx
-    assert not re.search(r"\b(atom|red)\.", ptx)
-    if "BLOCK" in KERNELS[name].arg_names:
-        assert re.search(r"ld\.global[^\n]*\.v4\.b32|cp\.async\.cg\.shared\.global[^\n]*, 0x10,", ptx)
+def test_every_kernel_compiles_lean_for_every_gpu(compiled: dict) -> None:
+    (outcome,) = compiled["triton"].values()
+    assert outcome["problems"] == []
+    reached = {(row["kernel"], row["target"]) for row in compiled["rows"] if row["dtype"] == "bf16"}
+    assert reached == {(name, target) for name in KERNELS for target in aot.TARGETS}
 
 
-@pytest.mark.parametrize("name", REDUCING)
-def test_sums_are_not_fused(name):
-    ptx = _compile(name, "bf16", "sm_90").asm["ptx"]
-    assert "add.f32" in ptx or "add.rn.f32" in ptx
-    assert "fma" not in ptx
+def test_the_committed_table_covers_every_kernel_without_a_spill() -> None:
+    rows = {(row["kernel"], row["dtype"], row["target"]): row for row in COMMITTED["rows"]}
+    assert set(rows) == {(name, dtype, target) for name in KERNELS for dtype in aot.DTYPES for target in aot.TARGETS}
+    for row in rows.values():
+        assert row["spill_bytes"] == row["float64"] == row["float_atomics"] == 0
+        assert row["vector_loads"] > 0 or not row["reads_latents"]
+    assert all(not outcome["problems"] for outcome in COMMITTED["triton"].values())
+    assert {version.rpartition(".")[0] for version in COMMITTED["triton"]} >= {"3.6", "3.7", "3.9"}
+
+
+def test_the_committed_table_is_of_the_kernels_as_they_are(compiled: dict) -> None:
+    if COMMITTED["rows_are_of"] not in compiled["triton"]:
+        pytest.skip(f"the table was made with Triton {COMMITTED['rows_are_of']}, this is another version")
+    committed = {(row["kernel"], row["dtype"], row["target"]): row for row in COMMITTED["rows"]}
+    for row in compiled["rows"]:
+        if row["dtype"] == "bf16":
+            assert row == committed[row["kernel"], row["dtype"], row["target"]], "run `python bench/aot.py` again"
+
+
+def test_the_readme_shows_the_committed_table() -> None:
+    assert aot.markdown(COMMITTED["rows"]) in (CHECKOUT / "kernels" / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_rule_can_be_broken() -> None:
+    row = next(row for row in COMMITTED["rows"] if row["reads_latents"]) | {"is_aligned": True, "fused": 0}
+    assert aot.problems(row) == []
+    bad = {"registers": 129, "shared_bytes": 49153, "vector_loads": 0}
+    for key, value in (bad | dict.fromkeys(aot.FORBIDDEN, 8)).items():
+        assert len(aot.problems(copy.copy(row) | {key: value})) == 1
+
+
+def test_counts_are_read_from_the_assembly() -> None:
+    assembly = (
+        ".private_segment_fixed_size: 12\n.vgpr_count: 7\n"
+        "global_load_dwordx4 v[0:3]\nv_add_f64 v0\nglobal_atomic_add_f32 v0\nglobal_atomic_add_u32 v0\n"
+    )
+    assert aot.read_amd(assembly) == {
+        "registers": 7, "spill_bytes": 12, "vector_loads": 1, "float64": 1, "float_atomics": 1, "fused": None
+    }  # fmt: skip
