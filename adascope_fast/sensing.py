@@ -105,13 +105,13 @@ class DecodedSensor:
         """Reward and similarity; NaN for latents that are not finite, which no judge sees."""
         finite = latents.flatten(1).isfinite().all(1)
         scores = torch.full((2, len(latents)), torch.nan, device=latents.device)
-        usable = finite.nonzero()[:, 0]
+        usable, similarity = finite.nonzero()[:, 0], self.similarity
         for part in usable.split(self.batch):
             images: Tensor = self.decode(latents[part])
             said = [prompts[row] for row in part.tolist()]
             scores[0, part] = self.reward(images, said).float().to(scores.device)
-            if self.similarity is not None:
-                scores[1, part] = self.similarity(images, said).float().to(scores.device)
+            if similarity is not None:
+                scores[1, part] = similarity(images, said).float().to(scores.device)
         return scores[0], scores[1]
 
 

@@ -162,7 +162,8 @@ class PipelineBackbone:
         raise NotImplementedError
 
     def _num_clip_tokens(self) -> int:
-        return self._text_encoders()[0].config.max_position_embeddings
+        encoder: Any = self._text_encoders()[0]
+        return encoder.config.max_position_embeddings
 
     def _encode(self, prompts: list[str]) -> Condition:
         raise NotImplementedError
