@@ -184,7 +184,7 @@ class Trainer:
         self._progress.start(first, train.iterations)
         cache = PromptCache(self.backbone)
         for iteration in range(first, train.iterations):
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             batch = self._prompts_of(iteration)
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
@@ -194,6 +194,7 @@ class Trainer:
             known = sum(report.seconds.values())
             report.seconds["other"] = time.perf_counter() - started - known
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
+            record["cpu_seconds"] = time.process_time() - cpu
             # First the log, then the checkpoint: what is logged beyond the checkpoint is made again after a kill.
             folder.log(record | {"seconds": report.seconds})
             is_last = iteration + 1 == train.iterations

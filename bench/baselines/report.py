@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,17 +130,25 @@ def _cell(value: float | None, form: str) -> str:
 
 def write(path: Path, models: list[Record], *, device: str, started: float, load: list[float]) -> None:
     """Write everything measured, with machine, versions, date, command and load."""
-    result = {
-        "command": "python bench/end_to_end.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores, {device}",
+    result = facts(device=device) | {
         "load_average": {"before": load, "after": list(os.getloadavg())},
         "seconds": round(datetime.datetime.now().timestamp() - started, 1),
         "models": models,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def facts(*, device: str) -> Record:
+    """The command, the date, the commit, the machine, and the versions here."""
+    script = f"bench/{Path(sys.argv[0]).name}"
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores, {device}",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+    }
 
 
 def _processor() -> str:
