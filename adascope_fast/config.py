@@ -158,8 +158,10 @@ class AlgorithmChoice(Section):
 class SelectorChoice(Section):
     """Which denoising steps are trained; steps are counted from noise (0) to picture (T), `end` excluded."""
 
-    name: Literal["adascope", "every_step", "random_fraction", "static_range", "window", "fast_window"] = "adascope"
-    """`adascope` senses the steps worth training; the others are the comparisons of the field."""
+    name: Literal[
+        "adascope", "complement", "every_step", "random_fraction", "static_range", "window", "fast_window"
+    ] = "adascope"
+    """`adascope` senses the steps worth training, `complement` trains all but those; the others are the field's."""
     pooling: Literal["prompt", "sample", "batch"] = "prompt"
     """Samples that share one interval (adascope)."""
     kappa: Positive = 0.25
@@ -322,7 +324,7 @@ class Config(Section):
                 f"{self.train.updates_per_iteration} and {self.algorithm.kl_weight}; "
                 f'set them so, or train.update = "replay"'
             )
-        if self.selector.name == "adascope" and self.selector.mask_source != "previous":
+        if self.selector.name in ("adascope", "complement") and self.selector.mask_source != "previous":
             raise ValueError(
                 "one_pass needs the steps before the rollout, got selector.mask_source = "
                 f'{self.selector.mask_source!r}; set it to "previous", or set train.update = "replay"'

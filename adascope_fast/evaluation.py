@@ -1,6 +1,7 @@
-"""Held-out reward on fixed seeds, before and after, with a 95 % interval.
+"""Held-out reward on fixed seeds, before and after, with a 95 % interval; and how varied the pictures are.
 
 Pictures of one prompt resemble each other, so the interval is over prompts (means of their pictures), not pictures.
+A reward that rises while `diversity` or `contrast` falls is a policy that has found a way around the task.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +26,14 @@ class Evaluation:
     scores: Float32[Tensor, "p s"]
     pictures: Float[Tensor, "n 3 h w"]
     breakdown: dict[str, float]
+    diversity: float | None
+    contrast: float
 
     def summary(self) -> dict[str, Any]:
-        """Mean with its 95 % interval, number of pictures, and the reward's parts where it has any."""
+        """Mean with its 95 % interval, number of pictures, their variety, and the reward's parts where it has any."""
         parts = {"attributes": self.breakdown} if self.breakdown else {}
-        return {**interval(self.scores), "num_images": self.scores.numel(), **parts}
+        variety = {"diversity": self.diversity, "contrast": self.contrast}
+        return {**interval(self.scores), "num_images": self.scores.numel(), **variety, **parts}
 
 
 def interval(scores: Float32[Tensor, "p s"]) -> dict[str, float]:
@@ -38,6 +42,24 @@ def interval(scores: Float32[Tensor, "p s"]) -> dict[str, float]:
     mean = means.mean().item()
     reach = NORMAL_95 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
+
+def diversity(images: Float[Tensor, "p s 3 h w"]) -> float | None:
+    """Root mean square difference of two pictures of the same prompt, mean over pairs, then over prompts.
+
+    0: all pictures of a prompt are alike; black against white is 1. None with a single picture a prompt.
+    """
+    num = images.shape[1]
+    if num < 2:
+        return None
+    rows = images.flatten(2).float()
+    pairs = [rows[:, i + 1 :] - rows[:, i : i + 1] for i in range(num - 1)]  # [p, s - 1 - i, d] each
+    return torch.cat([pair.square().mean(2).sqrt() for pair in pairs], 1).mean().item()
+
+
+def contrast(images: Float[Tensor, "n 3 h w"]) -> float:
+    """Standard deviation of a picture's values, mean over pictures; 0 is a picture of one grey, 0.5 the most."""
+    return images.flatten(1).float().std(1, correction=0).mean().item()
 
 
 def evaluate(
@@ -70,4 +92,10 @@ def evaluate(
     images = backbone.decode(trajectory.latents[:, -1])
     scores = score(images, repeated).cpu().view(len(prompts), samples_per_prompt)
     parts = breakdown(images, repeated) if breakdown else {}
-    return Evaluation(scores, images[: num_pictured * samples_per_prompt].cpu(), parts)
+    return Evaluation(
+        scores,
+        images[: num_pictured * samples_per_prompt].cpu(),
+        parts,
+        diversity(images.unflatten(0, (len(prompts), samples_per_prompt))),
+        contrast(images),
+    )

@@ -181,6 +181,50 @@ class FastWindow(_Stateless):
         return self._keep_interval(prompts, schedule, *self.interval(schedule.num_steps, iteration))
 
 
+@dataclass
+class Complement:
+    """The steps that another selector leaves out: if that one is right about where RL pays, this one learns little.
+
+    `selector` senses, decides and remembers as ever, and its decision is in the telemetry; "fraction" is what this one
+    keeps.
+    """
+
+    selector: TimestepSelector
+    _fraction: float | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+        """The steps with a log_prob that `selector` does not keep."""
+        return self._rest(self.selector(trajectory, iteration), trajectory.schedule)
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
+        """The same before the rollout, where `selector` knows."""
+        keep = self.selector.ahead(prompts, schedule, iteration)
+        return None if keep is None else self._rest(keep, schedule)
+
+    def telemetry(self) -> dict[str, Any]:
+        """That of `selector`, whose steps are the ones left out."""
+        inner = self.selector.telemetry()
+        return inner if self._fraction is None else inner | {"fraction": self._fraction, "is_complement": True}
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of `selector`."""
+        return self.selector.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.selector.load_state_dict(state)
+
+    def _rest(self, keep: Bool[Tensor, "b t"], schedule: Schedule) -> Bool[Tensor, "b t"]:
+        rest = ~keep & schedule.trainable.to(keep.device)
+        if not rest.any():
+            raise ValueError(
+                f"the complement trains what {type(self.selector).__name__} leaves out, and it leaves out no step "
+                f"that has a log_prob; choose another selector"
+            )
+        self._fraction = rest.double().mean().item()
+        return rest
+
+
 def nonempty(keep: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     """`keep` as it is; an error if it keeps nothing."""
     if not keep.any():

@@ -31,7 +31,15 @@ from adascope_fast.progress import Progress
 from adascope_fast.reporting.images import save_grid
 from adascope_fast.rollout import PromptCache
 from adascope_fast.runs import RunFolder
-from adascope_fast.timesteps import EveryStep, FastWindow, RandomFraction, StaticRange, TimestepSelector, Window
+from adascope_fast.timesteps import (
+    Complement,
+    EveryStep,
+    FastWindow,
+    RandomFraction,
+    StaticRange,
+    TimestepSelector,
+    Window,
+)
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,8 @@ class Trainer:
     def _record(self, folder: RunFolder, evaluation: Evaluation, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self.config.reward.name, "history": []}
         summary = evaluation.summary()
-        point = {"iteration": iteration, **{key: summary[key] for key in ("mean", "low", "high")}}
+        shown = ("mean", "low", "high", "diversity", "contrast")
+        point = {"iteration": iteration, **{key: summary[key] for key in shown}}
         values["history"] = [*(old for old in values["history"] if old["iteration"] < iteration), point]
         if name is not None:
             values[name] = summary | {"scores": evaluation.scores.tolist()}
@@ -326,14 +335,19 @@ def selector_of(config: Config) -> TimestepSelector:
     """The selector that a configuration names."""
     settings, num_steps = config.selector, config.sampler.num_steps
     low, high = settings.start or 0, settings.end or num_steps
-    makers: dict[str, Callable[[], TimestepSelector]] = {
-        "adascope": lambda: AdaScope(
+
+    def adascope() -> AdaScope:
+        return AdaScope(
             pooling=settings.pooling,
             kappa_s=settings.kappa,
             phi_e=settings.phi_end,
             persist=settings.persistence,
             mask_source=settings.mask_source,
-        ),
+        )
+
+    makers: dict[str, Callable[[], TimestepSelector]] = {
+        "adascope": adascope,
+        "complement": lambda: Complement(adascope()),
         "every_step": EveryStep,
         "random_fraction": lambda: RandomFraction(settings.fraction or 1.0, seed=config.run.seed),
         "static_range": lambda: StaticRange(low, high),

@@ -12,6 +12,7 @@ from adascope_fast import schedules
 from adascope_fast.adascope import AdaScope, IntervalRule, select_interval
 from adascope_fast.schedules import Schedule
 from adascope_fast.sensing import latent_curves
+from adascope_fast.timesteps import Complement
 from adascope_fast.trajectory import Trajectory
 
 SEEDS = st.integers(0, 10**6)
@@ -144,6 +145,29 @@ def test_an_interval_within_a_step_of_its_average_does_not_move(away, moves):
     start, end = _interval(selector, x0)
     selector.load_state_dict({"memory": {"a": [(start + away) / 40, end / 40]}})
     assert _interval(selector, x0) == [start if moves else start + round(away), end]
+
+
+@pytest.mark.parametrize("mask_source", ["current", "previous"])
+def test_the_complement_of_adascope_senses_and_remembers_as_adascope_does(mask_source):
+    alone, inner = (AdaScope(mask_source=mask_source) for _ in range(2))
+    complement = Complement(inner)
+    for seed in range(2):
+        trajectory = _trajectory(_settling(4, 20, 5, seed), ["a", "a", "b", "b"])
+        kept, ahead = alone(trajectory, seed), complement.ahead(trajectory.prompts, trajectory.schedule, seed)
+        rest = complement(trajectory, seed)
+        assert torch.equal(rest, ~kept & trajectory.schedule.trainable)
+        assert (ahead is None) == (mask_source == "current")
+        assert ahead is None or torch.equal(ahead, rest)
+        assert complement.state_dict() == alone.state_dict() != {"memory": {}}
+        told = complement.telemetry()
+        assert told.pop("fraction") == pytest.approx(rest.double().mean().item())
+        assert told.pop("is_complement")
+        expected = alone.telemetry()
+        del expected["fraction"]
+        assert told == expected
+    again = Complement(AdaScope(mask_source=mask_source))
+    again.load_state_dict(json.loads(json.dumps(complement.state_dict())))
+    assert again.state_dict() == complement.state_dict()
 
 
 def test_fixed_and_short_and_deterministic_steps():

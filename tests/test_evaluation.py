@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adascope_fast.evaluation import Evaluation, evaluate, interval
+from adascope_fast.evaluation import Evaluation, contrast, diversity, evaluate, interval
 
 
 def test_the_interval_is_over_prompts_not_over_pictures():
@@ -45,6 +45,36 @@ def test_scores_are_those_of_each_prompts_own_pictures(make_toy: Callable):
     torch.testing.assert_close(evaluation.scores[:2] - lengths[:2], evaluation.pictures.mean((1, 2, 3)).view(2, 2))
     summary = evaluation.summary()
     assert (summary["num_images"], summary["attributes"]) == (6, {"count": 6.0})
+
+
+def _grey(*values: float) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+
+def test_diversity_is_the_mean_distance_of_pairs_of_one_prompt():
+    # Greys 0, 0.2, 0.8 differ by 0.2, 0.8, 0.6, mean 1.6 / 3; the other prompt's pictures are alike.
+    images = torch.stack([_grey(0.0, 0.2, 0.8), _grey(0.5, 0.5, 0.5)])
+    assert diversity(images) == pytest.approx(1.6 / 3 / 2)
+    half = torch.zeros(1, 2, 3, 2, 2)
+    half[0, 1, 0] = 1.0  # a third of the values differ by 1
+    assert diversity(half) == pytest.approx(math.sqrt(1 / 3))
+    assert diversity(images[:, :1]) is None
+
+
+def test_contrast_is_the_mean_standard_deviation_of_a_picture():
+    images = _grey(0.3, 0.9).clone()
+    assert contrast(images) == pytest.approx(0.0, abs=1e-6)
+    images[1, :, 0] = 0.1  # half the values 0.1, half 0.9: 0.4
+    assert contrast(images) == pytest.approx(0.2)
+
+
+def test_the_summary_tells_how_varied_the_pictures_are(make_toy: Callable):
+    evaluation = _evaluate(make_toy())
+    summary, shown = evaluation.summary(), evaluation.pictures.view(2, 2, 3, 3, 3)
+    third = 3 * summary["diversity"] - 2 * diversity(shown)  # type: ignore[operator]  # two of three prompts shown
+    assert 0.01 < third < 1
+    assert 0 < summary["contrast"] < 0.5
+    assert summary["diversity"] != summary["contrast"]
 
 
 def test_another_policy_meets_the_same_noise(make_toy: Callable):

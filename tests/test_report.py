@@ -68,8 +68,10 @@ def _make_run(folder: Path, *, iterations: int = 30) -> Path:
     attributes = {"colour": 0.61, "shape": 0.55, "count": 0.48}
     evaluation = {
         "reward": "scene_attributes",
-        "before": {"mean": 0.5123, "low": 0.481, "high": 0.544, "num_images": 192, "attributes": attributes},
-        "after": {"mean": 0.6987, "low": 0.669, "high": 0.728, "num_images": 192, "attributes": {"colour": 0.83}},
+        "before": {"mean": 0.5123, "low": 0.481, "high": 0.544, "num_images": 192, "attributes": attributes}
+        | {"diversity": 0.25, "contrast": 0.26},
+        "after": {"mean": 0.6987, "low": 0.669, "high": 0.728, "num_images": 192, "attributes": {"colour": 0.83}}
+        | {"diversity": 0.2, "contrast": 0.13},
         "difference": {"mean": 0.1864, "low": 0.151, "high": 0.222},
         "history": [
             {"iteration": 0, "mean": 0.5123, "low": 0.481, "high": 0.544},
@@ -160,6 +162,30 @@ def test_verdict_follows_the_interval(run: Path, low: float | None, high: float 
     words = _words(_page(run))
     assert want in words
     assert "rose by more" not in words
+
+
+def test_variety_is_shown_beside_the_reward(run: Path):
+    words = _words(_page(run))
+    assert "diversity 0.250 0.200 -20%" in words
+    assert "contrast 0.260 0.130 -50%" in words
+
+
+def test_a_single_picture_a_prompt_has_no_diversity(run: Path):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for when in ("before", "after"):
+        evaluation[when]["diversity"] = None
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    words = _words(_page(run))
+    assert "diversity 0" not in words
+    assert "contrast 0.260" in words
+
+
+def test_the_page_says_that_the_complement_was_trained(run: Path):
+    assert "as a control" not in _words(_page(run))
+    record = _record(0)
+    record["selector"]["is_complement"] = True
+    (run / "stats.jsonl").write_text(json.dumps(record))
+    assert "as a control, the steps outside it were trained" in _words(_page(run))
 
 
 def test_time_is_summed_and_shared(run: Path):

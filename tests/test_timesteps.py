@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from adascope_fast import schedules
 from adascope_fast.schedules import Schedule
-from adascope_fast.timesteps import EveryStep, FastWindow, RandomFraction, StaticRange, TimestepSelector, Window
+from adascope_fast.timesteps import (
+    Complement,
+    EveryStep,
+    FastWindow,
+    RandomFraction,
+    StaticRange,
+    TimestepSelector,
+    Window,
+)
 from adascope_fast.trajectory import Trajectory
 
 
@@ -103,6 +111,22 @@ def test_fast_window_is_uniform_and_the_same_for_the_batch():
     assert _steps(selector, 3, 10) == list(range(start, end))
 
 
+def test_the_complement_keeps_what_the_other_leaves_out():
+    selector = Complement(StaticRange(2, 4))
+    assert _steps(selector, 0, 7) == [0, 1, 4, 5], "the last step is deterministic"
+    ahead = selector.ahead(["a", "b"], _schedule(7), 0)
+    assert ahead is not None
+    assert ahead.tolist() == [[True, True, False, False, True, True, False]] * 2
+    telemetry = selector.telemetry()
+    assert (telemetry["start"], telemetry["end"], telemetry["is_complement"]) == (2, 4, True)
+    assert telemetry["fraction"] == pytest.approx(4 / 7)
+
+
+def test_the_complement_of_every_step_is_refused():
+    with pytest.raises(ValueError, match="EveryStep leaves out, and it leaves out no step"):
+        Complement(EveryStep())(_trajectory(2, 6), 0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_windows_stay_inside_their_bounds(data):
@@ -122,6 +146,7 @@ def test_windows_stay_inside_their_bounds(data):
 
 
 SELECTORS = [EveryStep(), StaticRange(0, 4), RandomFraction(0.5), Window(), FastWindow(2, 0, 4)]
+SELECTORS += [Complement(StaticRange(0, 4))]
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: type(selector).__name__)

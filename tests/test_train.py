@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adascope_fast import backbones
-from adascope_fast.config import Config, ConfigError
+from adascope_fast.config import Config, ConfigError, SelectorChoice
 from adascope_fast.sampling import draw, initial_latents, load_run
 from adascope_fast.train import Result, Trainer, algorithm_of, selector_of
 
@@ -259,7 +260,7 @@ def _has_scalars(path: Path) -> bool:
 def test_every_algorithm_and_selector_of_the_configuration_exists():
     for name in ("ddpo", "grpo"):
         assert algorithm_of(Config.load(None, [f"algorithm.name={name}"])).name == name
-    for name in ("adascope", "every_step", "random_fraction", "static_range", "window", "fast_window"):
+    for name in get_args(SelectorChoice.model_fields["name"].annotation):
         settings = ["selector.fraction=0.5", "selector.start=2", "selector.end=9"]
         selector = selector_of(Config.load(None, [f"selector.name={name}", *settings]))
         assert selector.state_dict() in ({}, {"memory": {}})

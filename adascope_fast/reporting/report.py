@@ -59,6 +59,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "status": run.get("status", "unknown"),
         "progress": _progress(stats, config),
         "headline": _headline(evaluation, config),
+        "variety": _variety(evaluation),
         "attributes": _attributes(evaluation),
         "pairs": _pairs(folder / "samples"),
         "reward_chart": Markup(_reward_chart(stats, evaluation)),
@@ -66,6 +67,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "fraction_chart": Markup(figures.line_chart(_points(stats, "fraction_trained"), "share of steps trained")),
         "interval_summary": _interval_summary(stats),
         "selector": config.get("selector", {}).get("name", "unknown"),
+        "is_complement": any((record.get("selector") or {}).get("is_complement") for record in stats),
         "reasons": _reasons(stats),
         "time_bar": Markup(figures.stacked_bar(_seconds(stats), _css)),
         "time_rows": _time_rows(stats),
@@ -162,6 +164,18 @@ def _estimate(estimate: Record, *, signed: bool = False) -> dict[str, str] | Non
     spell = "{:+.3f}" if signed else "{:.3f}"
     mean, low, high = (spell.format(_value(estimate, key)) for key in ("mean", "low", "high"))
     return {"mean": mean, "interval": f"{low} to {high}" if "nan" not in low + high else "no interval"}
+
+
+def _variety(evaluation: Record) -> list[tuple[str, str, str, str]]:
+    before, after = (evaluation.get(when) or {} for when in ("before", "after"))
+    rows = []
+    for name in ("diversity", "contrast"):
+        old, new = _value(before, name), _value(after, name)
+        if not (math.isnan(old) and math.isnan(new)):
+            shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in (old, new)]
+            change = "-" if math.isnan(new - old) or not old else f"{new / old - 1:+.0%}"
+            rows.append((name, *shown, change))
+    return rows
 
 
 def _attributes(evaluation: Record) -> list[tuple[str, str, str, str]]:
