@@ -130,7 +130,7 @@ def _cell(value: float | None, form: str) -> str:
 
 def write(path: Path, models: list[Record], *, device: str, started: float, load: list[float]) -> None:
     """Write everything measured, with machine, versions, date, command and load."""
-    result = facts(device=device) | {
+    result = facts("end_to_end.py", device=device) | {
         "load_average": {"before": load, "after": list(os.getloadavg())},
         "seconds": round(datetime.datetime.now().timestamp() - started, 1),
         "models": models,
@@ -139,11 +139,10 @@ def write(path: Path, models: list[Record], *, device: str, started: float, load
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def facts(*, device: str) -> Record:
+def facts(script: str, *, device: str) -> Record:
     """The command, the date, the commit, the machine, and the versions here."""
-    script = f"bench/{Path(sys.argv[0]).name}"
     return {
-        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "command": " ".join(["python", f"bench/{script}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores, {device}",
