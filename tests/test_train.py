@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adascope_fast import backbones
+from adascope_fast.building import algorithm_of, selector_of
 from adascope_fast.config import Config, ConfigError, SelectorChoice
 from adascope_fast.sampling import draw, initial_latents, load_run
-from adascope_fast.train import Result, Trainer, algorithm_of, selector_of
+from adascope_fast.train import Result, Trainer
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
 UNTIMED = {"seconds": None, "cpu_seconds": None}
