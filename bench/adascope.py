@@ -1,0 +1,184 @@
+"""Does it pay to train AdaScope's interval? Against every step, random steps, and the steps that AdaScope leaves out.
+
+    python bench/adascope.py [--rewards R ...] [--seeds 0 1 2] [--iterations N] [--jobs J] [--set KEY=VALUE ...]
+
+Arms, for each reward and seed, on the same prompts, noise seeds and settings:
+- adascope: the interval of each prompt;
+- every_step: all of them;
+- random_fraction: as many steps as AdaScope trained in the same run, drawn at random for each picture;
+- complement: the steps that AdaScope would leave out. If the interval is what matters, this arm loses.
+
+Each run is a process with one thread; seconds are its CPU seconds in training, so what else runs on the machine matters
+little. Finished runs in --work are not repeated. Writes JSON with the machine, versions and date, a plot, and a table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from baselines import report
+
+HERE = Path(__file__).parent
+REWARDS = ("scene_attributes", "jpeg_compressibility")
+ARMS = ("adascope", "every_step", "random_fraction", "complement")
+COLOURS = {"adascope": "#c0392b", "every_step": "#2c3e50", "random_fraction": "#2980b9", "complement": "#7f8c8d"}
+
+
+def main() -> None:
+    """Run what is missing, then write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE.parent / "configs" / "quickstart.toml")
+    parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to every run")
+    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "adascope")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
+    chosen = parser.parse_args()
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        rows = list(pool.map(lambda case: run_arms(*case, chosen), product(chosen.rewards, chosen.seeds)))
+    summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
+    values = {"iterations": chosen.iterations, "settings": chosen.set, "runs": rows, "summary": summary}
+    chosen.out.parent.mkdir(exist_ok=True)
+    chosen.out.write_text(json.dumps(report.facts("adascope.py", device="no GPU used") | values, indent=1) + "\n")
+    plot(rows, chosen.out.with_suffix(".png"))
+    print(table(summary))
+    print(chosen.out)
+
+
+def run_arms(reward: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The four arms of one reward and seed, AdaScope first: its share of steps is that of the random ones."""
+    arms: dict[str, Any] = {}
+    for arm in ARMS:
+        overrides = [f"selector.name={arm}"]
+        if arm == "random_fraction":
+            overrides.append(f"selector.fraction={arms['adascope']['fraction_trained']:.4f}")
+        arms[arm] = run(chosen.work / f"{reward}-{seed}-{arm}", reward, seed, overrides, chosen)
+    return {"reward": reward, "seed": seed, "arms": arms}
+
+
+def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
+    """Train once, unless it was done before, and return what the run folder says."""
+    if not (folder / "report.html").is_file():
+        shared = [f"run.folder={folder}", f"run.seed={seed}", f"reward.name={reward}", "evaluation.every=4"]
+        shared += [f"train.iterations={chosen.iterations}", "log.trackers=[]", *chosen.set]
+        command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(chosen.config), *shared]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL, env=environment)
+    return read(folder)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Held-out reward against trained pairs and CPU seconds, and what else a finished run's folder says."""
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    points = []
+    for point in evaluation["history"]:
+        done = stats[: point["iteration"]]
+        points.append(
+            {
+                "iteration": point["iteration"],
+                "reward": point["mean"],
+                "pairs": sum(record["pairs_trained"] for record in done),
+                "cpu_seconds": sum(record["cpu_seconds"] for record in done),
+            }
+        )
+    intervals = [record["selector"] for record in stats if "mean_start" in record["selector"]]
+    return {
+        "points": points,
+        "difference": evaluation["difference"],
+        **{name: [evaluation[when][name] for when in ("before", "after")] for name in ("diversity", "contrast")},
+        "fraction_trained": mean(record["fraction_trained"] for record in stats),
+        "reward_in_training": [record["reward_mean"] for record in stats],
+        "interval": [mean(one[key] for one in intervals) for key in ("mean_start", "mean_end")] if intervals else None,
+        "curves": intervals[0].get("curves") if intervals else None,
+        "reasons": _summed(one.get("reasons", {}) for one in intervals),
+    }
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds of one reward: gain, cost, diversity of every arm; the spread of AdaScope's interval."""
+    arms = {}
+    for arm in ARMS:
+        runs = [row["arms"][arm] for row in rows]
+        ends = [one["points"][-1] for one in runs]
+        arms[arm] = {
+            "gain": _spread([one["difference"]["mean"] for one in runs]),
+            "pairs": mean(end["pairs"] for end in ends),
+            "cpu_seconds": mean(end["cpu_seconds"] for end in ends),
+            "diversity": [mean(one["diversity"][when] for one in runs) for when in (0, 1)],
+            "contrast": [mean(one["contrast"][when] for one in runs) for when in (0, 1)],
+        }
+    intervals = [row["arms"]["adascope"]["interval"] for row in rows]
+    return {"arms": arms, "start": _spread([i[0] for i in intervals]), "end": _spread([i[1] for i in intervals])}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| reward | arm | gain, mean and spread over seeds | pairs | CPU s | diversity | contrast |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for reward, values in summary.items():
+        for arm, one in values["arms"].items():
+            change = [f"{one[name][0]:.3f} to {one[name][1]:.3f}" for name in ("diversity", "contrast")]
+            gain = f"{one['gain']['mean']:+.3f} ({one['gain']['low']:+.3f} to {one['gain']['high']:+.3f})"
+            cells = (reward, arm, gain, f"{one['pairs']:.0f}", f"{one['cpu_seconds']:.0f}", *change)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Gain against trained pairs and against CPU seconds, and the sensed curves; a line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rewards = list(dict.fromkeys(row["reward"] for row in rows))
+    figure, axes = pyplot.subplots(len(rewards), 3, figsize=(13, 3.6 * len(rewards)), squeeze=False)
+    for (by_pairs, by_seconds, sensed), reward in zip(axes, rewards, strict=True):
+        for row in (row for row in rows if row["reward"] == reward):
+            for arm, one in row["arms"].items():
+                gains = [point["reward"] - one["points"][0]["reward"] for point in one["points"]]
+                label = arm if row is next(r for r in rows if r["reward"] == reward) else None
+                for axis, key in ((by_pairs, "pairs"), (by_seconds, "cpu_seconds")):
+                    axis.plot([p[key] for p in one["points"]], gains, color=COLOURS[arm], label=label, alpha=0.8)
+            _sensed(sensed, row["arms"]["adascope"])
+        by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="held-out reward, gain")
+        by_seconds.set(xlabel="CPU seconds of training")
+        by_pairs.legend(frameon=False)
+        sensed.set(xlabel="step", title="sensed before the first update; shaded: interval")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def _sensed(axis: Any, one: dict[str, Any]) -> None:
+    curves = one["curves"] or {}
+    for name, values in curves.items():
+        known = [(x, value) for x, value in enumerate(values) if value is not None]
+        axis.plot(*zip(*known, strict=True), color="#2980b9" if name == "preference" else "#27ae60")
+    axis.axvspan(*one["interval"], color="#c0392b", alpha=0.08)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    spread = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": mean(values), "std": spread, "low": min(values), "high": max(values)}
+
+
+def _summed(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for reason, number in one.items():
+            total[reason] = total.get(reason, 0) + number
+    return total
+
+
+if __name__ == "__main__":
+    main()
