@@ -4,7 +4,7 @@ The engine knows neither: a new algorithm is a new function here, made of parts 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.advantages import Advantage, GroupRelative, PerPromptTracker
+from adascope_fast.attribution import Attribution
 from adascope_fast.objectives import ppo_clip
 from adascope_fast.schedules import Schedule
 
@@ -30,6 +31,7 @@ class Algorithm:
     `kl_weight` (beta) adds that many times the KL of each step from the reference policy; 0 costs no reference pass.
     `clip` names the fused operation that computes this objective, "ppo" or "dpok"; None: there is none, and the
     objective is differentiated as it stands.
+    `attribution` says which steps the reward is credited to and how much of it each gets.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Algorithm:
     step_weight: Callable[[Schedule], Float32[Tensor, " t"]] | None = None
     kl_weight: float = 0.0
     clip: Literal["ppo", "dpok"] | None = None
+    attribution: Attribution = field(default_factory=Attribution)
 
     def training_step(
         self,

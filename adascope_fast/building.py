@@ -1,10 +1,12 @@
 """What a configuration names, built: the algorithm and the selector."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from adascope_fast.adascope import AdaScope
 from adascope_fast.algorithms import Algorithm, ddpo, grpo
+from adascope_fast.attribution import Attribution
 from adascope_fast.config import Config
 from adascope_fast.timesteps import (
     Complement,
@@ -28,8 +30,10 @@ def algorithm_of(config: Config) -> Algorithm:
         "kl_weight": settings.kl_weight,
     }
     if settings.name == "grpo":
-        return grpo(**shared, scale=settings.advantage_scale)
-    return ddpo(**shared, buffer_size=settings.per_prompt_buffer, min_count=settings.per_prompt_min_count)
+        algorithm = grpo(**shared, scale=settings.advantage_scale)
+    else:
+        algorithm = ddpo(**shared, buffer_size=settings.per_prompt_buffer, min_count=settings.per_prompt_min_count)
+    return replace(algorithm, attribution=Attribution(settings.backfill, settings.attribution, settings.gamma))
 
 
 def selector_of(config: Config) -> TimestepSelector:

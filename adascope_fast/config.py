@@ -62,6 +62,11 @@ class Config(Section):
                 "grpo compares the pictures of one prompt, so train.samples_per_prompt must be at least 2, "
                 f'got {self.train.samples_per_prompt}; raise it, or set algorithm.name = "ddpo"'
             )
+        if self.algorithm.attribution == "gain" and self.selector.name not in ("adascope", "complement"):
+            raise ValueError(
+                'algorithm.attribution = "gain" needs a selector that senses the preference, got selector.name = '
+                f'"{self.selector.name}"; set it to "adascope", or algorithm.attribution to "similarity"'
+            )
         if self.train.update == "one_pass":
             self._can_be_one_pass()
         return self
@@ -72,6 +77,11 @@ class Config(Section):
                 "one_pass needs train.updates_per_iteration = 1 and algorithm.kl_weight = 0, got "
                 f"{self.train.updates_per_iteration} and {self.algorithm.kl_weight}; "
                 f'set them so, or train.update = "replay"'
+            )
+        if self.algorithm.attribution in ("gain", "similarity"):
+            raise ValueError(
+                "one_pass needs the weights before the rollout, got algorithm.attribution = "
+                f'"{self.algorithm.attribution}"; set it to "uniform" or "discount", or train.update = "replay"'
             )
         if self.selector.name in ("adascope", "complement") and self.selector.mask_source != "previous":
             raise ValueError(

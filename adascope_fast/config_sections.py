@@ -132,6 +132,12 @@ class AlgorithmChoice(Section):
     """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1 (grpo)."""
     step_weight: Literal["none", "balanced"] = "none"
     """`balanced`: each step's advantage is divided by the sensitivity of its log-probability, |b| / std."""
+    backfill: Literal["interval", "full", "sparse"] = "interval"
+    """Steps the reward is credited to: the selector's, every step whatever it chose, or the last one alone."""
+    attribution: Literal["uniform", "discount", "gain", "similarity"] = "uniform"
+    """Shares: alike, by `gamma`, by the sensed preference a step adds, or by the guess's likeness to the result."""
+    gamma: Share = 0.99
+    """Discount of each step that follows (discount)."""
     kl_weight: PositiveOrZero = 0.0
     """Weight (beta) of the KL from the reference policy, the model without its adapter; 0 costs no reference pass."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adascope_fast import ops
 from adascope_fast.acceleration import halving
 from adascope_fast.algorithms import Algorithm
+from adascope_fast.attribution import similarity_gains
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.backbones.protocol import Backbone
 from adascope_fast.one_pass import OnePass
@@ -88,6 +89,11 @@ class Engine:
                 "one_pass makes one update an iteration, without KL, got "
                 f"{settings.updates_per_iteration} updates and kl_weight = {algorithm.kl_weight}; use update = 'replay'"
             )
+        if settings.update == "one_pass" and not algorithm.attribution.is_known_ahead:
+            raise ValueError(
+                f"one_pass needs the weights before the rollout, and {algorithm.attribution.weights!r} is known after "
+                f"it; use weights 'uniform' or 'discount', or update = 'replay'"
+            )
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
         self.rollout_batch = settings.rollout_batch
@@ -111,12 +117,13 @@ class Engine:
                 advantages = self.algorithm.advantage(rewards, prompts, trajectory.num_steps)
         with self._part("sensing"):
             chosen = self.selector(trajectory, iteration)
-            pairs = trajectory.pairs(chosen if keep is None else keep)
+            keep = self.algorithm.attribution.steps(chosen, self.schedule.trainable) if keep is None else keep
+            pairs, weights = trajectory.pairs(keep), self._weights(keep, trajectory).to(advantages.device)
         with self._part("update"):
             if gradients is None:
-                statistics = self._replay(encoded, trajectory, pairs, self._weighted(advantages), generator)
+                statistics = self._replay(encoded, trajectory, pairs, advantages * weights, generator)
             else:
-                statistics = self._apply(gradients, advantages, pairs)
+                statistics = self._apply(gradients, advantages, pairs, weights)
             values = statistics.read(len(pairs))
         values |= {
             "reward_mean": rewards.mean().item(),
@@ -164,7 +171,7 @@ class Engine:
             if keep is not None:
                 denoising = Denoising(self.backbone, self.schedule, encoded, scale)
                 gradients = PerSampleGradients(self.backbone.denoiser, self._parameters, len(prompts))
-                advance = OnePass(denoising, keep.cpu(), self._step_weight(), gradients, self.microbatch, folding)
+                advance = OnePass(denoising, keep.cpu(), self._weights(keep), gradients, self.microbatch, folding)
 
             def on_step(num_samples: int) -> None:
                 nonlocal done
@@ -247,7 +254,11 @@ class Engine:
         return stats | {"loss": loss, "rollout_drift": (stats["log_prob"] - micro.old_log_prob).abs()}
 
     def _apply(
-        self, gradients: PerSampleGradients, advantages: Float[Tensor, "b t"], pairs: Int64[Tensor, "n 2"]
+        self,
+        gradients: PerSampleGradients,
+        advantages: Float[Tensor, "b t"],
+        pairs: Int64[Tensor, "n 2"],
+        weights: Float[Tensor, "b t"],
     ) -> UpdateStatistics:
         """The one update of a one-pass iteration: each sample's gradient times the slope of its loss at ratio 1."""
         log_prob = torch.zeros(len(advantages), device=advantages.device, requires_grad=True)
@@ -256,7 +267,7 @@ class Engine:
         for parameter, gradient in zip(self._parameters, gradients.weighted(slope), strict=True):
             parameter.grad = gradient / len(pairs)
         sample, step = pairs.unbind(1)
-        losses = (loss.detach()[sample] * self._step_weight()[step]).float()
+        losses = (loss.detach()[sample] * weights[sample, step]).float()
         statistics = UpdateStatistics()
         statistics.add([{"loss": losses}], self._optimizer_step())
         return statistics
@@ -279,14 +290,15 @@ class Engine:
                 "one_pass needs the steps before the rollout, and this selector decides after it; "
                 "set selector.mask_source = 'previous', or train.update = 'replay'"
             )
-        return keep
+        return self.algorithm.attribution.steps(keep, self.schedule.trainable)
 
-    def _step_weight(self) -> Float32[Tensor, " t"]:
-        make = self.algorithm.step_weight
-        return torch.ones_like(self.schedule.coef[:, 0]) if make is None else make(self.schedule)
-
-    def _weighted(self, advantages: Float[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-        return advantages if self.algorithm.step_weight is None else advantages * self._step_weight()
+    def _weights(self, keep: Bool[Tensor, "b t"], trajectory: Trajectory | None = None) -> Float32[Tensor, "b t"]:
+        """What multiplies the advantages: the attribution, and the algorithm's weight of each step; on the device."""
+        attribution, gains, make = self.algorithm.attribution, None, self.algorithm.step_weight
+        if trajectory is not None and not attribution.is_known_ahead:
+            gains = similarity_gains(trajectory) if attribution.weights == "similarity" else self.selector.gains()
+        weights = attribution.credit(keep.to(self.schedule.coef.device), gains)
+        return weights if make is None else weights * make(self.schedule)
 
     def _outputs(self, encoded: EncodedPrompts, micro: StepBatch) -> tuple[Tensor, Tensor | None]:
         scale = self.settings.guidance_scale

@@ -24,12 +24,12 @@ from adascope_fast.rollout import Denoising, Moved, predict
 class OnePass:
     """An `advance` for `rollout` that adds up weight * d log_prob / d parameters of each sample's kept steps.
 
-    `keep` is on the CPU: which rows to differentiate is the host's decision.
+    `keep` is on the CPU: which rows to differentiate is the host's decision. `weight` is on the device.
     """
 
     denoising: Denoising
     keep: Bool[Tensor, "b t"]
-    step_weight: Float[Tensor, " t"]
+    weight: Float[Tensor, "b t"]
     gradients: PerSampleGradients
     microbatch: int
     folding: Folding | None = None
@@ -82,6 +82,6 @@ class OnePass:
             log_prob = ops.guided_transition_log_prob(
                 sample, output, without, it.guidance_scale, moved.prev_sample, coef
             )
-            gradients = torch.autograd.grad(log_prob.sum() * self.step_weight[step], leaves)
+            gradients = torch.autograd.grad((log_prob * self.weight[samples, step]).sum(), leaves)
         self.gradients.add(samples, gradients)
         return moved

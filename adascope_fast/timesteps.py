@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from adascope_fast.schedules import Schedule
@@ -28,6 +28,10 @@ class TimestepSelector(Protocol):
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
         """The same choice before the rollout, on the CPU; None where it cannot be known yet."""
+        ...
+
+    def gains(self) -> Float64[Tensor, "b t"] | None:
+        """What each step of the last rollout added to the preference; None if that was not sensed."""
         ...
 
     def telemetry(self) -> dict[str, Any]:
@@ -46,6 +50,9 @@ class TimestepSelector(Protocol):
 @dataclass
 class _Stateless:
     _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def gains(self) -> None:
+        """None: nothing is sensed."""
 
     def telemetry(self) -> dict[str, Any]:
         """The last decision."""
@@ -200,6 +207,10 @@ class Complement:
         """The same before the rollout, where `selector` knows."""
         keep = self.selector.ahead(prompts, schedule, iteration)
         return None if keep is None else self._rest(keep, schedule)
+
+    def gains(self) -> Float64[Tensor, "b t"] | None:
+        """Those of `selector`."""
+        return self.selector.gains()
 
     def telemetry(self) -> dict[str, Any]:
         """That of `selector`, whose steps are the ones left out."""

@@ -233,6 +233,16 @@ def test_rules_that_span_fields():
         "grpo compares the pictures of one prompt, so train.samples_per_prompt must be at least 2, got 1; "
         'raise it, or set algorithm.name = "ddpo"'
     )
+    assert _error(None, "algorithm.attribution=gain", "selector.name=every_step") == (
+        'algorithm.attribution = "gain" needs a selector that senses the preference, got selector.name = "every_step"; '
+        'set it to "adascope", or algorithm.attribution to "similarity"'
+    )
+    ahead = ["train.update=one_pass", "selector.mask_source=previous"]
+    assert _error(None, *ahead, "algorithm.attribution=similarity") == (
+        'one_pass needs the weights before the rollout, got algorithm.attribution = "similarity"; '
+        'set it to "uniform" or "discount", or train.update = "replay"'
+    )
+    assert Config.load(None, [*ahead, "algorithm.attribution=discount"]).algorithm.gamma == 0.99
     whole = Config.load(None, ["selector.name=static_range", "selector.start=0", "selector.end=20"])
     assert (whole.selector.start, whole.selector.end) == (0, 20)
 

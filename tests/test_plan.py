@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adascope_fast import backbones
 from adascope_fast.backbones import ASSETS
-from adascope_fast.config import Config
+from adascope_fast.config import Config, SelectorChoice
 from adascope_fast.metering import measure
 from adascope_fast.plan import denoiser_cost, fraction_trained, plan, weight_bytes
 
@@ -90,6 +90,17 @@ def test_memory_of_the_outline_is_that_of_the_real_computation(gradient_checkpoi
             alive += event.nbytes()
             peak = max(peak, alive)
     assert denoiser_cost(outlined, 8, backward=True).peak_bytes == pytest.approx(peak, rel=0.1)
+
+
+def test_the_share_of_steps_is_known_for_every_selector():
+    shares = {}
+    for name in get_args(SelectorChoice.model_fields["name"].annotation):
+        overrides = ["selector.fraction=0.3", "selector.start=2", "selector.end=7", f"selector.name={name}"]
+        shares[name] = fraction_trained(Config.load(None, overrides))
+    assert shares["adascope"] + shares["complement"] == 1
+    assert (shares["random_fraction"], shares["static_range"], shares["window"]) == (0.3, 0.25, 0.1)
+    assert fraction_trained(Config.load(None, ["algorithm.backfill=full"])) == 1
+    assert fraction_trained(Config.load(None, ["algorithm.backfill=sparse"])) == 1 / 20
 
 
 def test_the_parts_of_a_plan_add_up():

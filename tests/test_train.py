@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adascope_fast import backbones
+from adascope_fast.attribution import Attribution
 from adascope_fast.building import algorithm_of, selector_of
 from adascope_fast.config import Config, ConfigError, SelectorChoice
 from adascope_fast.sampling import draw, initial_latents, load_run
@@ -261,6 +262,8 @@ def _has_scalars(path: Path) -> bool:
 def test_every_algorithm_and_selector_of_the_configuration_exists():
     for name in ("ddpo", "grpo"):
         assert algorithm_of(Config.load(None, [f"algorithm.name={name}"])).name == name
+    settings = ["algorithm.backfill=full", "algorithm.attribution=discount", "algorithm.gamma=0.5"]
+    assert algorithm_of(Config.load(None, settings)).attribution == Attribution("full", "discount", 0.5)
     for name in get_args(SelectorChoice.model_fields["name"].annotation):
         settings = ["selector.fraction=0.5", "selector.start=2", "selector.end=9"]
         selector = selector_of(Config.load(None, [f"selector.name={name}", *settings]))
