@@ -76,7 +76,7 @@ class AdaScope(IntervalRule):
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
         """The interval of each pool, less the steps without log_prob."""
         schedule = trajectory.schedule
-        is_sensed = self.is_sensed and trajectory.num_steps >= 4 and iteration % self.sense_every == 0
+        is_sensed = self.senses(iteration) and trajectory.num_steps >= 4
         keep = self.decide(
             self.sensor(trajectory) if is_sensed else None,
             trajectory.prompts,
@@ -132,6 +132,10 @@ class AdaScope(IntervalRule):
         log_snr, trainable = host(schedule.log_snr), schedule.trainable.cpu().numpy()
         chosen = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
         return nonempty(torch.from_numpy(_keep(pools, chosen, trainable, len(prompts))))
+
+    def senses(self, iteration: int) -> bool:
+        """Whether this iteration's curves are looked at."""
+        return self.is_sensed and iteration % self.sense_every == 0
 
     def gains(self) -> Float64[Tensor, "b t"] | None:
         """What each step of the last rollout added to the preference, averaged over its pool; None if not sensed."""

@@ -111,6 +111,8 @@ class Sampler(Section):
     """DDIM noise of diffusion models; 0 is deterministic and cannot be trained."""
     noise_level: Positive = 0.7
     """Flow-SDE noise of flow models."""
+    tail_share: Share = 1.0
+    """Below 1: the steps after the last trained one become this share of them, of a second-order ODE solver."""
 
 
 class AlgorithmChoice(Section):

@@ -24,6 +24,7 @@ from adascope_fast.algorithms import Algorithm
 from adascope_fast.attribution import similarity_gains
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.backbones.protocol import Backbone
+from adascope_fast.ode_tail import Tails
 from adascope_fast.one_pass import OnePass
 from adascope_fast.per_sample import PerSampleGradients
 from adascope_fast.rollout import Denoising, EncodedPrompts, predict, rollout
@@ -43,7 +44,9 @@ class Settings:
 
     `microbatch` None is the rollout's batch, or what makes 64 rows of a forward if that is more; both batches are
     halved where memory runs out. `update` "one_pass" saves the replay's forward pass, see `adascope_fast.one_pass`;
-    `fold_adapter` adds LoRA to float32 base weights while nothing is differentiated.
+    `fold_adapter` adds LoRA to float32 base weights while nothing is differentiated. `tail_share` below 1 replaces the
+    steps after a sample's last trained one by that share of them, of a second-order ODE solver; they have to be known
+    beforehand, and a rollout that the selector looks at is sampled in full.
     """
 
     guidance_scale: float
@@ -53,6 +56,7 @@ class Settings:
     max_grad_norm: float = 1.0
     update: Literal["replay", "one_pass"] = "replay"
     fold_adapter: bool = False
+    tail_share: float = 1.0
 
 
 @dataclass
@@ -110,14 +114,20 @@ class Engine:
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
         with Scoring(self.backbone, self.score, prompts) as scoring:
             with self._part("rollout"):
-                keep = self._ahead(prompts, iteration) if is_one_pass else None
-                trajectory, gradients = self._rollout(encoded, prompts, generator, keep, scoring)
+                saves = self.settings.tail_share < 1 and not self.selector.senses(iteration)
+                keep = self._ahead(prompts, iteration) if is_one_pass or saves else None
+                tails = Tails.of(self.schedule, keep, self.settings.tail_share) if saves and keep is not None else None
+                trajectory, gradients = self._rollout(
+                    encoded, prompts, generator, scoring, keep=keep if is_one_pass else None, tails=tails
+                )
             with self._part("reward"):
                 rewards = scoring.rewards()
                 advantages = self.algorithm.advantage(rewards, prompts, trajectory.num_steps)
         with self._part("sensing"):
             chosen = self.selector(trajectory, iteration)
-            keep = self.algorithm.attribution.steps(chosen, self.schedule.trainable) if keep is None else keep
+            if keep is None:
+                keep = self.algorithm.attribution.steps(chosen, self.schedule.trainable)
+            keep = keep.to(chosen.device)
             pairs, weights = trajectory.pairs(keep), self._weights(keep, trajectory).to(advantages.device)
         with self._part("update"):
             if gradients is None:
@@ -129,6 +139,7 @@ class Engine:
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             "fraction_trained": len(pairs) / chosen.numel(),
+            "forwards_sampled": trajectory.log_prob.numel() if tails is None else tails.num_forwards,
             "microbatch": self.microbatch,
             "selector": self.selector.telemetry(),
         }
@@ -157,10 +168,13 @@ class Engine:
         encoded: EncodedPrompts,
         prompts: list[str],
         generator: torch.Generator,
-        keep: Bool[Tensor, "b t"] | None,
         scoring: Scoring,
+        *,
+        keep: Bool[Tensor, "b t"] | None,
+        tails: Tails | None,
     ) -> tuple[Trajectory, PerSampleGradients | None]:
-        total, start = len(prompts) * self.schedule.num_steps, generator.get_state()
+        total = len(prompts) * self.schedule.num_steps if tails is None else tails.num_forwards
+        start = generator.get_state()
         scale = self.settings.guidance_scale
         folding = Folding(self.backbone.denoiser) if self.settings.fold_adapter else None
 
@@ -188,6 +202,7 @@ class Engine:
                     generator=generator,
                     batch=batch,
                     advance=advance,
+                    tails=tails,
                     on_step=on_step,
                     on_batch=scoring.submit,
                 )
@@ -287,8 +302,8 @@ class Engine:
         keep = self.selector.ahead(prompts, self.schedule, iteration)
         if keep is None:
             raise ValueError(
-                "one_pass needs the steps before the rollout, and this selector decides after it; "
-                "set selector.mask_source = 'previous', or train.update = 'replay'"
+                "one_pass and a tail_share below 1 need the steps before the rollout, and this selector decides after "
+                "it; set selector.mask_source = 'previous', or train.update = 'replay' and sampler.tail_share = 1"
             )
         return self.algorithm.attribution.steps(keep, self.schedule.trainable)
 

@@ -37,26 +37,30 @@ class OnePass:
     def __call__(
         self,
         step: int,
-        rows: slice,
+        samples: Int64[Tensor, " m"],
         sample: Float[Tensor, "m *latent"],
         noise: Float[Tensor, "m *latent"],
         prompt_index: Int64[Tensor, " m"],
     ) -> Moved:
-        """One step of the samples `rows`: the kept ones with gradient, the others without."""
-        kept = self.keep[rows, step]
+        """One step of the samples with these numbers: the kept ones with gradient, the others without."""
+        kept, numbers = self.keep[samples, step], samples.to(sample.device, non_blocking=True)
         if not kept.any():
-            return self._plain(step, rows, sample, noise, prompt_index)
+            return self._plain(step, samples, sample, noise, prompt_index)
         if kept.all():
-            whole = torch.arange(rows.start, rows.start + len(sample), device=sample.device)
-            return self._learn(step, whole, sample, noise, prompt_index)
+            return self._learn(step, numbers, sample, noise, prompt_index)
         parts = []
         for flag in (True, False):
-            index = (kept == flag).nonzero()[:, 0].to(sample.device)
-            part = sample[index], noise[index], prompt_index[index]
-            moved = self._learn(step, index + rows.start, *part) if flag else self._plain(step, rows, *part)
-            parts.append((index, moved))
+            index = (kept == flag).nonzero()[:, 0].to(sample.device, non_blocking=True)
+            part = numbers[index], sample[index], noise[index], prompt_index[index]
+            parts.append((index, (self._learn if flag else self._plain)(step, *part)))
         order = torch.cat([index for index, _ in parts]).argsort()
         return Moved(*(torch.cat(values)[order] for values in zip(*(moved for _, moved in parts), strict=True)))
+
+    def guess(self, step: Tensor, sample: Tensor, prompt_index: Tensor) -> Tensor:
+        """Without gradient: steps of a tail are not trained."""
+        if self.folding is not None:
+            self.folding.on()
+        return self.denoising.guess(step, sample, prompt_index)
 
     def _plain(self, *step: Any) -> Moved:
         if self.folding is not None:

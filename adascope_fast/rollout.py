@@ -7,7 +7,7 @@ sample's noise does not depend on how many are denoised at once.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.backbones.protocol import Backbone
+from adascope_fast.ode_tail import Tails
 from adascope_fast.schedules import Schedule
 from adascope_fast.trajectory import Condition, Trajectory, take
 
@@ -108,12 +109,12 @@ class Denoising:
     def __call__(
         self,
         step: int,
-        rows: slice,
+        samples: Int64[Tensor, " m"],
         sample: Float[Tensor, "m *latent"],
         noise: Float[Tensor, "m *latent"],
         prompt_index: Int64[Tensor, " m"],
     ) -> Moved:
-        """Step `step` of the samples `rows`."""
+        """Step `step` of the samples with these numbers (on the CPU)."""
         timestep, _ = self.row(step, len(sample))
         output = predict(self.backbone, self.encoded, sample, timestep, prompt_index, self.guidance_scale)
         return self.move(step, sample, noise, *output)
@@ -130,9 +131,27 @@ class Denoising:
         prev_sample, log_prob, x0, _ = ops.transition_step_with_x0(sample, output, noise, coef, x0_coef, **guidance)
         return Moved(prev_sample, log_prob, x0)
 
+    def guess(
+        self, step: Int64[Tensor, " m"], sample: Float[Tensor, "m *latent"], prompt_index: Int64[Tensor, " m"]
+    ) -> Float32[Tensor, "m *latent"]:
+        """The guided guess of the clean latents, each from the state that enters its own step."""
+        schedule = self.schedule
+        output, without = predict(
+            self.backbone, self.encoded, sample, schedule.timesteps[step], prompt_index, self.guidance_scale
+        )
+        output = output.float()
+        if without is not None:
+            output = torch.lerp(without.float(), output, self.guidance_scale)
+        of_x, of_output = schedule.x0_coef[step].view(len(sample), 2, *[1] * (sample.dim() - 1)).unbind(1)
+        return of_x * sample + of_output * output
 
-Advance = Callable[[int, slice, Tensor, Tensor, Tensor], Moved]
-"""(step, rows, sample, noise, prompt_index) -> where the samples `rows` go."""
+
+class Advance(Protocol):
+    """What takes the steps of a rollout: `Denoising`, or something that does more on the way."""
+
+    def __call__(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor, /) -> Moved: ...
+
+    def guess(self, step: Tensor, sample: Tensor, prompt_index: Tensor, /) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -147,6 +166,7 @@ def rollout(
     batch: int,
     initial: Float[Tensor, "b *latent"] | None = None,
     advance: Advance | None = None,
+    tails: Tails | None = None,
     on_step: Callable[[int], None] | None = None,
     on_batch: Callable[[slice, Tensor], None] | None = None,
 ) -> Trajectory:
@@ -160,6 +180,7 @@ def rollout(
         batch: samples denoised at once.
         initial: latents to start from in place of drawn ones.
         advance: takes the steps; None: `Denoising`.
+        tails: where samples leave the sampler for a shorter way to the picture. The states that they skip are NaN.
         on_step: called with the number of samples after each step of each batch.
         on_batch: called with (rows, final latents) as soon as a batch is done.
     """
@@ -170,15 +191,57 @@ def rollout(
     latents = torch.randn(shape, generator=generator, device=device)
     if initial is not None:
         latents[:, 0] = initial
-    x0 = torch.empty(len(prompts), num_steps, *backbone.latent_shape, device=device)
-    log_prob = torch.empty(len(prompts), num_steps, device=device)
+    x0 = torch.full((len(prompts), num_steps, *backbone.latent_shape), torch.nan, device=device)
+    log_prob = torch.full((len(prompts), num_steps), torch.nan, device=device)
     for start in range(0, len(prompts), batch):
         rows = slice(start, min(start + batch, len(prompts)))
         for step in range(num_steps):
-            moved = advance(step, rows, latents[rows, step], latents[rows, step + 1], prompt_index[rows])
-            latents[rows, step + 1], log_prob[rows, step], x0[rows, step] = moved
+            samples, at = _walking(rows, None if tails is None else tails.start > step, device)
+            if not len(samples):
+                break
+            moved = advance(step, samples, latents[at, step], latents[at, step + 1], prompt_index[at])
+            for table, column, value in zip((latents, log_prob, x0), (step + 1, step, step), moved, strict=True):
+                table[at, column] = value.to(table.dtype)
             if on_step is not None:
-                on_step(rows.stop - rows.start)
+                on_step(len(samples))
+        if tails is not None:
+            _finish(advance, tails, rows, latents, prompt_index, on_step)
         if on_batch is not None:
             on_batch(rows, latents[rows, -1])
     return Trajectory(latents, x0, log_prob, schedule, list(prompts), prompt_index)
+
+
+def _walking(rows: slice, flags: Tensor | None, device: torch.device) -> tuple[Tensor, slice | Tensor]:
+    """The samples of a batch whose flag is set, on the CPU, and what picks them from a table on the device."""
+    samples = torch.arange(rows.start, rows.stop)
+    if flags is None or flags[rows].all():
+        return samples, rows
+    samples = samples[flags[rows]]
+    return samples, samples.to(device, non_blocking=True)
+
+
+def _finish(
+    advance: Advance,
+    tails: Tails,
+    rows: slice,
+    latents: Float[Tensor, "b t+1 *latent"],
+    prompt_index: Int64[Tensor, " b"],
+    on_step: Callable[[int], None] | None,
+) -> None:
+    """Take the samples of a batch from where they left the sampler to the picture, the last of the `latents`."""
+    device, last = latents.device, torch.zeros_like(latents[rows, -1])
+    for number in range(int(tails.count[rows].max())):
+        samples, at = _walking(rows, tails.count > number, device)
+        if number == 0:
+            number_of, start = (x.to(device, non_blocking=True) for x in (samples, tails.start[samples]))
+            latents[number_of, -1] = latents[number_of, start]
+        x, own = latents[at, -1], slice(None) if isinstance(at, slice) else at - rows.start
+        guess = advance.guess(tails.step[at, number], x, prompt_index[at])
+        of_x, of_guess, of_last = tails.coef[at, number].view(len(samples), 3, *[1] * (x.dim() - 1)).unbind(1)
+        latents[at, -1] = (of_x * x + of_guess * guess + of_last * last[own]).to(latents.dtype)
+        last[own] = guess.to(last.dtype)
+        if on_step is not None:
+            on_step(len(samples))
+    for step in range(1, latents.shape[1] - 1):  # the noise of the steps that were not taken
+        _, at = _walking(rows, tails.start < step, device)
+        latents[at, step] = torch.nan

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
 from adascope_fast.processes import (
@@ -55,6 +55,15 @@ class Schedule:
     def trainable(self) -> Bool[Tensor, " t"]:
         """Steps with std > 0: only they have a log_prob."""
         return self.coef[:, 2] > 0
+
+    def levels(self) -> tuple[Float64[Tensor, " t"], Float64[Tensor, " t"]]:
+        """Weights (signal, sigma) of clean latent and noise in the state that enters each step; on the CPU."""
+        log_snr = self.log_snr.double().cpu()
+        if self.kind in ("ddim", "ddpm"):
+            return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        if self.kind.startswith(("flow", "dance")):
+            return torch.sigmoid(log_snr / 2), torch.sigmoid(-log_snr / 2)
+        raise ValueError(f"signal and noise are known for ddim, ddpm and flow samplers, not for {self.kind!r}")
 
     def to(self, device: torch.device | str) -> "Schedule":
         """The same tables on `device`."""

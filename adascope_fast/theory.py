@@ -107,7 +107,7 @@ def ideal_chain(schedule: Schedule, variance: float) -> IdealChain:
 
 def ideal_gain(schedule: Schedule, variance: float) -> Float64[Tensor, " t"]:
     """Weight of x in the mean of the next latent when the model's guess is E[x0 | x] = signal * variance / V * x."""
-    signal, sigma = _levels(schedule)
+    signal, sigma = schedule.levels()
     guess = signal * variance / (signal.square() * variance + sigma.square())
     a, b, _ = schedule.coef.double().cpu().unbind(1)
     of_x, of_output = schedule.x0_coef.double().cpu().unbind(1)
@@ -145,16 +145,6 @@ def measured_correlation(
         return ops.correlation(*rows).view(t, b).mean(1)
     state = ops.correlation_update(torch.zeros(t * b, 6, device=latents.device), *rows).view(t, b, 6)
     return ops.correlation_from_state(torch.cat([state[..., :1], state[..., 1:3] * 0, state[..., 3:]], 2).sum(1))
-
-
-def _levels(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Weights (signal, sigma) of x0 and noise in the latent that enters each step."""
-    log_snr = schedule.log_snr.double().cpu()
-    if schedule.kind in ("ddim", "ddpm"):
-        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-    if schedule.kind.startswith(("flow", "dance")):
-        return torch.sigmoid(log_snr / 2), torch.sigmoid(-log_snr / 2)
-    raise ValueError(f"the ideal chain is known for ddim, ddpm and flow samplers, not {schedule.kind!r}")
 
 
 def _flow_variance(t: Tensor, s: Tensor) -> Tensor:

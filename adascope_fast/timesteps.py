@@ -34,6 +34,10 @@ class TimestepSelector(Protocol):
         """What each step of the last rollout added to the preference; None if that was not sensed."""
         ...
 
+    def senses(self, iteration: int) -> bool:
+        """Whether the call of this iteration looks at the rollout, which then has to be sampled in full."""
+        ...
+
     def telemetry(self) -> dict[str, Any]:
         """The last decision, as JSON; empty before the first."""
         ...
@@ -53,6 +57,10 @@ class _Stateless:
 
     def gains(self) -> None:
         """None: nothing is sensed."""
+
+    def senses(self, iteration: int) -> bool:
+        """Never: the steps depend on nothing that is sampled."""
+        return False
 
     def telemetry(self) -> dict[str, Any]:
         """The last decision."""
@@ -211,6 +219,10 @@ class Complement:
     def gains(self) -> Float64[Tensor, "b t"] | None:
         """Those of `selector`."""
         return self.selector.gains()
+
+    def senses(self, iteration: int) -> bool:
+        """Whether `selector` does."""
+        return self.selector.senses(iteration)
 
     def telemetry(self) -> dict[str, Any]:
         """That of `selector`, whose steps are the ones left out."""

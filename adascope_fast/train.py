@@ -169,6 +169,7 @@ class Trainer:
                 max_grad_norm=train.max_grad_norm,
                 update=train.update,
                 fold_adapter=folds(acceleration),
+                tail_share=sampler.tail_share,
             ),
             autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
