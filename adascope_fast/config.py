@@ -70,7 +70,9 @@ class Config(Section):
         if self.train.update == "one_pass":
             self._can_be_one_pass()
         if self.sampler.tail_share < 1:
-            self._knows_the_steps_beforehand(f"sampler.tail_share = {self.sampler.tail_share}")
+            self._knows_the_steps_beforehand(
+                f"sampler.tail_share = {self.sampler.tail_share}", "sampler.tail_share = 1.0"
+            )
         return self
 
     def _can_be_one_pass(self) -> None:
@@ -80,20 +82,18 @@ class Config(Section):
                 f"{self.train.updates_per_iteration} and {self.algorithm.kl_weight}; "
                 f'set them so, or train.update = "replay"'
             )
-        self._knows_the_steps_beforehand("one_pass")
+        self._knows_the_steps_beforehand("one_pass", 'train.update = "replay"')
 
-    def _knows_the_steps_beforehand(self, what: str) -> None:
+    def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:
         if self.algorithm.attribution in ("gain", "similarity"):
             raise ValueError(
                 f"{what} needs the weights before the rollout, got algorithm.attribution = "
-                f'"{self.algorithm.attribution}"; set it to "uniform" or "discount", or set train.update = "replay" and '
-                f"sampler.tail_share = 1.0"
+                f'"{self.algorithm.attribution}"; set it to "uniform" or "discount", or {otherwise}'
             )
         if self.selector.name in ("adascope", "complement") and self.selector.mask_source != "previous":
             raise ValueError(
                 f"{what} needs the steps before the rollout, got selector.mask_source = "
-                f'{self.selector.mask_source!r}; set it to "previous", or set train.update = "replay" and '
-                f"sampler.tail_share = 1.0"
+                f'{self.selector.mask_source!r}; set it to "previous", or set {otherwise}'
             )
 
     @classmethod

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
     chosen = parser.parse_args()
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        rows = list(pool.map(lambda case: run_arms(*case, chosen), product(chosen.rewards, chosen.seeds)))
+        rows = list(pool.map(lambda case: run_arms(case[0], case[1], chosen), product(chosen.rewards, chosen.seeds)))
     summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
     values = {"iterations": chosen.iterations, "settings": chosen.set, "runs": rows, "summary": summary}
     chosen.out.parent.mkdir(exist_ok=True)

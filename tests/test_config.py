@@ -237,6 +237,10 @@ def test_rules_that_span_fields():
         'algorithm.attribution = "gain" needs a selector that senses the preference, got selector.name = "every_step"; '
         'set it to "adascope", or algorithm.attribution to "similarity"'
     )
+    assert _error(None, "sampler.tail_share=0.4") == (
+        "sampler.tail_share = 0.4 needs the steps before the rollout, got selector.mask_source = 'current'; "
+        'set it to "previous", or set sampler.tail_share = 1.0'
+    )
     ahead = ["train.update=one_pass", "selector.mask_source=previous"]
     assert _error(None, *ahead, "algorithm.attribution=similarity") == (
         'one_pass needs the weights before the rollout, got algorithm.attribution = "similarity"; '

@@ -49,7 +49,7 @@ def test_the_steps_are_diffusers_own(start: int, share: float):
     x = start_x = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     output = lambda x, t: torch.sin(3 * x) * 0.5 + 0.1 * t / 1000  # noqa: E731
     for t in scheduler.timesteps:
-        x = scheduler.step(output(x, float(t)), t, x).prev_sample
+        (x,) = scheduler.step(output(x, float(t)), t, x, return_dict=False)
 
     def guess(x: Tensor, step: int) -> Tensor:
         of_x, of_output = schedule.x0_coef[step].double()
