@@ -57,6 +57,7 @@ def _ours(name: str, label: str, config: dict[str, Any] | None = None, **flags: 
 
 
 ONE_PASS = {"train": {"update": "one_pass"}}
+TAIL = {"sampler": {"tail_share": 0.4}}
 
 
 VARIANTS = [
@@ -71,13 +72,14 @@ VARIANTS = [
     _ours("ours_every_step", "ours, every step"),
     _ours("ours_interval", "ours, interval", is_interval=True),
     _ours("ours_one_pass", "ours, interval, one pass", ONE_PASS, is_interval=True),
+    _ours("ours_tail", "ours, interval, 0.4 of the steps after it", TAIL, is_interval=True),
 ]  # fmt: skip
 
 
 def ladder(batch: int, *, is_gpu: bool) -> list[Variant]:
     """Our features one at a time, each row with those above it."""
     features: list[tuple[str, dict[str, dict[str, Any]]]] = [
-        ("four timesteps in a forward", {"train": {"microbatch": 4 * batch}}),
+        ("five timesteps in a forward", {"train": {"microbatch": 5 * batch}}),
         ("fused optimiser", {"acceleration": {"fused_optimizer": "on"}}),
         ("channels_last", {"acceleration": {"channels_last": "on"}}),
     ]

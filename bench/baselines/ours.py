@@ -37,6 +37,7 @@ class Ours(Variant):
         return {
             "images": len(prompts),
             "pairs": values["pairs_trained"],
+            "forwards": values["forwards_sampled"],
             "ratio_deviation": values["ratio_max_deviation"],
             "rollout_drift": values.get("rollout_drift"),
         }
@@ -82,7 +83,7 @@ def configuration(setting: Setting) -> Config:
             "samples_per_prompt": 1,
             "rollout_batch": setting.batch,
             # On the CPU a forward of several timesteps is the faster; a GPU is busy with one.
-            "microbatch": setting.batch * (1 if setting.device == "cuda" else 4),
+            "microbatch": setting.batch * (1 if setting.device == "cuda" else 5),
             "learning_rate": setting.learning_rate,
             "max_grad_norm": setting.max_grad_norm,
             "mixed_precision": "bf16" if setting.dtype == "bfloat16" else "no",

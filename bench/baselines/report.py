@@ -50,13 +50,13 @@ def ratios(rows: list[Record], base: str) -> None:
 def flop_share(row: Record, flops: dict[str, float], *, num_steps: int, is_one_pass: bool) -> None:
     """Add model FLOP/s as a share of the measured matrix rate: of the update, and of rollout and update together.
 
-    Model FLOPs are those of the denoiser for what the algorithm needs: a forward for each step of the rollout, and for
+    Model FLOPs are those of the denoiser for what the algorithm needs: a forward for each step sampled, and for
     each trained pair a forward and a backward, or the backward alone in one pass. Recomputation does not count.
     """
-    images = row["repeats"][0]["images"]
-    pairs = row["repeats"][0]["pairs"]
+    first, pairs = row["repeats"][0], row["repeats"][0]["pairs"]
+    sampled = first.get("forwards", first["images"] * num_steps)
     train = pairs * (flops["forward_backward"] - (flops["forward"] if is_one_pass else 0))
-    both = images * num_steps * flops["forward"] + train
+    both = sampled * flops["forward"] + train
     row["flop_share"] = both / (row["rollout_s"] + row["update_s"]) / flops["matrix_rate"]
     row["flop_share_update"] = None if is_one_pass else train / row["update_s"] / flops["matrix_rate"]
 
