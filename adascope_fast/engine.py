@@ -112,11 +112,12 @@ class Engine:
         self._seconds = {}
         is_one_pass = self.settings.update == "one_pass"
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
+        with self._part("sensing"):
+            saves = self.settings.tail_share < 1 and not self.selector.senses(iteration)
+            keep = self._ahead(prompts, iteration) if is_one_pass or saves else None
+            tails = Tails.of(self.schedule, keep, self.settings.tail_share) if saves and keep is not None else None
         with Scoring(self.backbone, self.score, prompts) as scoring:
             with self._part("rollout"):
-                saves = self.settings.tail_share < 1 and not self.selector.senses(iteration)
-                keep = self._ahead(prompts, iteration) if is_one_pass or saves else None
-                tails = Tails.of(self.schedule, keep, self.settings.tail_share) if saves and keep is not None else None
                 trajectory, gradients = self._rollout(
                     encoded, prompts, generator, scoring, keep=keep if is_one_pass else None, tails=tails
                 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adascope_fast import backbones
 from adascope_fast.algorithms import ddpo
@@ -18,6 +19,7 @@ from adascope_fast.schedules import Schedule
 from adascope_fast.timesteps import EveryStep, StaticRange
 from adascope_fast.trajectory import Trajectory
 
+aten = torch.ops.aten
 PROMPTS = ["a red one", "a red one", "the green", "see", "see"]
 B, T = len(PROMPTS), 6
 CLIP_RANGE = 1e-4
@@ -237,6 +239,31 @@ def test_gradients_are_scaled_down_to_the_largest_norm(make_toy: Callable):
     assert gradient.norm() > 0.01
     assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-2)
     torch.testing.assert_close(clipped / clipped.norm(), gradient / gradient.norm(), rtol=0, atol=1e-3)
+
+
+class _Asks(TorchDispatchMode):
+    """Counts the operations whose result the host needs before it can go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_rollout_and_update_ask_the_device_nothing(make_toy: Callable, is_fused: bool):
+    engine = _engine(make_toy(), _settings(updates_per_iteration=2))
+    engine.optimizer = torch.optim.AdamW(engine.backbone.trainable_parameters(), lr=1e-3, fused=is_fused)
+    encoded, trajectory = _rollout(engine)
+    pairs = trajectory.pairs(_ragged())
+    with _Asks() as asks:
+        _rollout(engine)
+        engine._replay(encoded, trajectory, pairs, _advantages(), torch.Generator().manual_seed(4))
+    assert bool(asks.found) is not is_fused, "only an optimiser that cannot skip by itself needs to be told"
 
 
 def test_fewer_pairs_than_updates_are_refused(make_toy: Callable):

@@ -263,3 +263,44 @@ def test_a_run_uses_the_gpu_and_starts_on_policy(tmp_path) -> None:
     trainer.train()
     assert trainer.backbone.device.type == "cuda"
     assert set(ops.explain("cuda").values()) != {"reference"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
+@pytest.mark.parametrize("tail_share", [1.0, 0.4])
+@pytest.mark.parametrize("update", ["replay", "one_pass"])
+def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: float) -> None:
+    from adascope_fast import backbones
+    from adascope_fast.algorithms import ddpo
+    from adascope_fast.engine import Engine, Settings
+    from adascope_fast.ode_tail import Tails
+    from adascope_fast.rollout import EncodedPrompts
+    from adascope_fast.timesteps import StaticRange
+
+    model = backbones.load("scenes", rank=2)
+    model.to(torch.device("cuda"))
+    schedule, selector = model.schedule(6, eta=1.0, noise_level=0.7), StaticRange(1, 3)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3, fused=True)
+    settings = Settings(guidance_scale=2.0, rollout_batch=2, update=update, tail_share=tail_share)  # type: ignore[arg-type]
+    score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    engine = Engine(model, schedule, ddpo(), selector, score, optimizer, settings)
+    prompts = ["a small red circle on a grey background", "two large blue crosses on a black background"] * 2
+    encoded = EncodedPrompts.of(model, prompts)
+    engine.step(encoded, prompts, iteration=0, seed=0)  # compiles and allocates
+    keep = selector.ahead(prompts, schedule, 1)
+    tails = Tails.of(schedule, keep, tail_share) if tail_share < 1 else None
+    is_one_pass, scoring = update == "one_pass", SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
+    pairs, weights = keep.nonzero().cuda(), keep.float().cuda()
+    generator = torch.Generator("cuda").manual_seed(1)
+    advantages = torch.randn(4, 6, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trajectory, gradients = engine._rollout(
+            encoded, prompts, generator, scoring, keep=keep if is_one_pass else None, tails=tails
+        )
+        if gradients is None:
+            engine._replay(encoded, trajectory, pairs, advantages, generator)
+        else:
+            engine._apply(gradients, advantages, pairs, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
