@@ -37,12 +37,15 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE.parent / "configs" / "quickstart.toml")
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to every run")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "adascope")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
     chosen = parser.parse_args()
+    if "random_fraction" in chosen.arms and "adascope" not in chosen.arms:
+        parser.error("random_fraction trains as many steps as adascope, which --arms leaves out; add it")
     with ThreadPoolExecutor(chosen.jobs) as pool:
         rows = list(pool.map(lambda case: run_arms(case[0], case[1], chosen), product(chosen.rewards, chosen.seeds)))
     summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
@@ -57,7 +60,7 @@ def main() -> None:
 def run_arms(reward: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
     """The four arms of one reward and seed, AdaScope first: its share of steps is that of the random ones."""
     arms: dict[str, Any] = {}
-    for arm in ARMS:
+    for arm in chosen.arms:
         overrides = [f"selector.name={arm}"]
         if arm == "random_fraction":
             overrides.append(f"selector.fraction={arms['adascope']['fraction_trained']:.4f}")
@@ -107,7 +110,7 @@ def read(folder: Path) -> dict[str, Any]:
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Over the seeds of one reward: gain, cost, diversity of every arm; the spread of AdaScope's interval."""
     arms = {}
-    for arm in ARMS:
+    for arm in rows[0]["arms"]:
         runs = [row["arms"][arm] for row in rows]
         ends = [one["points"][-1] for one in runs]
         arms[arm] = {
@@ -117,8 +120,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "diversity": [mean(one["diversity"][when] for one in runs) for when in (0, 1)],
             "contrast": [mean(one["contrast"][when] for one in runs) for when in (0, 1)],
         }
-    intervals = [row["arms"]["adascope"]["interval"] for row in rows]
-    return {"arms": arms, "start": _spread([i[0] for i in intervals]), "end": _spread([i[1] for i in intervals])}
+    intervals = [row["arms"]["adascope"]["interval"] for row in rows if "adascope" in row["arms"]]
+    found = {name: _spread([one[k] for one in intervals]) for k, name in enumerate(("start", "end")) if intervals}
+    return {"arms": arms, **found}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -150,7 +154,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 label = arm if row is next(r for r in rows if r["reward"] == reward) else None
                 for axis, key in ((by_pairs, "pairs"), (by_seconds, "cpu_seconds")):
                     axis.plot([p[key] for p in one["points"]], gains, color=COLOURS[arm], label=label, alpha=0.8)
-            _sensed(sensed, row["arms"]["adascope"])
+            if "adascope" in row["arms"]:
+                _sensed(sensed, row["arms"]["adascope"])
         by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="held-out reward, gain")
         by_seconds.set(xlabel="CPU seconds of training")
         by_pairs.legend(frameon=False)

@@ -288,7 +288,8 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     engine.step(encoded, prompts, iteration=0, seed=0)  # compiles and allocates
     keep = selector.ahead(prompts, schedule, 1)
     tails = Tails.of(schedule, keep, tail_share) if tail_share < 1 else None
-    is_one_pass, scoring = update == "one_pass", SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
+    is_one_pass = update == "one_pass"
+    scoring: Any = SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
     pairs, weights = keep.nonzero().cuda(), keep.float().cuda()
     generator = torch.Generator("cuda").manual_seed(1)
     advantages = torch.randn(4, 6, device="cuda")

@@ -1,0 +1,71 @@
+"""The comparison of AdaScope with its controls: what it reads of a run, and how it sums it up."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    sys.path.insert(0, str(BENCH))
+    try:
+        spec = importlib.util.spec_from_file_location("adascope_bench", BENCH / "adascope.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCH))
+    return module
+
+
+def _run(folder: Path, *, after: float, start: float) -> Path:
+    folder.mkdir(parents=True)
+    curves = {"preference": [0.1, 0.5, None], "volatility": [0.3, 0.1]}
+    records = [
+        {
+            "pairs_trained": 10 * (number + 1), "cpu_seconds": 2.0, "fraction_trained": 0.5, "reward_mean": 0.1 * number,
+            "selector": {"mean_start": start, "mean_end": start + 4, "curves": curves, "reasons": {"ok": 2}},
+        }
+        for number in range(3)
+    ]  # fmt: skip
+    (folder / "stats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    history = [{"iteration": 0, "mean": 0.5}, {"iteration": 2, "mean": 0.6}, {"iteration": 3, "mean": after}]
+    sides = {"before": {"diversity": 0.4, "contrast": 0.2}, "after": {"diversity": 0.3, "contrast": 0.1}}
+    evaluation = {"history": history, "difference": {"mean": after - 0.5, "low": 0.0, "high": 1.0}, **sides}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def test_points_add_up_pairs_and_seconds_until_each_evaluation(bench: Any, tmp_path: Path):
+    found = bench.read(_run(tmp_path / "run", after=0.7, start=2.0))
+    assert [(p["iteration"], p["pairs"], p["cpu_seconds"]) for p in found["points"]] == [
+        (0, 0, 0), (2, 30, 4.0), (3, 60, 6.0)
+    ]  # fmt: skip
+    assert found["interval"] == [2.0, 6.0]
+    assert found["diversity"] == [0.4, 0.3]
+    assert found["reasons"] == {"ok": 6}
+
+
+def test_the_summary_is_over_seeds_and_the_plot_is_drawn(bench: Any, tmp_path: Path):
+    rows = [
+        {"reward": "r", "seed": seed, "arms": {"adascope": bench.read(_run(tmp_path / str(seed), after=a, start=s))}}
+        for seed, (a, s) in enumerate([(0.7, 2.0), (0.9, 3.0)])
+    ]
+    summary = bench.summarise(rows)
+    gain = {"mean": 0.3, "std": 0.02**0.5, "low": 0.2, "high": 0.4}
+    assert summary["arms"]["adascope"]["gain"] == pytest.approx(gain)
+    assert summary["start"]["mean"] == 2.5
+    assert summary["end"]["low"] == 6.0
+    assert "| r | adascope | +0.300 (+0.200 to +0.400) | 60 | 6 | 0.400 to 0.300 | 0.200 to 0.100 |" in bench.table(
+        {"r": summary}
+    )
+    bench.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
