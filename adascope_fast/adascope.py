@@ -133,6 +133,10 @@ class AdaScope(IntervalRule):
         chosen = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
         return nonempty(torch.from_numpy(_keep(pools, chosen, trainable, len(prompts))))
 
+    def sampler(self, schedule: Schedule, iteration: int) -> Schedule:
+        """The schedule as it is: before the rollout nobody knows where to do without noise."""
+        return schedule
+
     def senses(self, iteration: int) -> bool:
         """Whether this iteration's curves are looked at."""
         return self.is_sensed and iteration % self.sense_every == 0

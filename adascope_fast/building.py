@@ -1,5 +1,6 @@
 """What a configuration names, built: the algorithm and the selector."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,15 +9,8 @@ from adascope_fast.adascope import AdaScope
 from adascope_fast.algorithms import Algorithm, ddpo, grpo
 from adascope_fast.attribution import Attribution
 from adascope_fast.config import Config
-from adascope_fast.timesteps import (
-    Complement,
-    EveryStep,
-    FastWindow,
-    RandomFraction,
-    StaticRange,
-    TimestepSelector,
-    Window,
-)
+from adascope_fast.timesteps import Complement, EveryStep, RandomFraction, StaticRange, Threshold, TimestepSelector
+from adascope_fast.windows import FastWindow, Window
 
 
 def algorithm_of(config: Config) -> Algorithm:
@@ -38,8 +32,8 @@ def algorithm_of(config: Config) -> Algorithm:
 
 def selector_of(config: Config) -> TimestepSelector:
     """The selector that a configuration names."""
-    settings, num_steps = config.selector, config.sampler.num_steps
-    low, high = settings.start or 0, settings.end or num_steps
+    settings = config.selector
+    low, high = settings.range_of(config.sampler.num_steps)
 
     def adascope() -> AdaScope:
         return AdaScope(
@@ -56,7 +50,25 @@ def selector_of(config: Config) -> TimestepSelector:
         "every_step": EveryStep,
         "random_fraction": lambda: RandomFraction(settings.fraction or 1.0, seed=config.run.seed),
         "static_range": lambda: StaticRange(low, high),
-        "window": lambda: Window(size=settings.window_size, period=settings.shift_every, start=low, limit=high),
-        "fast_window": lambda: FastWindow(settings.window_size, low, high, seed=config.run.seed),
+        "late_start": lambda: StaticRange(low, high),
+        "threshold": lambda: Threshold(settings.uncertainty_low or 0.0, settings.uncertainty_high or math.inf),
+        "window": lambda: Window(
+            size=settings.window_size,
+            period=settings.shift_every,
+            shift=settings.window_shift,
+            start=low,
+            limit=high,
+            order=settings.window_order,
+            at_limit=settings.at_limit,
+            seed=config.run.seed,
+            decay=settings.shift_decay,
+            min_period=settings.shift_every_min,
+            decay_rate=settings.decay_rate,
+            decay_from=settings.decay_from,
+            ode_outside=settings.ode_outside,
+        ),
+        "fast_window": lambda: FastWindow(
+            settings.window_size, low, high, seed=config.run.seed, ode_outside=settings.ode_outside
+        ),
     }
     return makers[settings.name]()

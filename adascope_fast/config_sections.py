@@ -158,7 +158,15 @@ class SelectorChoice(Section):
     """Which denoising steps are trained; steps are counted from noise (0) to picture (T), `end` excluded."""
 
     name: Literal[
-        "adascope", "complement", "every_step", "random_fraction", "static_range", "window", "fast_window"
+        "adascope",
+        "complement",
+        "every_step",
+        "random_fraction",
+        "static_range",
+        "late_start",
+        "threshold",
+        "window",
+        "fast_window",
     ] = "adascope"
     """`adascope` senses the steps worth training, `complement` trains all but those; the others are the field's."""
     pooling: Literal["prompt", "sample", "batch"] = "prompt"
@@ -174,13 +182,38 @@ class SelectorChoice(Section):
     fraction: Share | None = None
     """Share of the steps to train (random_fraction)."""
     start: CountOrZero | None = None
-    """First trained step (static_range), or first step of the range a window moves in (absent: 0)."""
+    """First trained step (static_range; late_start, absent: T / 5), or first of a window's range (absent: 0)."""
     end: Count | None = None
     """Step after the last trained one (static_range), or after the range a window moves in (absent: T)."""
+    uncertainty_low: PositiveOrZero | None = None
+    """Train the steps whose uncertainty by Theorem 2 is at least this (threshold)."""
+    uncertainty_high: Positive | None = None
+    """Train the steps whose uncertainty by Theorem 2 is below this (threshold)."""
     window_size: Count = 2
     """Steps in the window (window, fast_window)."""
+    ode_outside: bool = True
+    """Rollouts have noise in the window alone, as MixGRPO's and Flow-GRPO-Fast's (window, fast_window)."""
     shift_every: Count = 25
-    """Iterations after which the window moves on by one step (window)."""
+    """Iterations after which the window moves on (window)."""
+    window_shift: Count = 1
+    """Steps by which it moves; window_size for windows that do not overlap (window)."""
+    window_order: Literal["progressive", "random"] = "progressive"
+    """It moves towards the picture, or to a random place (window)."""
+    at_limit: Literal["roll_back", "clamp"] = "roll_back"
+    """At the end of its range it begins again, or stays (window)."""
+    shift_decay: Literal["none", "linear", "exponential"] = "none"
+    """How `shift_every` falls as the window moves on: linearly to shift_every_min, or exponentially (window)."""
+    shift_every_min: Count = 1
+    """`shift_every` at the end of the range, with linear decay (window)."""
+    decay_rate: Positive = 0.1
+    """Rate of the exponential decay for each step beyond `decay_from` (window)."""
+    decay_from: CountOrZero = 13
+    """Step from which the exponential decay sets in (window)."""
+
+    def range_of(self, num_steps: int) -> tuple[int, int]:
+        """`start` and `end`, or what stands for them in `num_steps` steps; SPO (2406.04314) starts at step 4 of 20."""
+        first = (num_steps + 2) // 5 if self.name == "late_start" else 0
+        return first if self.start is None else self.start, self.end or num_steps
 
     @model_validator(mode="after")
     def _has_its_parameters(self) -> Self:
@@ -192,6 +225,27 @@ class SelectorChoice(Section):
             raise ValueError(
                 f"static_range needs selector.start and selector.end, got start = {or_none(self.start)} and "
                 f"end = {or_none(self.end)}; set for example selector.start = 2 and selector.end = 12"
+            )
+        if self.name == "threshold" and (self.uncertainty_low is None or self.uncertainty_high is None):
+            raise ValueError(
+                "threshold needs selector.uncertainty_low and selector.uncertainty_high, got "
+                f"{or_none(self.uncertainty_low)} and {or_none(self.uncertainty_high)}; adascope-fast calibrate shows "
+                f"the uncertainty of each step"
+            )
+        low, high = self.uncertainty_low, self.uncertainty_high
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"selector.uncertainty_low must be below selector.uncertainty_high, got {low} and {high}; swap them"
+            )
+        if self.window_order == "random" and self.shift_decay != "none":
+            raise ValueError(
+                "selector.shift_every does not decay with random windows, got selector.shift_decay = "
+                f'"{self.shift_decay}"; set it to "none", or selector.window_order = "progressive"'
+            )
+        if self.shift_every_min > self.shift_every:
+            raise ValueError(
+                f"selector.shift_every_min must not exceed selector.shift_every, got {self.shift_every_min} and "
+                f"{self.shift_every}; lower it"
             )
         if self.start is not None and self.end is not None and self.start >= self.end:
             raise ValueError(
@@ -283,6 +337,6 @@ class Log(Section):
     """accelerate's trackers by name; empty: none."""
 
 
-def or_none(value: int | None) -> str:
+def or_none(value: float | None) -> str:
     """The value, or `none` in words."""
     return "none" if value is None else str(value)

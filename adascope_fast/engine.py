@@ -93,10 +93,12 @@ class Engine:
                 "one_pass makes one update an iteration, without KL, got "
                 f"{settings.updates_per_iteration} updates and kl_weight = {algorithm.kl_weight}; use update = 'replay'"
             )
-        if settings.update == "one_pass" and not algorithm.attribution.is_known_ahead:
+        is_early = settings.update == "one_pass" or settings.tail_share < 1
+        if is_early and not algorithm.attribution.is_known_ahead:
             raise ValueError(
-                f"one_pass needs the weights before the rollout, and {algorithm.attribution.weights!r} is known after "
-                f"it; use weights 'uniform' or 'discount', or update = 'replay'"
+                "one_pass and a tail_share below 1 need the weights before the rollout, and "
+                f"{algorithm.attribution.weights!r} is known after it; use weights 'uniform' or 'discount', or "
+                f"update = 'replay' and tail_share = 1"
             )
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
@@ -111,15 +113,16 @@ class Engine:
         """One iteration on `prompts`, one picture each (repeat one for a group). `seed` fixes all its randomness."""
         self._seconds = {}
         is_one_pass = self.settings.update == "one_pass"
+        schedule = self.selector.sampler(self.schedule, iteration)
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
         with self._part("sensing"):
             saves = self.settings.tail_share < 1 and not self.selector.senses(iteration)
-            keep = self._ahead(prompts, iteration) if is_one_pass or saves else None
-            tails = Tails.of(self.schedule, keep, self.settings.tail_share) if saves and keep is not None else None
+            keep = self._ahead(prompts, schedule, iteration) if is_one_pass or saves else None
+            tails = Tails.of(schedule, keep, self.settings.tail_share) if saves and keep is not None else None
         with Scoring(self.backbone, self.score, prompts) as scoring:
             with self._part("rollout"):
                 trajectory, gradients = self._rollout(
-                    encoded, prompts, generator, scoring, keep=keep if is_one_pass else None, tails=tails
+                    encoded, prompts, schedule, generator, scoring, keep=keep if is_one_pass else None, tails=tails
                 )
             with self._part("reward"):
                 rewards = scoring.rewards()
@@ -127,9 +130,9 @@ class Engine:
         with self._part("sensing"):
             chosen = self.selector(trajectory, iteration)
             if keep is None:
-                keep = self.algorithm.attribution.steps(chosen, self.schedule.trainable)
+                keep = self.algorithm.attribution.steps(chosen, schedule.trainable)
             keep = keep.to(chosen.device)
-            pairs, weights = trajectory.pairs(keep), self._weights(keep, trajectory).to(advantages.device)
+            pairs, weights = trajectory.pairs(keep), self._weights(keep, schedule, trajectory).to(advantages.device)
         with self._part("update"):
             if gradients is None:
                 statistics = self._replay(encoded, trajectory, pairs, advantages * weights, generator)
@@ -168,13 +171,14 @@ class Engine:
         self,
         encoded: EncodedPrompts,
         prompts: list[str],
+        schedule: Schedule,
         generator: torch.Generator,
         scoring: Scoring,
         *,
         keep: Bool[Tensor, "b t"] | None,
         tails: Tails | None,
     ) -> tuple[Trajectory, PerSampleGradients | None]:
-        total = len(prompts) * self.schedule.num_steps if tails is None else tails.num_forwards
+        total = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
         start = generator.get_state()
         scale = self.settings.guidance_scale
         folding = Folding(self.backbone.denoiser) if self.settings.fold_adapter else None
@@ -184,9 +188,10 @@ class Engine:
             generator.set_state(start)
             scoring.clear()
             if keep is not None:
-                denoising = Denoising(self.backbone, self.schedule, encoded, scale)
+                denoising = Denoising(self.backbone, schedule, encoded, scale)
                 gradients = PerSampleGradients(self.backbone.denoiser, self._parameters, len(prompts))
-                advance = OnePass(denoising, keep.cpu(), self._weights(keep), gradients, self.microbatch, folding)
+                weights = self._weights(keep, schedule)
+                advance = OnePass(denoising, keep.cpu(), weights, gradients, self.microbatch, folding)
 
             def on_step(num_samples: int) -> None:
                 nonlocal done
@@ -196,7 +201,7 @@ class Engine:
             with self._autocast(), folding or nullcontext():
                 trajectory = rollout(
                     self.backbone,
-                    self.schedule,
+                    schedule,
                     encoded,
                     prompts,
                     guidance_scale=scale,
@@ -299,22 +304,24 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.float()
 
-    def _ahead(self, prompts: list[str], iteration: int) -> Bool[Tensor, "b t"]:
-        keep = self.selector.ahead(prompts, self.schedule, iteration)
+    def _ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        keep = self.selector.ahead(prompts, schedule, iteration)
         if keep is None:
             raise ValueError(
                 "one_pass and a tail_share below 1 need the steps before the rollout, and this selector decides after "
                 "it; set selector.mask_source = 'previous', or train.update = 'replay' and sampler.tail_share = 1"
             )
-        return self.algorithm.attribution.steps(keep, self.schedule.trainable)
+        return self.algorithm.attribution.steps(keep, schedule.trainable)
 
-    def _weights(self, keep: Bool[Tensor, "b t"], trajectory: Trajectory | None = None) -> Float32[Tensor, "b t"]:
+    def _weights(
+        self, keep: Bool[Tensor, "b t"], schedule: Schedule, trajectory: Trajectory | None = None
+    ) -> Float32[Tensor, "b t"]:
         """What multiplies the advantages: the attribution, and the algorithm's weight of each step; on the device."""
         attribution, gains, make = self.algorithm.attribution, None, self.algorithm.step_weight
         if trajectory is not None and not attribution.is_known_ahead:
             gains = similarity_gains(trajectory) if attribution.weights == "similarity" else self.selector.gains()
-        weights = attribution.credit(keep.to(self.schedule.coef.device), gains)
-        return weights if make is None else weights * make(self.schedule)
+        weights = attribution.credit(keep.to(schedule.coef.device), gains)
+        return weights if make is None else weights * make(schedule)
 
     def _outputs(self, encoded: EncodedPrompts, micro: StepBatch) -> tuple[Tensor, Tensor | None]:
         scale = self.settings.guidance_scale

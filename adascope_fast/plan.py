@@ -106,16 +106,22 @@ def plan(config: Config) -> Plan:
 
 
 def fraction_trained(config: Config) -> float:
-    """Share of the (picture, step) pairs that the selector will keep; AdaScope's is the paper's mean."""
+    """Share of the (picture, step) pairs that the selector will keep; AdaScope's is the paper's mean.
+
+    Of "threshold" it is the most, 1: the noise levels that decide are not read.
+    """
     selector, steps = config.selector, config.sampler.num_steps
     if config.algorithm.backfill != "interval":
         return 1.0 if config.algorithm.backfill == "full" else 1 / steps
+    start, end = selector.range_of(steps)
     shares = {
         "adascope": ADASCOPE_FRACTION,
         "complement": 1 - ADASCOPE_FRACTION,
         "every_step": 1.0,
         "random_fraction": selector.fraction or 1.0,
-        "static_range": ((selector.end or steps) - (selector.start or 0)) / steps,
+        "static_range": (end - start) / steps,
+        "late_start": (end - start) / steps,
+        "threshold": 1.0,
         "window": selector.window_size / steps,
         "fast_window": selector.window_size / steps,
     }

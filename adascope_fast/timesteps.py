@@ -6,9 +6,8 @@ flow_grpo, MixGRPO and ddpo-pytorch build this choice into their loops; here it 
 it keeps. A step with std = 0 has no log_prob and is never kept. Random choices depend on (seed, iteration) alone.
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from adascope_fast.schedules import Schedule
+from adascope_fast.theory import schedule_correlation
 from adascope_fast.trajectory import Trajectory
 
 
@@ -28,6 +28,10 @@ class TimestepSelector(Protocol):
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
         """The same choice before the rollout, on the CPU; None where it cannot be known yet."""
+        ...
+
+    def sampler(self, schedule: Schedule, iteration: int) -> Schedule:
+        """What this iteration's rollout samples with, if not all of `schedule`."""
         ...
 
     def gains(self) -> Float64[Tensor, "b t"] | None:
@@ -52,8 +56,14 @@ class TimestepSelector(Protocol):
 
 
 @dataclass
-class _Stateless:
+class Stateless:
+    """A selector whose decision depends on the iteration alone: `ahead` is all that it has to say."""
+
     _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def sampler(self, schedule: Schedule, iteration: int) -> Schedule:
+        """The schedule as it is."""
+        return schedule
 
     def gains(self) -> None:
         """None: nothing is sensed."""
@@ -95,7 +105,7 @@ class _Stateless:
 
 
 @dataclass
-class EveryStep(_Stateless):
+class EveryStep(Stateless):
     """All steps that have a log_prob: DDPO and every other host without AdaScope."""
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
@@ -104,7 +114,7 @@ class EveryStep(_Stateless):
 
 
 @dataclass
-class StaticRange(_Stateless):
+class StaticRange(Stateless):
     """Steps start..end-1 of every sample."""
 
     start: int
@@ -112,11 +122,11 @@ class StaticRange(_Stateless):
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """The same steps every iteration."""
-        return self._keep_interval(prompts, schedule, *_checked(self.start, self.end, schedule.num_steps))
+        return self._keep_interval(prompts, schedule, *checked(self.start, self.end, schedule.num_steps))
 
 
 @dataclass
-class RandomFraction(_Stateless):
+class RandomFraction(Stateless):
     """floor(fraction * t) random steps of each sample, as ddpo-pytorch's shuffled timesteps with timestep_fraction."""
 
     fraction: float
@@ -137,63 +147,29 @@ class RandomFraction(_Stateless):
 
 
 @dataclass
-class Window(_Stateless):
-    """MixGRPO's window of `size` steps (2507.21802), sampled with `schedule.window(*selector.interval(...))`.
+class Threshold(Stateless):
+    """Steps whose uncertainty by Theorem 2, 1 - correlation of the latents around the step, lies in [low, high).
 
-    "progressive" moves the window by `shift` steps every `period` iterations from `start`; at `limit` it begins again
-    ("roll_back"; windows are cut short there) or stays at the last full one ("clamp"). "random" draws one of the full
-    windows every `period` iterations. Unlike theirs, no window begins at the limit: it would be empty.
+    It follows from the noise levels alone (`theory.schedule_correlation`), for data of the given variance: the same
+    steps for every sampler of the same levels, whatever the model and the reward. `high` above 1 is no bound.
     """
 
-    size: int = 4
-    period: int = 25
-    shift: int = 1
-    start: int = 0
-    limit: int | None = None
-    order: Literal["progressive", "random"] = "progressive"
-    at_limit: Literal["roll_back", "clamp"] = "roll_back"
-    seed: int = 0
-
-    def interval(self, num_steps: int, iteration: int) -> tuple[int, int]:
-        """(start, end) in this iteration of a sampler with `num_steps` steps; known before the rollout."""
-        first, limit = _checked(self.start, num_steps if self.limit is None else self.limit, num_steps)
-        last = max(first, limit - self.size)
-        if min(self.size, self.period, self.shift) < 1:
-            raise ValueError(f"size, period and shift are at least 1, but are {self.size}, {self.period}, {self.shift}")
-        phase = iteration // self.period
-        if self.order == "random":
-            begin = _draw(self.seed, phase, first, last)
-        elif self.at_limit == "roll_back":
-            begin = first + self.shift * (phase % math.ceil((limit - first) / self.shift))
-        else:
-            begin = min(first + self.shift * phase, last)
-        return begin, min(begin + self.size, limit)
+    low: float
+    high: float
+    variance: float = 1.0
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
-        """The window of this iteration, for every sample."""
-        return self._keep_interval(prompts, schedule, *self.interval(schedule.num_steps, iteration))
-
-
-@dataclass
-class FastWindow(_Stateless):
-    """Flow-GRPO-Fast: `size` steps in a row, start uniform in low..high-size, anew every iteration."""
-
-    size: int
-    low: int
-    high: int
-    seed: int = 0
-
-    def interval(self, num_steps: int, iteration: int) -> tuple[int, int]:
-        """(start, end) in this iteration of a sampler with `num_steps` steps; known before the rollout."""
-        low, high = _checked(self.low, self.high, num_steps)
-        if not 1 <= self.size <= high - low:
-            raise ValueError(f"a window of {self.size} steps does not fit into [{low}, {high}); lower size")
-        begin = _draw(self.seed, iteration, low, high - self.size)
-        return begin, begin + self.size
-
-    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
-        """One window for the whole batch of this iteration."""
-        return self._keep_interval(prompts, schedule, *self.interval(schedule.num_steps, iteration))
+        """The same steps every iteration."""
+        uncertainty = 1 - schedule_correlation(schedule, self.variance)
+        keep = (uncertainty >= self.low) & (uncertainty < self.high)
+        if not keep.any():
+            raise ValueError(
+                f"no step has an uncertainty in [{self.low}, {self.high}): they reach from {uncertainty.min():.3g} to "
+                f"{uncertainty.max():.3g} on this schedule; move the bounds"
+            )
+        keep &= schedule.trainable.cpu()
+        self._last = {"fraction": keep.double().mean().item()}
+        return nonempty(keep.expand(len(prompts), -1))
 
 
 @dataclass
@@ -215,6 +191,10 @@ class Complement:
         """The same before the rollout, where `selector` knows."""
         keep = self.selector.ahead(prompts, schedule, iteration)
         return None if keep is None else self._rest(keep, schedule)
+
+    def sampler(self, schedule: Schedule, iteration: int) -> Schedule:
+        """That of `selector`."""
+        return self.selector.sampler(schedule, iteration)
 
     def gains(self) -> Float64[Tensor, "b t"] | None:
         """Those of `selector`."""
@@ -257,11 +237,8 @@ def nonempty(keep: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     return keep
 
 
-def _checked(start: int, end: int, num_steps: int) -> tuple[int, int]:
+def checked(start: int, end: int, num_steps: int) -> tuple[int, int]:
+    """[start, end) as it is; an error if that is no interval of the steps."""
     if not 0 <= start < end <= num_steps:
         raise ValueError(f"an interval has 0 <= start < end <= {num_steps} steps, but this is [{start}, {end})")
     return start, end
-
-
-def _draw(seed: int, iteration: int, low: int, high: int) -> int:
-    return int(np.random.default_rng((seed, iteration)).integers(low, high, endpoint=True))

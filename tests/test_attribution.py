@@ -159,7 +159,7 @@ def test_one_pass_is_the_replay(make_toy: Callable, attribution: Attribution):
 
 
 def test_what_cannot_be_known_is_refused(make_toy: Callable):
-    with pytest.raises(ValueError, match="'gain' is known after it; use weights 'uniform'"):
+    with pytest.raises(ValueError, match="'gain' is known after it; use weights 'uniform' or 'discount'"):
         _displacement(make_toy, Attribution(weights="gain"), AdaScope(mask_source="previous"), "one_pass")
     with pytest.raises(ValueError, match="needs a selector that has sensed the preference"):
         _displacement(make_toy, Attribution(weights="gain"), EveryStep())

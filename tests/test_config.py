@@ -241,6 +241,20 @@ def test_rules_that_span_fields():
         "sampler.tail_share = 0.4 needs the steps before the rollout, got selector.mask_source = 'current'; "
         'set it to "previous", or set sampler.tail_share = 1.0'
     )
+    assert _error(None, "selector.name=threshold", "selector.uncertainty_low=0.1") == (
+        "threshold needs selector.uncertainty_low and selector.uncertainty_high, got 0.1 and none; "
+        "adascope-fast calibrate shows the uncertainty of each step"
+    )
+    assert _error(None, "selector.uncertainty_low=0.2", "selector.uncertainty_high=0.1") == (
+        "selector.uncertainty_low must be below selector.uncertainty_high, got 0.2 and 0.1; swap them"
+    )
+    assert _error(None, "selector.window_order=random", "selector.shift_decay=linear") == (
+        'selector.shift_every does not decay with random windows, got selector.shift_decay = "linear"; '
+        'set it to "none", or selector.window_order = "progressive"'
+    )
+    assert _error(None, "selector.shift_every_min=30") == (
+        "selector.shift_every_min must not exceed selector.shift_every, got 30 and 25; lower it"
+    )
     ahead = ["train.update=one_pass", "selector.mask_source=previous"]
     assert _error(None, *ahead, "algorithm.attribution=similarity") == (
         'one_pass needs the weights before the rollout, got algorithm.attribution = "similarity"; '

@@ -96,9 +96,11 @@ def test_the_share_of_steps_is_known_for_every_selector():
     shares = {}
     for name in get_args(SelectorChoice.model_fields["name"].annotation):
         overrides = ["selector.fraction=0.3", "selector.start=2", "selector.end=7", f"selector.name={name}"]
+        overrides += ["selector.uncertainty_low=0.02", "selector.uncertainty_high=0.1"]
         shares[name] = fraction_trained(Config.load(None, overrides))
     assert shares["adascope"] + shares["complement"] == 1
     assert (shares["random_fraction"], shares["static_range"], shares["window"]) == (0.3, 0.25, 0.1)
+    assert fraction_trained(Config.load(None, ["selector.name=late_start"])) == 0.8
     assert fraction_trained(Config.load(None, ["algorithm.backfill=full"])) == 1
     assert fraction_trained(Config.load(None, ["algorithm.backfill=sparse"])) == 1 / 20
 

@@ -1,25 +1,14 @@
 """What the baseline selectors keep, iteration by iteration."""
 
 import json
-from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from adascope_fast import schedules
 from adascope_fast.schedules import Schedule
-from adascope_fast.timesteps import (
-    Complement,
-    EveryStep,
-    FastWindow,
-    RandomFraction,
-    StaticRange,
-    TimestepSelector,
-    Window,
-)
+from adascope_fast.theory import schedule_correlation
+from adascope_fast.timesteps import Complement, EveryStep, RandomFraction, StaticRange, Threshold, TimestepSelector
 from adascope_fast.trajectory import Trajectory
 
 
@@ -76,39 +65,18 @@ def test_random_fraction_rounds_down_to_no_less_than_one_step(fraction, kept):
     assert RandomFraction(fraction)(_trajectory(2, 10), 0).sum(1).tolist() == [kept] * 2
 
 
-def test_window_moves_every_period_and_rolls_back():
-    selector = Window(size=3, period=2, shift=2)
-    got = [selector.interval(7, iteration) for iteration in range(10)]
-    once = [(0, 3), (2, 5), (4, 7), (6, 7)]
-    assert got == [interval for interval in [*once, once[0]] for _ in range(2)]
-    assert _steps(selector, 2, 7) == [2, 3, 4]
-    assert selector.telemetry()["start"] == 2
-
-
-def test_window_clamps_to_the_last_full_window():
-    selector = Window(size=3, period=1, shift=2, start=1, limit=6, at_limit="clamp")
-    assert [selector.interval(9, iteration) for iteration in range(5)] == [(1, 4), (3, 6), (3, 6), (3, 6), (3, 6)]
-
-
-def test_random_windows_are_full_and_uniform():
-    selector = Window(size=3, period=2, order="random", start=1, limit=8, seed=5)
-    got = [selector.interval(10, iteration) for iteration in range(1200)]
-    assert got[::2] == got[1::2], "one window a period"
-    counts = Counter(got)
-    assert set(counts) == {(start, start + 3) for start in range(1, 6)}
-    assert min(counts.values()) > 150, "240 expected"
-
-
-def test_fast_window_is_uniform_and_the_same_for_the_batch():
-    selector = FastWindow(size=2, low=1, high=5, seed=1)
-    got = [selector.interval(10, iteration) for iteration in range(900)]
-    counts = Counter(got)
-    assert set(counts) == {(1, 3), (2, 4), (3, 5)}
-    assert min(counts.values()) > 220, "300 expected"
-    assert got == [FastWindow(2, 1, 5, seed=1).interval(10, iteration) for iteration in range(900)]
-    assert got != [FastWindow(2, 1, 5, seed=2).interval(10, iteration) for iteration in range(900)]
-    start, end = selector.interval(10, 3)
-    assert _steps(selector, 3, 10) == list(range(start, end))
+def test_a_threshold_on_theory_keeps_the_steps_of_that_uncertainty():
+    # lambda = (t / (1 - t))^2 of t = 0.8, 0.6, 0.4, 0.2, 0 is 16, 2.25, 4/9, 1/16, 0, so the steps' uncertainties are
+    # 1 - sqrt(3.25 / 17) = 0.563, 1 - sqrt(1.444 / 3.25) = 0.333, 0.142, 0.030.
+    schedule = schedules.dance_sde(torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]), eta=0.3)
+    assert (1 - schedule_correlation(schedule)).tolist() == pytest.approx([0.5628, 0.3333, 0.1423, 0.0299], abs=1e-4)
+    assert _steps(Threshold(0.1, 0.5), 0, 4, schedule) == [1, 2]
+    assert _steps(Threshold(0.0, 0.2), 3, 4, schedule) == [2, 3]
+    assert _steps(Threshold(0.0, 2.0), 3, 4, schedule) == [0, 1, 2, 3]
+    with pytest.raises(
+        ValueError, match=r"no step has an uncertainty in \[0.6, 0.7\): they reach from 0.0299 to 0.563"
+    ):
+        _steps(Threshold(0.6, 0.7), 0, 4, schedule)
 
 
 def test_the_complement_keeps_what_the_other_leaves_out():
@@ -127,26 +95,7 @@ def test_the_complement_of_every_step_is_refused():
         Complement(EveryStep())(_trajectory(2, 6), 0)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_windows_stay_inside_their_bounds(data):
-    t = data.draw(st.integers(1, 30))
-    limit = data.draw(st.integers(1, t))
-    start = data.draw(st.integers(0, limit - 1))
-    options: dict[str, Any] = dict(
-        size=data.draw(st.integers(1, 8)),
-        period=data.draw(st.integers(1, 5)),
-        shift=data.draw(st.integers(1, 9)),
-        order=data.draw(st.sampled_from(["progressive", "random"])),
-        at_limit=data.draw(st.sampled_from(["roll_back", "clamp"])),
-    )
-    first, last = Window(start=start, limit=limit, **options).interval(t, data.draw(st.integers(0, 10**6)))
-    assert start <= first < last <= limit
-    assert last - first <= options["size"]
-
-
-SELECTORS = [EveryStep(), StaticRange(0, 4), RandomFraction(0.5), Window(), FastWindow(2, 0, 4)]
-SELECTORS += [Complement(StaticRange(0, 4))]
+SELECTORS = [EveryStep(), StaticRange(0, 4), RandomFraction(0.5), Threshold(0.0, 2.0), Complement(StaticRange(0, 4))]
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: type(selector).__name__)
@@ -170,9 +119,6 @@ def test_telemetry_and_state_are_json(selector):
         (StaticRange(3, 3), r"\[3, 3\)"),
         (StaticRange(0, 7), "<= 6"),
         (RandomFraction(0.0), r"\(0, 1\]"),
-        (Window(limit=9), "<= 6"),
-        (Window(shift=0), "at least 1"),
-        (FastWindow(5, 0, 4), "does not fit"),
     ],
 )
 def test_errors_name_the_rule_and_the_value(selector, says):

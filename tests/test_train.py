@@ -18,7 +18,9 @@ from adascope_fast.attribution import Attribution
 from adascope_fast.building import algorithm_of, selector_of
 from adascope_fast.config import Config, ConfigError, SelectorChoice
 from adascope_fast.sampling import draw, initial_latents, load_run
+from adascope_fast.timesteps import StaticRange, Threshold
 from adascope_fast.train import Result, Trainer
+from adascope_fast.windows import FastWindow, Window
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
 UNTIMED = {"seconds": None, "cpu_seconds": None}
@@ -266,8 +268,28 @@ def test_every_algorithm_and_selector_of_the_configuration_exists():
     assert algorithm_of(Config.load(None, settings)).attribution == Attribution("full", "discount", 0.5)
     for name in get_args(SelectorChoice.model_fields["name"].annotation):
         settings = ["selector.fraction=0.5", "selector.start=2", "selector.end=9"]
+        settings += ["selector.uncertainty_low=0.01", "selector.uncertainty_high=0.1"]
         selector = selector_of(Config.load(None, [f"selector.name={name}", *settings]))
         assert selector.state_dict() in ({}, {"memory": {}})
+
+
+def test_selectors_are_built_as_configured():
+    def built(*overrides: str) -> object:
+        return selector_of(Config.load(None, [f"selector.{override}" for override in overrides]))
+
+    assert built("name=late_start") == StaticRange(4, 20), "SPO's: step 4 of 20 to the end"
+    assert built("name=late_start", "start=7", "end=15") == StaticRange(7, 15)
+    assert built("name=threshold", "uncertainty_low=0.01", "uncertainty_high=0.1") == Threshold(0.01, 0.1)
+    assert built("name=window") == Window(size=2, period=25, limit=20)
+    keys = ["window_size=3", "shift_every=9", "window_shift=2", "start=1", "end=15", "at_limit=clamp"]
+    decay = ["shift_decay=exponential", "shift_every_min=2", "decay_rate=0.2", "decay_from=5", "ode_outside=false"]
+    assert built("name=window", *keys, *decay) == Window(
+        3, 9, 2, 1, 15, at_limit="clamp", decay="exponential", min_period=2, decay_rate=0.2, decay_from=5,
+        ode_outside=False,
+    )  # fmt: skip
+    assert built("name=window", "window_order=random") == Window(size=2, limit=20, order="random")
+    assert built("name=fast_window", "end=10") == FastWindow(2, 0, 10)
+    assert built("name=fast_window", "end=10", "ode_outside=false") == FastWindow(2, 0, 10, ode_outside=False)
 
 
 def test_prompts_of_an_iteration_depend_on_the_seed_and_its_number(tmp_path: Path):
