@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from adascope_fast.ops import explain as explain
     from adascope_fast.rewards import Reward as Reward
     from adascope_fast.schedules import Schedule as Schedule
+    from adascope_fast.sensing import Curves as Curves
+    from adascope_fast.sensing import curves_of_guesses as curves_of_guesses
     from adascope_fast.timesteps import TimestepSelector as TimestepSelector
     from adascope_fast.train import Trainer as Trainer
     from adascope_fast.trajectory import StepBatch as StepBatch
@@ -32,6 +34,7 @@ _HOME = {
     "Algorithm": "algorithms",
     "Backbone": "backbones.protocol",
     "Config": "config",
+    "Curves": "sensing",
     "Engine": "engine",
     "Interval": "adascope",
     "Reward": "rewards",
@@ -40,6 +43,7 @@ _HOME = {
     "TimestepSelector": "timesteps",
     "Trainer": "train",
     "Trajectory": "trajectory",
+    "curves_of_guesses": "sensing",
     "ddpo": "algorithms",
     "explain": "ops",
     "grpo": "algorithms",

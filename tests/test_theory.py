@@ -45,8 +45,8 @@ def test_theorem_2(case: dict[str, Any]):
     assert cross[i, j].item() == pytest.approx(case["corr"], rel=1e-12)
     if i == j:
         variance = case["Sigma"][i][i]
-        for pair in (levels, levels[::-1]):
-            assert theoretical_correlation(*pair, variance).item() == pytest.approx(case["corr"], rel=1e-12)
+        for one, other in (levels, levels[::-1]):
+            assert theoretical_correlation(one, other, variance).item() == pytest.approx(case["corr"], rel=1e-12)
 
 
 @pytest.mark.parametrize("case", VECTORS["rf_correlation"], ids=lambda case: f"{case['t']}-{case['s']}")
