@@ -31,7 +31,7 @@ def _run(folder: Path, *, after: float, start: float) -> Path:
     curves = {"preference": [0.1, 0.5, None], "volatility": [0.3, 0.1]}
     records = [
         {
-            "pairs_trained": 10 * (number + 1), "cpu_seconds": 2.0, "fraction_trained": 0.5, "reward_mean": 0.1 * number,
+            "pairs_trained": 10 * (number + 1), "cpu_seconds": 2.0, "fraction_trained": 0.5, "reward_mean": 0.1,
             "selector": {"mean_start": start, "mean_end": start + 4, "curves": curves, "reasons": {"ok": 2}},
         }
         for number in range(3)
