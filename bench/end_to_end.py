@@ -80,25 +80,27 @@ def ladder(batch: int, *, is_gpu: bool) -> list[Variant]:
     """Our features one at a time, each row with those above it."""
     features: list[tuple[str, dict[str, dict[str, Any]]]] = [
         ("five timesteps in a forward", {"train": {"microbatch": 5 * batch}}),
+        ("adapter folded in the rollout", {"acceleration": {"fold_adapter": "on"}}),
         ("fused optimiser", {"acceleration": {"fused_optimizer": "on"}}),
         ("channels_last", {"acceleration": {"channels_last": "on"}}),
     ]
     if is_gpu:
         features += [
             ("torch.compile, regional", {"acceleration": {"compile": "regional"}}),
-            ("CUDA graphs", {"acceleration": {"cuda_graphs": True}}),
+            ("CUDA graphs, no folding", {"acceleration": {"cuda_graphs": True, "fold_adapter": "off"}}),
         ]
     config: dict[str, dict[str, Any]] = {
         "train": {"microbatch": batch},
-        "acceleration": {"compile": "off", "channels_last": "off", "fused_optimizer": "off"},
+        "acceleration": {"compile": "off", "channels_last": "off", "fused_optimizer": "off", "fold_adapter": "off"},
     }
     rows = [_ours("ladder_0", "ours with none of these", config)]
     for label, changes in features:
         config = {name: config.get(name, {}) | changes.get(name, {}) for name in config | changes}
         rows.append(_ours(f"ladder_{len(rows)}", f"+ {label}", config))
     rows.append(_ours(f"ladder_{len(rows)}", "+ interval", config, is_interval=True))
-    config = config | {"train": config["train"] | ONE_PASS["train"]}
-    return [*rows, _ours(f"ladder_{len(rows)}", "+ one pass", config, is_interval=True)]
+    one_pass = config | {"train": config["train"] | ONE_PASS["train"]}
+    rows.append(_ours(f"ladder_{len(rows)}", "+ interval + one pass", one_pass, is_interval=True))
+    return [*rows, _ours(f"ladder_{len(rows)}", "+ interval + short tail", config | TAIL, is_interval=True)]
 
 
 class Worker:
