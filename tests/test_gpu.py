@@ -297,7 +297,7 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     torch.cuda.set_sync_debug_mode("error")
     try:
         trajectory, gradients = engine._rollout(
-            encoded, prompts, generator, scoring, keep=keep if is_one_pass else None, tails=tails
+            encoded, prompts, schedule, generator, scoring, keep=keep if is_one_pass else None, tails=tails
         )
         if gradients is None:
             engine._replay(encoded, trajectory, pairs, advantages, generator)
