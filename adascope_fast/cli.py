@@ -1,4 +1,4 @@
-"""The command line: `adascope-fast train | sample | merge | plan | pretrain | report | explain`.
+"""The command line: `adascope-fast train | sample | merge | plan | calibrate | pretrain | report | explain`.
 
 A user's mistake is one line on standard error and exit code 2; ADASCOPE_FAST_DEBUG=1 shows where it was raised.
 """
@@ -212,6 +212,33 @@ def plan(
     from adascope_fast.plan import plan as plan_of
 
     print(plan_of(config).table(tflops))
+
+
+@app.command()
+def calibrate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG.toml [section.field=value]...", help="A configuration, then what to change."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to look at.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/calibration"),
+    start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = 0.106,
+    end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean end, as a share of T.")] = 0.636,
+    stride: Annotated[int, typer.Option(min=1, help="States between two that are decoded for the reward.")] = 1,
+) -> None:
+    """Sample without training, show where AdaScope would train, and propose thresholds."""
+    config = _configured(arguments or [], "calibrate")
+    if start >= end:
+        raise ConfigError(f"--start must be below --end, got {start:g} and {end:g}; the paper has 0.106 and 0.636")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out names a folder, and {str(out)!r} is a file; choose another place")
+    from adascope_fast.calibration import calibrate as look
+    from adascope_fast.reporting import write_calibration
+
+    found = look(config, num_prompts=prompts, target=(start, end), stride=stride)
+    page = write_calibration(found.values(), out)
+    print(found.text())
+    print(page)
 
 
 @app.command()

@@ -82,14 +82,14 @@ class Trainer:
         """Run from the start. Ctrl-C leaves a run that `resume` continues."""
         start = time.perf_counter()
         RunFolder.check(self.config, overwrite=overwrite)
-        self._prepare()  # may refuse; only then is an older run replaced
+        self.prepare()  # may refuse; only then is an older run replaced
         return self._run(RunFolder.create(self.config, overwrite=overwrite), start)
 
     def resume(self) -> Result:
         """Continue the run in `config.run.folder` from its newest checkpoint."""
         start = time.perf_counter()
         folder = RunFolder.open(Path(self.config.run.folder))
-        self._prepare()
+        self.prepare()
         return self._run(folder, start)
 
     def _run(self, folder: RunFolder, start: float) -> Result:
@@ -109,7 +109,8 @@ class Trainer:
             report = reporting.write_report(folder.path)
         return self._result(folder, report, seconds)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Load the model and build what trains it, as `train` does first; may refuse."""
         config, train = self.config, self.config.train
         if train.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
@@ -159,7 +160,7 @@ class Trainer:
             self.schedule,
             self.algorithm,
             self.selector,
-            self._score,
+            self.score,
             self.optimizer,
             Settings(
                 guidance_scale=sampler.guidance_scale,
@@ -184,7 +185,7 @@ class Trainer:
         cache = PromptCache(self.backbone)
         for iteration in range(first, train.iterations):
             started, cpu = time.perf_counter(), time.process_time()
-            batch = self._prompts_of(iteration)
+            batch = self.prompts_of(iteration)
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
@@ -231,7 +232,7 @@ class Trainer:
         state = {"advantage": self.algorithm.advantage.state_dict(), "selector": self.selector.state_dict()}
         folder.save_checkpoint(next_iteration, tensors, state, self.config.train.keep_checkpoints)
 
-    def _prompts_of(self, iteration: int) -> list[str]:
+    def prompts_of(self, iteration: int) -> list[str]:
         """This iteration's prompts, each repeated for its group; a short list is gone through several times."""
         rng = random.Random(_seed(self.config.run.seed, "prompts", iteration))
         count = self.config.train.prompts_per_iteration
@@ -251,7 +252,7 @@ class Trainer:
             evaluation = evaluate(
                 self.backbone,
                 schedule,
-                self._score,
+                self.score,
                 self.held_out,
                 samples_per_prompt=settings.samples_per_prompt,
                 guidance_scale=sampler.guidance_scale if scale is None else scale,
@@ -286,7 +287,8 @@ class Trainer:
         """Within it the model has its averaged weights, if the configuration asks for an average."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
-    def _score(self, images: Tensor, texts: list[str]) -> Tensor:
+    def score(self, images: Tensor, texts: list[str]) -> Tensor:
+        """The reward [b] of pictures [b, 3, h, w] and their prompts, checked."""
         return rewards.score(self.reward, images, texts)
 
     def _result(self, folder: RunFolder, report: Path, seconds: float) -> Result:

@@ -288,3 +288,16 @@ def test_a_mistake_is_one_line_of_a_real_process(tmp_path: Path):
     assert finished.stdout == ""
     assert len(finished.stderr.splitlines()) == 1
     assert "did you mean train.learning_rate?" in finished.stderr
+
+
+def test_calibrate_writes_a_page_and_refuses_in_one_line(tmp_path: Path):
+    out = tmp_path / "calibration"
+    outcome = _call("calibrate", TINY, "--prompts", "1", "--out", out, "sampler.num_steps=5")
+    assert outcome.code == 0, outcome
+    assert "selector.kappa=" in outcome.out
+    assert {path.name for path in out.iterdir()} == {f"calibration.{kind}" for kind in ("html", "json", "png")}
+    assert _refused("calibrate", TINY, "--start", "0.7") == (
+        "error: --start must be below --end, got 0.7 and 0.636; the paper has 0.106 and 0.636"
+    )
+    assert "is a file; choose another place" in _refused("calibrate", TINY, "--out", out / "calibration.json")
+    assert "calibrate needs a configuration file first, got nothing" in _refused("calibrate")

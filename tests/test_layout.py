@@ -96,6 +96,7 @@ BELOW: dict[str, set[str]] = {
     "metering": set(),
     "plan": {"backbones", "config", "metering"},
     "train": _TRAIN,
+    "calibration": _TRAIN | {"curves", "theory", "train"},
     "pretraining": {"backbones", "checkpoint", "prompts", "rewards"},
 }
 ENTRANCES = {"__init__", "__main__", "cli"}  # these may import anything but compat

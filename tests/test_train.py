@@ -296,7 +296,7 @@ def test_prompts_of_an_iteration_depend_on_the_seed_and_its_number(tmp_path: Pat
     def chosen(seed: int, iteration: int) -> list[str]:
         overrides = ["train.prompts_per_iteration=5", f"run.seed={seed}"]
         trainer = Trainer(_config(tmp_path / "run", *overrides), reward=redness, train_prompts=list("abcdefgh"))
-        return trainer._prompts_of(iteration)
+        return trainer.prompts_of(iteration)
 
     assert chosen(0, 0) == chosen(0, 0)
     assert len({tuple(chosen(seed, iteration)) for seed in (0, 1) for iteration in (0, 1, 2)}) == 6

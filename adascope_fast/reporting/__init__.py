@@ -1,5 +1,6 @@
 """What a run looked like: the report page and the picture grids."""
 
+from adascope_fast.reporting.calibration_page import write_calibration as write_calibration
 from adascope_fast.reporting.images import contact_sheet as contact_sheet
 from adascope_fast.reporting.images import save_grid as save_grid
 from adascope_fast.reporting.report import write_report as write_report

@@ -121,6 +121,55 @@ def interval_chart(
     )
 
 
+def steps_chart(
+    curves: Sequence[tuple[str, Sequence[tuple[float, float, float, float]]]],
+    num_steps: int,
+    label: str,
+    *,
+    shaded: tuple[float, float] | None = None,
+    width: int = 420,
+    height: int = 200,
+) -> str:
+    """Curves over the denoising steps 0..num_steps, each with its band; where training happens is shaded.
+
+    Args:
+        curves: (CSS class, rows of (step, value, low, high)) of each; low = high draws no band.
+        shaded: the trained steps, [start, end).
+    """
+    drawn = [(css, [row for row in rows if all(map(math.isfinite, row))]) for css, rows in curves]
+    values = [value for _, rows in drawn for row in rows for value in row[1:]]
+    if not values:
+        return ""
+    axes = Axes((0.0, float(num_steps)), _padded(values), "denoising step", label, width=width, height=height)
+    marks = [_shade(axes, *shaded)] if shaded and all(map(math.isfinite, shaded)) else []
+    for css, rows in drawn:
+        if any(high > low for _, _, low, high in rows):
+            marks.append(_band(axes, [(x, low, high) for x, _, low, high in rows], css))
+    marks += [_line(axes, [(x, value) for x, value, *_ in rows], css) for css, rows in drawn]
+    return axes.draw(*marks)
+
+
+def histogram(counts: Sequence[tuple[str, Sequence[int]]], label: str, *, width: int = 420, height: int = 200) -> str:
+    """Bars of how often each step 0, 1, ... came up; the series stand side by side, each in its CSS class."""
+    length = max((len(values) for _, values in counts), default=0)
+    highest = max((value for _, values in counts for value in values), default=0)
+    if not highest:
+        return ""
+    axes = Axes((-0.5, length - 0.5), (0.0, 1.06 * highest), "denoising step", label, width=width, height=height)
+    share = 0.8 / len(counts)
+    marks = []
+    for place, (css, values) in enumerate(counts):
+        for step, value in enumerate(values):
+            if value:
+                (left, top), (right, bottom) = (
+                    axes.place(step - 0.4 + (place + side) * share, level) for side, level in ((0, value), (1, 0))
+                )
+                size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
+                title = f"<title>step {step}: {value}</title>"
+                marks.append(f'<rect class="fill {css}" x="{left:.1f}" y="{top:.1f}" {size}>{title}</rect>')
+    return axes.draw(*marks)
+
+
 def stacked_bar(parts: Sequence[tuple[str, float]], css_of: Callable[[int], str]) -> str:
     """One horizontal bar of the parts' shares; a part's name and share appear on hovering."""
     total = sum(seconds for _, seconds in parts)
@@ -188,6 +237,12 @@ def _line(axes: Axes, points: Sequence[Point], css: str) -> str:
 def _dots(axes: Axes, points: Iterable[Point], css: str) -> str:
     path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in (axes.place(*point) for point in points))
     return f'<path class="dots {css}" d="{path}"/>' if path else ""
+
+
+def _shade(axes: Axes, start: float, end: float) -> str:
+    (left, top), (right, bottom) = axes.place(start, axes.y_range[1]), axes.place(end, axes.y_range[0])
+    size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
+    return f'<rect class="shade" x="{left:.1f}" y="{top:.1f}" {size}/>'
 
 
 def _band(axes: Axes, rows: Sequence[tuple[float, float, float]], css: str) -> str:

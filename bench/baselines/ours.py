@@ -20,7 +20,7 @@ class Ours(Variant):
         super().__init__(setting)
         torch.backends.cuda.matmul.allow_tf32 = True  # as TRL and the eager loop have it
         trainer = Trainer(configuration(setting), reward=load_reward(), train_prompts=["a"], quiet=True)
-        trainer._prepare()
+        trainer.prepare()
         self.backbone, self.engine = trainer.backbone, trainer.engine
         self.encode = PromptCache(trainer.backbone)
         self._number = 0
