@@ -1,14 +1,22 @@
-"""What a configuration names, built: the algorithm and the selector."""
+"""What a configuration names, built: the algorithm, the sensor and the selector."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from adascope_fast import rewards
 from adascope_fast.adascope import AdaScope
 from adascope_fast.algorithms import Algorithm, ddpo, grpo
 from adascope_fast.attribution import Attribution
-from adascope_fast.config import Config
+from adascope_fast.backbones import EMBEDDED
+from adascope_fast.backbones.protocol import Backbone
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.decoders import LinearDecoder, TinyDecoder
+from adascope_fast.rewards import Reward
+from adascope_fast.rewards.clip import ClipSimilarity
+from adascope_fast.sensing import DecodedSensor, LatentSensor, Sensor
 from adascope_fast.timesteps import Complement, EveryStep, RandomFraction, StaticRange, Threshold, TimestepSelector
 from adascope_fast.windows import FastWindow, Window
 
@@ -30,8 +38,45 @@ def algorithm_of(config: Config) -> Algorithm:
     return replace(algorithm, attribution=Attribution(settings.backfill, settings.attribution, settings.gamma))
 
 
-def selector_of(config: Config) -> TimestepSelector:
-    """The selector that a configuration names."""
+def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path | None = None) -> Sensor:
+    """The sensor that a configuration names.
+
+    Args:
+        reward: the one in training.
+        folder: of the run, which keeps the linear decoder; None: it is fitted again in every process.
+    """
+    sensing = config.sensing
+    if sensing.kind == "latent":
+        return LatentSensor()
+    decode, prepare = backbone.decode, None
+    if sensing.decoder == "tiny":
+        decode = TinyDecoder(sensing.tiny or "")
+    elif sensing.decoder == "linear":
+        decode = LinearDecoder(backbone.decode, None if folder is None else folder / "decoder.safetensors")
+        prepare = decode.prepare
+    return DecodedSensor(
+        decode,
+        lambda images, texts: rewards.score_guesses(reward, images, texts),
+        ClipSimilarity.load(_clip_of(config)) if sensing.kind == "semantic" else None,
+        stride=sensing.stride,
+        num_samples=sensing.num_samples,
+        prepare=prepare,
+    )
+
+
+def _clip_of(config: Config) -> str:
+    if config.sensing.clip is not None:
+        return config.sensing.clip
+    if config.model.name not in EMBEDDED:
+        raise ConfigError(
+            f"sensing.kind = semantic needs a CLIP that knows the pictures of {config.model.name!r}, got none; set "
+            'sensing.clip to a folder or repository, for example "openai/clip-vit-large-patch14"'
+        )
+    return "scenes-clip"
+
+
+def selector_of(config: Config, sensor: Sensor | None = None) -> TimestepSelector:
+    """The selector that a configuration names; `sensor` None is the latent mode."""
     settings = config.selector
     low, high = settings.range_of(config.sampler.num_steps)
 
@@ -41,6 +86,15 @@ def selector_of(config: Config) -> TimestepSelector:
             kappa_s=settings.kappa,
             phi_e=settings.phi_end,
             persist=settings.persistence,
+            rule=settings.rule,
+            min_frac=settings.min_fraction,
+            max_frac=settings.max_fraction,
+            formed=settings.formed,
+            literal_eps=settings.literal_epsilon,
+            fallback=settings.fallback,
+            memory_decay=settings.memory_decay,
+            sensor=sensor or LatentSensor(),
+            sense_every=config.sensing.every,
             mask_source=settings.mask_source,
         )
 

@@ -23,6 +23,7 @@ from adascope_fast.config_sections import (
     Run,
     Sampler,
     Section,
+    Sensing,
     Train,
     or_none,
 )
@@ -43,6 +44,7 @@ class Config(Section):
     sampler: Sampler = Sampler()
     algorithm: AlgorithmChoice = AlgorithmChoice()
     selector: SelectorChoice = SelectorChoice()
+    sensing: Sensing = Sensing()
     train: Train = Train()
     acceleration: AccelerationChoice = AccelerationChoice()
     evaluation: Evaluation = Evaluation()
@@ -73,7 +75,33 @@ class Config(Section):
             self._knows_the_steps_beforehand(
                 f"sampler.tail_share = {self.sampler.tail_share}", "sampler.tail_share = 1.0"
             )
+        if self.selector.name in ("adascope", "complement"):
+            self._can_be_sensed()
         return self
+
+    def _can_be_sensed(self) -> None:
+        selector, sensing = self.selector, self.sensing
+        if selector.rule == "knee_causal" and (sensing.kind == "latent" or sensing.stride > 1):
+            raise ValueError(
+                "knee_causal decides while sampling, so it needs sensing.kind semantic or reward_only and "
+                f"sensing.stride = 1, got {sensing.kind} and {sensing.stride}; the latent mode compares with the final "
+                f'latent, and values between strides with later ones; set them so, or selector.rule = "knee"'
+            )
+        if selector.pooling == "sample" and sensing.kind != "latent" and sensing.num_samples is not None:
+            raise ValueError(
+                f"selector.pooling = sample decides for each picture, so sensing.num_samples must be absent, got "
+                f'{sensing.num_samples}; leave it out, or set selector.pooling = "prompt"'
+            )
+        if selector.min_fraction > selector.max_fraction:
+            raise ValueError(
+                "selector.min_fraction must not exceed selector.max_fraction, got "
+                f"{selector.min_fraction} and {selector.max_fraction}; raise the latter"
+            )
+        if selector.fallback is not None and selector.fallback[0] >= selector.fallback[1]:
+            raise ValueError(
+                f"selector.fallback is [start, end] with start below end, got {list(selector.fallback)}; "
+                f"set for example selector.fallback = [0.1, 0.64]"
+            )
 
     def _can_be_one_pass(self) -> None:
         if self.train.updates_per_iteration != 1 or self.algorithm.kl_weight:

@@ -13,6 +13,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -97,7 +98,10 @@ class RewardChoice(Section):
     """What is maximised."""
 
     name: Text = "scene_attributes"
-    """`scene_attributes`, `jpeg_compressibility`, `jpeg_incompressibility`, or `module:function` of your own."""
+    """`scene_attributes`, `jpeg_compressibility`, `jpeg_incompressibility`, `clip_similarity`, or your own as
+    `module:function`."""
+    clip: Text = "scenes-clip"
+    """CLIP of `clip_similarity`: `scenes-clip` (embedded), the folder of a CLIPModel, or a Hugging Face repository."""
 
 
 class Sampler(Section):
@@ -171,12 +175,28 @@ class SelectorChoice(Section):
     """`adascope` senses the steps worth training, `complement` trains all but those; the others are the field's."""
     pooling: Literal["prompt", "sample", "batch"] = "prompt"
     """Samples that share one interval (adascope)."""
+    rule: Literal["knee", "knee_causal", "literal", "fraction", "schedule", "fixed"] = "knee"
+    """How curves become an interval: where volatility has fallen and the gain is nearly over (`knee`), the same from
+    the past alone (`knee_causal`), second differences near zero (`literal`, the paper's formula), a share of the
+    structure (`fraction`), the log-SNR (`schedule`), or `fallback` always (`fixed`) (adascope)."""
     kappa: Positive = 0.25
     """The start: structural volatility has fallen to this share of its peak above the floor (adascope)."""
     phi_end: Annotated[float, Field(gt=0, lt=1)] = 0.10
     """The end: this share of the gain is still to come (adascope)."""
     persistence: Count = 2
     """Steps in a row that must agree before a start or an end counts (adascope)."""
+    min_fraction: Share = 0.20
+    """Shortest interval of `knee`, `knee_causal` and `fraction`, of T (adascope)."""
+    max_fraction: Share = 0.80
+    """Longest interval of these rules, of T (adascope)."""
+    formed: Share = 0.80
+    """`fraction` starts where this share of the structure's change is done (adascope)."""
+    literal_epsilon: Positive = 0.02
+    """What `literal` takes for zero, as a share of a curve's range (adascope)."""
+    fallback: tuple[ShareOrZero, Share] | None = None
+    """Interval where no rule decides, of T, as [0.1, 0.64]; absent: by log-SNR (adascope)."""
+    memory_decay: Decay = 0.7
+    """Weight of the past in the moving average of a prompt's interval (adascope)."""
     mask_source: Literal["current", "previous"] = "current"
     """`previous`: a rollout's steps come from the rollouts before it, so they are known beforehand (adascope)."""
     fraction: Share | None = None
@@ -255,6 +275,35 @@ class SelectorChoice(Section):
         return self
 
 
+class Sensing(Section):
+    """What AdaScope sees of a rollout, and what that may cost."""
+
+    kind: Literal["latent", "semantic", "reward_only"] = "latent"
+    """`latent`: correlations of the clean guesses, next to free; `semantic`: CLIP similarity and reward of the decoded
+    guesses, as the paper has it; `reward_only`: the reward of the decoded guesses, with the latents' structure."""
+    decoder: Literal["vae", "tiny", "linear"] = "vae"
+    """What decodes the guesses: the model's VAE, a tiny autoencoder, or a linear map fitted to the first rollout."""
+    tiny: Text | None = None
+    """Folder or Hugging Face repository of the tiny autoencoder (diffusers' AutoencoderTiny)."""
+    clip: Text | None = None
+    """CLIP of `semantic`, as `reward.clip`; absent: `scenes-clip`, for the embedded models alone."""
+    stride: Count = 1
+    """States from one that is decoded to the next; the last is always decoded, those between are interpolated."""
+    num_samples: Count | None = None
+    """Pictures of each prompt that are decoded; absent: all."""
+    every: Count = 1
+    """Iterations from one that is sensed to the next; those between use what is remembered."""
+
+    @model_validator(mode="after")
+    def _names_its_decoder(self) -> Self:
+        if self.decoder == "tiny" and self.tiny is None:
+            raise ValueError(
+                'sensing.decoder = "tiny" needs sensing.tiny, got none; name the folder or repository of an '
+                'AutoencoderTiny made for this model, or set sensing.decoder = "vae"'
+            )
+        return self
+
+
 class Train(Section):
     """How much is sampled and how it is learned from."""
 
@@ -326,6 +375,8 @@ class Evaluation(Section):
     """Seed of the evaluation's noise, apart from `run.seed`."""
     grid_prompts: Count = 8
     """Prompts shown in the before/after pictures."""
+    clip: Text | None = None
+    """CLIP whose mean similarity is reported beside the reward, as `reward.clip`; absent: none."""
     every: CountOrZero = 0
     """Iterations between evaluations in the course of training; 0: only before and after."""
 

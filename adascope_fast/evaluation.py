@@ -28,11 +28,13 @@ class Evaluation:
     breakdown: dict[str, float]
     diversity: float | None
     contrast: float
+    clip_score: float | None = None
 
     def summary(self) -> dict[str, Any]:
         """Mean with its 95 % interval, number of pictures, their variety, and the reward's parts where it has any."""
         parts = {"attributes": self.breakdown} if self.breakdown else {}
         variety = {"diversity": self.diversity, "contrast": self.contrast}
+        variety |= {} if self.clip_score is None else {"clip_score": self.clip_score}
         return {**interval(self.scores), "num_images": self.scores.numel(), **variety, **parts}
 
 
@@ -74,9 +76,14 @@ def evaluate(
     batch: int,
     num_pictured: int,
     breakdown: Callable[[Tensor, list[str]], dict[str, float]] | None = None,
+    similarity: Callable[[Tensor, list[str]], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Score `samples_per_prompt` pictures of each prompt; the same seed gives the same noise to any policy."""
+    """Score `samples_per_prompt` pictures of each prompt; the same seed gives the same noise to any policy.
+
+    Args:
+        similarity: of picture and prompt, whose mean is the CLIP score.
+    """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     generator = torch.Generator(schedule.coef.device).manual_seed(seed)
     trajectory = rollout(
@@ -98,4 +105,5 @@ def evaluate(
         parts,
         diversity(images.unflatten(0, (len(prompts), samples_per_prompt))),
         contrast(images),
+        None if similarity is None else similarity(images, repeated).double().mean().item(),
     )

@@ -38,6 +38,8 @@ class Progress:
         self._close_inner()
         chosen = record["selector"]
         shown = {"reward": f"{record['reward_mean']:.3f}", "trained": f"{record['fraction_trained']:.0%}"}
+        if "sensing_share" in record:
+            shown["sensing"] = f"{record['sensing_share']:.0%}"
         if "mean_start" in chosen:
             shown["interval"] = f"[{chosen['mean_start']:.1f}, {chosen['mean_end']:.1f})"
         self._run.set_postfix(shown, refresh=False)

@@ -9,10 +9,12 @@ trajectory; a row with a value that is not finite says that its sample was not s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32
+from scipy.interpolate import CubicSpline, interp1d
 from torch import Tensor
 
 from adascope_fast import ops
@@ -33,8 +35,10 @@ class Curves(NamedTuple):
 class Sensor(Protocol):
     """Curves of a trajectory."""
 
-    is_causal: bool
-    """Whether a state's values are known when the rollout reaches it."""
+    @property
+    def is_causal(self) -> bool:
+        """Whether a state's values are known when the rollout reaches it."""
+        ...
 
     def __call__(self, trajectory: Trajectory) -> Curves: ...
 
@@ -59,7 +63,9 @@ class DecodedSensor:
         decode: latents [n, *latent] to pictures.
         reward: the reward in training, which is the preference.
         similarity: similarity of picture and prompt, which is the structure; None takes the volatility of the latents.
-        stride: states between two that are decoded; values between them are interpolated, the picture is always judged.
+        stride: states from one that is decoded to the next; the picture is always judged. Between them preference is
+            linear and structure a cubic spline: its second differences are what the rule reads, and those of straight
+            lines are zero but at the states that were judged.
         num_samples: of each prompt that are decoded, those first in the batch; None: all.
         batch: pictures decoded at once.
         prepare: called with a rollout's final latents before its first picture is decoded.
@@ -72,7 +78,11 @@ class DecodedSensor:
     num_samples: int | None = None
     batch: int = 64
     prepare: Callable[[Tensor], None] | None = None
-    is_causal = True
+
+    @property
+    def is_causal(self) -> bool:
+        """Values between strides depend on later states."""
+        return self.stride == 1
 
     def __post_init__(self) -> None:
         if min(self.stride, self.batch, self.num_samples or 1) < 1:
@@ -93,12 +103,11 @@ class DecodedSensor:
         if self.prepare is not None:
             self.prepare(trajectory.latents[:, -1])
         judged = [self._judge(_state(trajectory, rows, state), prompts) for state in states]
-        known = torch.tensor(states, device=device)
-        preference[rows] = interpolated(torch.stack([reward for reward, _ in judged], 1), known, t)
+        preference[rows] = interpolated(torch.stack([reward for reward, _ in judged], 1), states)
         if self.similarity is None:
             volatility, _ = latent_curves(trajectory)
             return Curves(preference, volatility=volatility)
-        structure[rows] = interpolated(torch.stack([likeness for _, likeness in judged], 1), known, t)
+        structure[rows] = splined(torch.stack([likeness for _, likeness in judged], 1), states)
         return Curves(preference, structure=structure)
 
     def _judge(self, latents: Tensor, prompts: list[str]) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
@@ -126,13 +135,25 @@ def first_of_each(prompts: list[str], count: int | None) -> list[int]:
     return rows
 
 
-def interpolated(values: Float[Tensor, "n k"], states: Tensor, t: int) -> Float[Tensor, "n t+1"]:
-    """Values [n, t+1] at all states 0..t, linear between those at the given `states`, which hold 0 and t."""
-    every = torch.arange(t + 1, device=values.device)
-    above = torch.searchsorted(states, every).clamp(min=1)
-    low, high = states[above - 1], states[above]
-    share = ((every - low) / (high - low)).to(values)
-    return torch.where(share == 1, values[:, above], torch.lerp(values[:, above - 1], values[:, above], share))
+def interpolated(values: Float32[Tensor, "n k"], states: list[int]) -> Float32[Tensor, "n t+1"]:
+    """Values at all states 0..t, linear between those at the given `states`, which hold 0 and t."""
+    return _between(values, states, lambda known: interp1d(states, known, axis=0))
+
+
+def splined(values: Float32[Tensor, "n k"], states: list[int]) -> Float32[Tensor, "n t+1"]:
+    """The same, by a cubic spline whose third derivative is continuous next to its ends."""
+    return _between(values, states, lambda known: CubicSpline(states, known, axis=0))
+
+
+def _between(values: Tensor, states: list[int], curve: Callable[[np.ndarray], Callable[[Any], np.ndarray]]) -> Tensor:
+    """A sample with a value that is not finite is NaN throughout; what was given stays as it is."""
+    if len(states) == states[-1] + 1:
+        return values
+    weights = curve(np.eye(len(states)))(np.arange(states[-1] + 1))
+    weights[states] = np.eye(len(states))
+    filled = values.double() @ torch.from_numpy(weights.T).to(values.device)
+    finite = values.isfinite().all(1, keepdim=True)
+    return torch.where(finite, filled, torch.nan).to(values)
 
 
 @torch.no_grad()

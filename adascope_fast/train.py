@@ -22,12 +22,13 @@ from torch import Tensor
 
 from adascope_fast import backbones, checkpoint, prompts, reporting, rewards
 from adascope_fast.acceleration import Acceleration, accelerate, folds, is_fused
-from adascope_fast.building import algorithm_of, selector_of
+from adascope_fast.building import algorithm_of, selector_of, sensor_of
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine import Engine, Settings
 from adascope_fast.evaluation import Evaluation, evaluate, interval
 from adascope_fast.progress import Progress
 from adascope_fast.reporting.images import save_grid
+from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.runs import RunFolder
 
@@ -69,7 +70,8 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config = config
-        self.reward = reward or rewards.load(config.reward.name)
+        self.reward = reward or rewards.load(config.reward.name, clip=config.reward.clip)
+        self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts = _given(train_prompts, config.prompts.train, "train_prompts")
         held_out = _given(held_out_prompts, config.prompts.held_out, "held_out_prompts")
         self.held_out = held_out[: config.evaluation.num_prompts]
@@ -154,7 +156,8 @@ class Trainer:
             weight_decay=train.weight_decay,
             eps=train.adam_epsilon,
         )
-        self.algorithm, self.selector = algorithm_of(config), selector_of(config)
+        sensor = sensor_of(config, self.backbone, self.reward, Path(config.run.folder))
+        self.algorithm, self.selector = algorithm_of(config), selector_of(config, sensor)
         self.engine = Engine(
             self.backbone,
             self.schedule,
@@ -192,8 +195,10 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update()
             known = sum(report.seconds.values())
-            report.seconds["other"] = time.perf_counter() - started - known
+            taken = time.perf_counter() - started
+            report.seconds["other"] = taken - known
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
+            record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
             # First the log, then the checkpoint: what is logged beyond the checkpoint is made again after a kill.
             folder.log(record | {"seconds": report.seconds})
@@ -260,6 +265,7 @@ class Trainer:
                 batch=self.config.train.rollout_batch,
                 num_pictured=settings.grid_prompts,
                 breakdown=getattr(self.reward, "breakdown", None),
+                similarity=self.similarity,
                 on_step=on_step,
             )
         self._record(folder, evaluation, name, iteration)

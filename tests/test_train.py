@@ -23,7 +23,7 @@ from adascope_fast.train import Result, Trainer
 from adascope_fast.windows import FastWindow, Window
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
-UNTIMED = {"seconds": None, "cpu_seconds": None}
+UNTIMED = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share"))
 CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
 # Smaller still than the smallest run; one prompt again and again, so that what was remembered of it matters.
 SMALLEST = [

@@ -4,7 +4,7 @@ A step's data depend on the step number alone, so a stage that was stopped conti
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,23 @@ class Recipe:
         return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: nn.Module, loss_at: Callable[[int], Tensor], recipe: Recipe, folder: Path, title: str) -> None:
-    """Leave the moving average of the trained weights in `model`; state is kept in `folder` and resumed from it."""
+def train(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    recipe: Recipe,
+    folder: Path,
+    title: str,
+    *,
+    matrices: Sequence[nn.Parameter] = (),
+    muon: float = 1.0,
+) -> None:
+    """Leave the moving average of the trained weights in `model`; state is kept in `folder` and resumed from it.
+
+    Args:
+        matrices: weights that Muon trains in place of AdamW (torch 2.9), at `muon` times the learning rate.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizers = _optimizers(parameters, matrices, recipe, muon)
     average = [parameter.detach().clone() for parameter in parameters]
     start = 0
     if (folder / "state.json").is_file():
@@ -46,18 +59,21 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], recipe: Recipe, fo
         for index, parameter in enumerate(parameters):
             parameter.data.copy_(tensors[f"parameter.{index}"])
             average[index].copy_(tensors[f"average.{index}"])
-        checkpoint.load_optimizer_tensors(optimizer, checkpoint.select(tensors, "optimizer"))
+        for name, (optimizer, _) in optimizers.items():
+            checkpoint.load_optimizer_tensors(optimizer, checkpoint.select(tensors, name))
     model.train()
     bar = tqdm(range(start, recipe.num_steps), initial=start, total=recipe.num_steps, desc=title, mininterval=1.0)
     recent = None
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
+        for optimizer, factor in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * recipe.rate(step)
         loss = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer, _ in optimizers.values():
+            optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
         recent = loss.item() if recent is None else 0.98 * recent + 0.02 * loss.item()
@@ -65,8 +81,26 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], recipe: Recipe, fo
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.num_steps:
             tensors = {f"parameter.{index}": parameter for index, parameter in enumerate(parameters)}
             tensors |= {f"average.{index}": value for index, value in enumerate(average)}
-            tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(optimizer), "optimizer")
+            for name, (optimizer, _) in optimizers.items():
+                tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(optimizer), name)
             checkpoint.save(folder, tensors, {"step": step + 1, "loss": recent})
     for parameter, value in zip(parameters, average, strict=True):
         parameter.data.copy_(value)
     model.eval()
+
+
+def _optimizers(
+    parameters: list[nn.Parameter], matrices: Sequence[nn.Parameter], recipe: Recipe, muon: float
+) -> dict[str, tuple[torch.optim.Optimizer, float]]:
+    """The optimisers by the names of their state, each with its factor of the learning rate."""
+    apart = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in apart]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    adamw = torch.optim.AdamW(others, lr=rate, weight_decay=decay)
+    found: dict[str, tuple[torch.optim.Optimizer, float]] = {"optimizer": (adamw, 1.0)}
+    if matrices:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"this stage is trained by torch.optim.Muon, torch {torch.__version__} has none; use 2.9")
+        second = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        found["muon"] = (second, muon)
+    return found

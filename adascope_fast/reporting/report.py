@@ -27,6 +27,7 @@ DIAGNOSTICS = (
     ("grad_norm", "gradient norm"),
     ("ratio_max_deviation", "largest |ratio - 1|"),
     ("learning_rate", "learning rate"),
+    ("sensing_share", "sensing, share of the time"),
 )
 COLUMNS = ("reward_mean", "reward_std", "fraction_trained", "pairs_trained", "approx_kl", "clipfrac", "grad_norm")
 
@@ -169,12 +170,12 @@ def _estimate(estimate: Record, *, signed: bool = False) -> dict[str, str] | Non
 def _variety(evaluation: Record) -> list[tuple[str, str, str, str]]:
     before, after = (evaluation.get(when) or {} for when in ("before", "after"))
     rows = []
-    for name in ("diversity", "contrast"):
+    for name in ("diversity", "contrast", "clip_score"):
         old, new = _value(before, name), _value(after, name)
         if not (math.isnan(old) and math.isnan(new)):
             shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in (old, new)]
             change = "-" if math.isnan(new - old) or not old else f"{new / old - 1:+.0%}"
-            rows.append((name, *shown, change))
+            rows.append((name.replace("_", " "), *shown, change))
     return rows
 
 

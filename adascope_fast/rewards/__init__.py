@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from adascope_fast.rewards.scene_attributes import SceneAttributes
 
@@ -22,13 +23,21 @@ BUILT_IN: dict[str, Callable[[], Reward]] = {
 }
 
 
-def load(name: str) -> Reward:
-    """The reward of that name; `module:function` is imported from the current folder or the installed packages."""
+def load(name: str, *, clip: str = "scenes-clip") -> Reward:
+    """The reward of that name; `module:function` is imported from the current folder or the installed packages.
+
+    Args:
+        clip: the CLIP of `clip_similarity`, as `ClipSimilarity.load` takes it.
+    """
+    if name == "clip_similarity":
+        return ClipSimilarity.load(clip)
     if name in BUILT_IN:
         return BUILT_IN[name]()
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"reward.name is one of {', '.join(BUILT_IN)} or module:function, got {name!r}")
+        raise ValueError(
+            f"reward.name is one of {', '.join((*BUILT_IN, 'clip_similarity'))} or module:function, got {name!r}"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -46,23 +55,32 @@ def load(name: str) -> Reward:
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's scores [b] as float32 on the pictures' device; ValueError unless one finite number a picture."""
-    name = getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
+    scores = score_guesses(reward, images, prompts)
+    if not bool(scores.isfinite().all()):
+        first = int((~scores.isfinite()).nonzero()[0, 0])
+        raise ValueError(
+            f"reward {_name(reward)!r} must be finite, got {scores[first].item()} for {prompts[first][:80]!r}; "
+            f"return a low score where a picture cannot be judged"
+        )
+    return scores
+
+
+def score_guesses(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same of unfinished pictures, some of which cannot be judged: their scores may be NaN."""
     scores: Any = reward(images, list(prompts))
     try:
         scores = torch.as_tensor(scores, dtype=torch.float32).to(images.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"reward {name!r} must return a tensor or numbers, got {type(scores).__name__}: {error}"
+            f"reward {_name(reward)!r} must return a tensor or numbers, got {type(scores).__name__}: {error}"
         ) from None
     if scores.shape != (len(prompts),):
         raise ValueError(
-            f"reward {name!r} must return one number a picture, shape [{len(prompts)}], "
+            f"reward {_name(reward)!r} must return one number a picture, shape [{len(prompts)}], "
             f"got shape {list(scores.shape)}; reduce over everything but the first axis"
         )
-    if not bool(scores.isfinite().all()):
-        first = int((~scores.isfinite()).nonzero()[0, 0])
-        raise ValueError(
-            f"reward {name!r} must be finite, got {scores[first].item()} for {prompts[first][:80]!r}; "
-            f"return a low score where a picture cannot be judged"
-        )
     return scores
+
+
+def _name(reward: Reward) -> str:
+    return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
