@@ -59,7 +59,7 @@ def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path |
         lambda images, texts: rewards.score_guesses(reward, images, texts),
         ClipSimilarity.load(_clip_of(config)) if sensing.kind == "semantic" else None,
         stride=sensing.stride,
-        num_samples=sensing.num_samples,
+        num_samples=sensing.num_samples or None,
         prepare=prepare,
     )
 
@@ -94,7 +94,7 @@ def selector_of(config: Config, sensor: Sensor | None = None) -> TimestepSelecto
             fallback=settings.fallback,
             memory_decay=settings.memory_decay,
             sensor=sensor or LatentSensor(),
-            sense_every=config.sensing.every,
+            sense_every=config.sensing.every or (1 if config.sensing.kind == "latent" else 2),
             mask_source=settings.mask_source,
         )
 

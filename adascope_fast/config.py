@@ -87,10 +87,10 @@ class Config(Section):
                 f"sensing.stride = 1, got {sensing.kind} and {sensing.stride}; the latent mode compares with the final "
                 f'latent, and values between strides with later ones; set them so, or selector.rule = "knee"'
             )
-        if selector.pooling == "sample" and sensing.kind != "latent" and sensing.num_samples is not None:
+        if selector.pooling == "sample" and sensing.kind != "latent" and sensing.num_samples != 0:
             raise ValueError(
-                f"selector.pooling = sample decides for each picture, so sensing.num_samples must be absent, got "
-                f'{sensing.num_samples}; leave it out, or set selector.pooling = "prompt"'
+                f"selector.pooling = sample decides for each picture, so sensing.num_samples must be 0 (all), got "
+                f'{sensing.num_samples}; set it so, or selector.pooling = "prompt"'
             )
         if selector.min_fraction > selector.max_fraction:
             raise ValueError(

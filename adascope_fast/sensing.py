@@ -85,7 +85,7 @@ class DecodedSensor:
         return self.stride == 1
 
     def __post_init__(self) -> None:
-        if min(self.stride, self.batch, self.num_samples or 1) < 1:
+        if min(self.stride, self.batch, 1 if self.num_samples is None else self.num_samples) < 1:
             raise ValueError(
                 f"stride, num_samples and batch are at least 1, got {self.stride}, {self.num_samples}, {self.batch}"
             )

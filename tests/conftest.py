@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -75,3 +76,20 @@ class ToyBackbone:
 def make_toy() -> Callable[..., ToyBackbone]:
     """Builds equal toy backbones, in float32 or another type."""
     return ToyBackbone
+
+
+@pytest.fixture(scope="session")
+def save_tiny() -> Callable[..., Any]:
+    """Writes an untrained tiny autoencoder, 8 times 8 pixels a latent, to a folder, and returns it."""
+    return _save_tiny
+
+
+def _save_tiny(folder: Path, channels: int = 8, **settings: float) -> Any:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": (4, 4, 4, 4), "decoder_block_out_channels": (4, 4, 4, 4)}
+    blocks = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (1, 1, 1, 1)}
+    model = AutoencoderTiny(latent_channels=channels, **widths, **blocks, **settings)  # type: ignore[arg-type]
+    model.save_pretrained(folder)
+    return model.eval()

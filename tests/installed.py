@@ -15,6 +15,7 @@ def main(environment: Path) -> None:
         "reporting/*.j2",
         "assets/*/model_index.json",
         "assets/*/*/*.safetensors",
+        "assets/scenes-clip/*.safetensors",
         "py.typed",
     ):
         assert list(package.glob(pattern)), (

@@ -32,6 +32,7 @@ def _evaluate(toy: object, seed: int = 1, batch: int = 3) -> Evaluation:
         batch=batch,
         num_pictured=2,
         breakdown=lambda images, prompts: {"count": float(len(prompts))},
+        similarity=lambda images, prompts: torch.tensor([len(prompt) / 10 for prompt in prompts]),
     )
 
 
@@ -45,6 +46,7 @@ def test_scores_are_those_of_each_prompts_own_pictures(make_toy: Callable):
     torch.testing.assert_close(evaluation.scores[:2] - lengths[:2], evaluation.pictures.mean((1, 2, 3)).view(2, 2))
     summary = evaluation.summary()
     assert (summary["num_images"], summary["attributes"]) == (6, {"count": 6.0})
+    assert summary["clip_score"] == pytest.approx((0.1 + 0.3 + 0.2) / 3)
 
 
 def _grey(*values: float) -> Tensor:
