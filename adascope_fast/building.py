@@ -91,7 +91,7 @@ def selector_of(config: Config, sensor: Sensor | None = None) -> TimestepSelecto
             max_frac=settings.max_fraction,
             formed=settings.formed,
             literal_eps=settings.literal_epsilon,
-            fallback=settings.fallback,
+            fallback=None if settings.fallback is None else (settings.fallback[0], settings.fallback[1]),
             memory_decay=settings.memory_decay,
             sensor=sensor or LatentSensor(),
             sense_every=config.sensing.every or (1 if config.sensing.kind == "latent" else 2),

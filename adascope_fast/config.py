@@ -99,7 +99,7 @@ class Config(Section):
             )
         if selector.fallback is not None and selector.fallback[0] >= selector.fallback[1]:
             raise ValueError(
-                f"selector.fallback is [start, end] with start below end, got {list(selector.fallback)}; "
+                f"selector.fallback is [start, end] with start below end, got {selector.fallback}; "
                 f"set for example selector.fallback = [0.1, 0.64]"
             )
 

@@ -98,8 +98,7 @@ class RewardChoice(Section):
     """What is maximised."""
 
     name: Text = "scene_attributes"
-    """`scene_attributes`, `jpeg_compressibility`, `jpeg_incompressibility`, `clip_similarity`, or your own as
-    `module:function`."""
+    """`scene_attributes`, `jpeg_compressibility`, `jpeg_incompressibility`, `clip_similarity` or `module:function`."""
     clip: Text = "scenes-clip"
     """CLIP of `clip_similarity`: `scenes-clip` (embedded), the folder of a CLIPModel, or a Hugging Face repository."""
 
@@ -176,9 +175,7 @@ class SelectorChoice(Section):
     pooling: Literal["prompt", "sample", "batch"] = "prompt"
     """Samples that share one interval (adascope)."""
     rule: Literal["knee", "knee_causal", "literal", "fraction", "schedule", "fixed"] = "knee"
-    """How curves become an interval: where volatility has fallen and the gain is nearly over (`knee`), the same from
-    the past alone (`knee_causal`), second differences near zero (`literal`, the paper's formula), a share of the
-    structure (`fraction`), the log-SNR (`schedule`), or `fallback` always (`fixed`) (adascope)."""
+    """How curves become an interval; `literal` is the paper's formula, README's "Finding the interval" has the rest."""
     kappa: Positive = 0.25
     """The start: structural volatility has fallen to this share of its peak above the floor (adascope)."""
     phi_end: Annotated[float, Field(gt=0, lt=1)] = 0.10
@@ -193,7 +190,7 @@ class SelectorChoice(Section):
     """`fraction` starts where this share of the structure's change is done (adascope)."""
     literal_epsilon: Positive = 0.02
     """What `literal` takes for zero, as a share of a curve's range (adascope)."""
-    fallback: tuple[ShareOrZero, Share] | None = None
+    fallback: Annotated[list[ShareOrZero], Field(min_length=2, max_length=2)] | None = None
     """Interval where no rule decides, of T, as [0.1, 0.64]; absent: by log-SNR (adascope)."""
     memory_decay: Decay = 0.7
     """Weight of the past in the moving average of a prompt's interval (adascope)."""
@@ -279,8 +276,7 @@ class Sensing(Section):
     """What AdaScope sees of a rollout, and what that may cost."""
 
     kind: Literal["latent", "semantic", "reward_only"] = "latent"
-    """`latent`: correlations of the clean guesses, next to free; `semantic`: CLIP similarity and reward of the decoded
-    guesses, as the paper has it; `reward_only`: the reward of the decoded guesses, with the latents' structure."""
+    """Correlations of the clean guesses, CLIP and reward of the decoded ones, or reward and correlations."""
     decoder: Literal["vae", "tiny", "linear"] = "vae"
     """What decodes the guesses: the model's VAE, a tiny autoencoder, or a linear map fitted to the first rollout."""
     tiny: Text | None = None
@@ -292,8 +288,7 @@ class Sensing(Section):
     num_samples: CountOrZero = 2
     """Pictures of each prompt that are decoded; 0: all."""
     every: Count | None = None
-    """Iterations from one that is sensed to the next, those between use what is remembered; absent: 1 for `latent`,
-    else 2, with which sensing costs a tenth of the quickstart's time or less."""
+    """Iterations from one that is sensed to the next; absent: 1 for `latent`, else 2. Those between use the memory."""
 
     @model_validator(mode="after")
     def _names_its_decoder(self) -> Self:

@@ -204,7 +204,7 @@ def test_a_mistake_in_the_configuration_is_one_line(tmp_path: Path, arguments: l
         (["sample", "no/such/run", "--prompt", "  "], "a prompt has at least one character, --prompt is empty"),
         (["sample", "no/such/run", "--prompt", "x" * 10_000], "--prompt has 10000; shorten it"),
         (["report", "no/such/run"], "a run's folder holds a config.toml, 'no/such/run' does not"),
-        (["pretrain", "sceens"], "pretrain makes 'scenes' or 'scenes-flow', got 'sceens'"),
+        (["pretrain", "sceens"], "pretrain makes 'scenes', 'scenes-flow' or 'scenes-clip', got 'sceens'"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line(

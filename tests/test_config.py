@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from adascope_fast.config import Config, ConfigError
 
-SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, train, acceleration, evaluation, log"
+SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, sensing, train, acceleration, evaluation, log"
 
 
 def _error(path: Path | None, *overrides: str) -> str:

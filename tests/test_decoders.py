@@ -26,6 +26,7 @@ def test_the_tiny_autoencoder_is_that_of_diffusers(tmp_path: Path, save_tiny: Ca
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")  # diffusers gives it where it looks for a repository
 def test_a_tiny_autoencoder_of_another_model_or_none_is_refused(tmp_path: Path, save_tiny: Callable):
     save_tiny(tmp_path, channels=4)
     with pytest.raises(ValueError, match=r"the model's 8 latent channels, got 4"):

@@ -91,7 +91,7 @@ def test_a_latent_that_is_not_finite_is_never_shown_and_spoils_its_own_sample_al
 
 
 def test_a_guess_that_the_reward_cannot_judge_is_left_out_and_a_wrong_shape_is_refused():
-    config = Config.load(TINY, ["sensing.kind=reward_only"])
+    config = Config.load(TINY, ["sensing.kind=reward_only", "sensing.stride=1", "sensing.num_samples=0"])
     backbone: Any = _Decodes()
 
     def picky(images: Tensor, prompts: list[str]) -> Tensor:
