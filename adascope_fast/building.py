@@ -1,4 +1,4 @@
-"""What a configuration names, built: the algorithm, the sensor and the selector."""
+"""What a configuration names, built: device and optimiser, the algorithm, the sensor and the selector."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from torch import nn
+
 from adascope_fast import rewards
+from adascope_fast.acceleration import Acceleration, is_fused
 from adascope_fast.adascope import AdaScope
 from adascope_fast.algorithms import Algorithm, ddpo, grpo
 from adascope_fast.attribution import Attribution
@@ -19,6 +25,45 @@ from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.sensing import DecodedSensor, LatentSensor, Sensor
 from adascope_fast.timesteps import Complement, EveryStep, RandomFraction, StaticRange, Threshold, TimestepSelector
 from adascope_fast.windows import FastWindow, Window
+
+
+def accelerator_of(config: Config) -> Accelerator:
+    """The device, its precision and the trackers that a configuration names; ConfigError if one is not there."""
+    train = config.train
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in config.log.trackers:  # accelerate leaves out silently what is not installed
+        if tracker not in installed:
+            raise ConfigError(
+                f"log.trackers are installed ones ({', '.join(sorted(installed)) or 'none'}), got {tracker!r}; "
+                f"pip install it, or set log.trackers = []"
+            )
+    accelerator = Accelerator(
+        cpu=train.device == "cpu",
+        mixed_precision=train.mixed_precision,
+        log_with=config.log.trackers or None,  # type: ignore[arg-type]
+        project_dir=config.run.folder,
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"a run uses one process, and accelerate started {accelerator.num_processes}; "
+            f"launch it with one, on one GPU"
+        )
+    return accelerator
+
+
+def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with a configuration's settings."""
+    train = config.train
+    return torch.optim.AdamW(
+        parameters,
+        fused=is_fused(Acceleration(**config.acceleration.model_dump())),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.weight_decay,
+        eps=train.adam_epsilon,
+    )
 
 
 def algorithm_of(config: Config) -> Algorithm:

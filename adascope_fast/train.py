@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from adascope_fast import backbones, checkpoint, prompts, reporting, rewards
-from adascope_fast.acceleration import Acceleration, accelerate, folds, is_fused
-from adascope_fast.building import algorithm_of, selector_of, sensor_of
-from adascope_fast.config import Config, ConfigError
+from adascope_fast.acceleration import Acceleration, accelerate, folds
+from adascope_fast.building import accelerator_of, algorithm_of, optimizer_of, selector_of, sensor_of
+from adascope_fast.config import Config
 from adascope_fast.engine import Engine, Settings
 from adascope_fast.evaluation import Evaluation, evaluate, interval
 from adascope_fast.progress import Progress
@@ -114,26 +112,7 @@ class Trainer:
     def prepare(self) -> None:
         """Load the model and build what trains it, as `train` does first; may refuse."""
         config, train = self.config, self.config.train
-        if train.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
-        installed = {str(tracker) for tracker in get_available_trackers()}
-        for tracker in config.log.trackers:  # accelerate leaves out silently what is not installed
-            if tracker not in installed:
-                raise ConfigError(
-                    f"log.trackers are installed ones ({', '.join(sorted(installed)) or 'none'}), got {tracker!r}; "
-                    f"pip install it, or set log.trackers = []"
-                )
-        self.accelerator = Accelerator(
-            cpu=train.device == "cpu",
-            mixed_precision=train.mixed_precision,
-            log_with=config.log.trackers or None,  # type: ignore[arg-type]
-            project_dir=config.run.folder,
-        )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"a run uses one process, and accelerate started {self.accelerator.num_processes}; "
-                f"launch it with one, on one GPU"
-            )
+        self.accelerator = accelerator_of(config)
         set_seed(config.run.seed)
         self.backbone = backbones.load(
             self._pipeline if self._pipeline is not None else config.model.name,
@@ -148,14 +127,7 @@ class Trainer:
         self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
         acceleration = Acceleration(**config.acceleration.model_dump())
         self.acceleration = accelerate(self.backbone.denoiser, acceleration, self.accelerator.device)
-        self.optimizer = torch.optim.AdamW(
-            self.backbone.trainable_parameters(),
-            fused=is_fused(acceleration),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            weight_decay=train.weight_decay,
-            eps=train.adam_epsilon,
-        )
+        self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
         sensor = sensor_of(config, self.backbone, self.reward, Path(config.run.folder))
         self.algorithm, self.selector = algorithm_of(config), selector_of(config, sensor)
         self.engine = Engine(

@@ -251,7 +251,7 @@ def test_tensorboard_is_given_the_numbers_of_every_iteration(tmp_path: Path):
 
 @pytest.mark.parametrize("tracker", ["no_such_tracker", "clearml"])
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str):
-    monkeypatch.setattr("adascope_fast.train.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("adascope_fast.building.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ConfigError, match=rf"log.trackers are installed ones \(tensorboard\), got '{tracker}'"):
         _trainer(_config(tmp_path / "run", f"log.trackers=['tensorboard', '{tracker}']")).train()
     assert not (tmp_path / "run").exists()
