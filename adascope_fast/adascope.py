@@ -69,8 +69,8 @@ class AdaScope(IntervalRule):
             raise ValueError(f"sense_every is at least 1, but it is {self.sense_every}; 1 senses every iteration")
         if self.rule == "knee_causal" and not self.sensor.is_causal:
             raise ValueError(
-                "knee_causal decides while sampling, and the latent mode compares with the final latent, which is not "
-                'known then; use sensing.kind = "semantic" or "reward_only", or rule "knee"'
+                "knee_causal decides while sampling, so its sensor must know a state's values at that state, got "
+                f'{self.sensor}; use a DecodedSensor with stride = 1, or rule "knee"'
             )
 
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:

@@ -102,20 +102,21 @@ def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path |
     return DecodedSensor(
         decode,
         lambda images, texts: rewards.score_guesses(reward, images, texts),
-        ClipSimilarity.load(_clip_of(config)) if sensing.kind == "semantic" else None,
+        ClipSimilarity.load(clip_of(config, backbone.name)) if sensing.kind == "semantic" else None,
         stride=sensing.stride,
         num_samples=sensing.num_samples or None,
         prepare=prepare,
     )
 
 
-def _clip_of(config: Config) -> str:
+def clip_of(config: Config, model: str) -> str:
+    """The CLIP of semantic sensing; ConfigError if none is named and none is shipped for `model`."""
     if config.sensing.clip is not None:
         return config.sensing.clip
-    if config.model.name not in EMBEDDED:
+    if model not in EMBEDDED:
         raise ConfigError(
-            f"sensing.kind = semantic needs a CLIP that knows the pictures of {config.model.name!r}, got none; set "
-            'sensing.clip to a folder or repository, for example "openai/clip-vit-large-patch14"'
+            f"sensing.kind = semantic needs a CLIP that knows the pictures of {model!r}, got none; set sensing.clip to "
+            'a folder or repository, for example "openai/clip-vit-large-patch14"'
         )
     return "scenes-clip"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adascope_fast import backbones, checkpoint, prompts, reporting, rewards
 from adascope_fast.acceleration import Acceleration, accelerate, folds
-from adascope_fast.building import accelerator_of, algorithm_of, optimizer_of, selector_of, sensor_of
+from adascope_fast.building import accelerator_of, algorithm_of, clip_of, optimizer_of, selector_of, sensor_of
 from adascope_fast.config import Config
 from adascope_fast.engine import Engine, Settings
 from adascope_fast.evaluation import Evaluation, evaluate, interval
@@ -75,6 +75,8 @@ class Trainer:
         self.held_out = held_out[: config.evaluation.num_prompts]
         self._pipeline = pipeline
         self._progress = Progress(quiet=quiet)
+        if config.sensing.kind == "semantic":  # a missing CLIP is told before a large model is loaded
+            clip_of(config, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
             backbones.check(config.model.name, base=config.model.base, revision=config.model.revision)
 

@@ -13,6 +13,7 @@ from adascope_fast.building import sensor_of
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.interval_rule import select_interval
 from adascope_fast.sensing import DecodedSensor, interpolated, latent_curves, splined
+from adascope_fast.train import Trainer
 from adascope_fast.trajectory import Trajectory
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
@@ -104,6 +105,8 @@ def test_a_guess_that_the_reward_cannot_judge_is_left_out_and_a_wrong_shape_is_r
 
 
 class _Decodes:
+    name = "somebody/some-model"
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents
 
@@ -148,6 +151,8 @@ def test_the_knee_is_found_near_the_same_step_with_a_stride():
 def test_semantic_sensing_of_another_model_needs_a_clip_that_knows_its_pictures():
     config = Config.load(TINY, ["sensing.kind=semantic", "model.name=somebody/some-model"])
     backbone: Any = _Decodes()
+    with pytest.raises(ConfigError, match="needs a CLIP that knows the pictures of 'somebody/some-model'"):
+        Trainer(config, reward=_red)  # before the model is looked for
     with pytest.raises(ConfigError, match=r"needs a CLIP that knows the pictures of 'somebody/some-model', got none"):
         sensor_of(config, backbone, _red)
     named = Config.load(TINY, ["sensing.kind=semantic", "model.name=somebody/some-model", "sensing.clip=nowhere"])
