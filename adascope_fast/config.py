@@ -2,7 +2,7 @@
 
 `Config()` is a valid small run. A file sets what differs from it, `section.field=value` overrides set what differs from
 the file, and `to_toml` writes the result in full. Whatever is wrong raises `ConfigError` with one line: the rule, the
-value, the next step. The keys and their meaning are in `config_sections`.
+value, the next step. The keys and their meaning are in `config_sections` and `config_selection`.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,13 @@ from adascope_fast.config_sections import (
     RewardChoice,
     Run,
     Sampler,
-    Section,
-    Sensing,
     Train,
-    or_none,
 )
-from adascope_fast.config_sections import (
-    SelectorChoice as SelectorChoice,
-)
+from adascope_fast.config_selection import SelectorChoice as SelectorChoice
+from adascope_fast.config_selection import Sensing
 from adascope_fast.config_source import ConfigError as ConfigError
 from adascope_fast.config_source import apply_overrides, explain, read_toml
+from adascope_fast.config_types import Section, or_none
 
 
 class Config(Section):
