@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from typer.testing import CliRunner
 
 from adascope_fast import rewards
+from adascope_fast.cli import app
+from adascope_fast.config import ConfigError
 from adascope_fast.pretraining import captions, clip, loop
 from adascope_fast.pretraining.drawing import draw
 from adascope_fast.prompts.scenes import every_scene
@@ -140,6 +144,18 @@ def test_pretraining_leaves_a_folder_that_loads(tmp_path: Path, monkeypatch: pyt
     assert all(
         torch.equal(value, again[name]) for name, value in load_file(tmp_path / "clip" / "model.safetensors").items()
     )
+
+
+def test_the_command_makes_it_and_replaces_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = loop.Recipe(num_steps=1, learning_rate=1e-3)
+    monkeypatch.setattr(clip, "pretrain", partial(clip.pretrain, recipe=recipe, num_pictures=64))
+    arguments = ["pretrain", "scenes-clip", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    made = CliRunner().invoke(app, arguments)
+    assert (made.exit_code, made.stdout.strip().splitlines()[-1]) == (0, str(tmp_path / "out"))
+    assert ClipSimilarity.load(str(tmp_path / "out"))(torch.rand(1, 3, 64, 64), CAPTIONS[:1]).isfinite().all()
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, ConfigError)
+    assert "is not replaced" in str(again.exception)
 
 
 def test_a_mirrored_picture_has_the_mirrored_caption():

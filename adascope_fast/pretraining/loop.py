@@ -41,7 +41,7 @@ def train(
     folder: Path,
     title: str,
     *,
-    matrices: Sequence[nn.Parameter] = (),
+    matrices: Sequence[Tensor] = (),
     muon: float = 1.0,
 ) -> None:
     """Leave the moving average of the trained weights in `model`; state is kept in `folder` and resumed from it.
@@ -90,7 +90,7 @@ def train(
 
 
 def _optimizers(
-    parameters: list[nn.Parameter], matrices: Sequence[nn.Parameter], recipe: Recipe, muon: float
+    parameters: list[nn.Parameter], matrices: Sequence[Tensor], recipe: Recipe, muon: float
 ) -> dict[str, tuple[torch.optim.Optimizer, float]]:
     """The optimisers by the names of their state, each with its factor of the learning rate."""
     apart = {id(parameter) for parameter in matrices}
