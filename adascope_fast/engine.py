@@ -30,9 +30,10 @@ from adascope_fast.per_sample import PerSampleGradients
 from adascope_fast.rollout import Denoising, EncodedPrompts, predict, rollout
 from adascope_fast.schedules import Schedule
 from adascope_fast.scoring import Score, Scoring
+from adascope_fast.theory import measured_uncertainty
 from adascope_fast.timesteps import TimestepSelector
 from adascope_fast.trajectory import StepBatch, Trajectory
-from adascope_fast.update_statistics import UpdateStatistics
+from adascope_fast.update_statistics import UpdateStatistics, as_json
 
 ROWS_THAT_PAY = 64
 """Rows of a training forward up to which more of them are cheaper each (a quarter on a CPU, from 16 to 64)."""
@@ -133,6 +134,7 @@ class Engine:
                 keep = self.algorithm.attribution.steps(chosen, schedule.trainable)
             keep = keep.to(chosen.device)
             pairs, weights = trajectory.pairs(keep), self._weights(keep, schedule, trajectory).to(advantages.device)
+            uncertainty = measured_uncertainty(trajectory)
         with self._part("update"):
             if gradients is None:
                 statistics = self._replay(encoded, trajectory, pairs, advantages * weights, generator)
@@ -146,6 +148,7 @@ class Engine:
             "forwards_sampled": trajectory.log_prob.numel() if tails is None else tails.num_forwards,
             "microbatch": self.microbatch,
             "selector": self.selector.telemetry(),
+            "steps": {"uncertainty": as_json(uncertainty)} | statistics.by_step(),
         }
         return Report(values, dict(self._seconds))
 
@@ -233,7 +236,7 @@ class Engine:
                 f"lower train.updates_per_iteration or keep more steps"
             )
         order = torch.randperm(len(pairs), generator=generator, device=pairs.device)
-        statistics, done = UpdateStatistics(), 0
+        statistics, done = UpdateStatistics(trajectory.num_steps), 0
         for number, chosen in enumerate(pairs[order].tensor_split(num_updates)):
             before = done
 
@@ -271,8 +274,15 @@ class Engine:
             ref_output=self._reference(encoded, micro) if self.algorithm.kl_weight else None,
             scale=1 / divisor,
         )
-        torch.autograd.backward(outputs, [gradient for gradient in gradients if gradient is not None])
-        return stats | {"loss": loss, "rollout_drift": (stats["log_prob"] - micro.old_log_prob).abs()}
+        given = [gradient for gradient in gradients if gradient is not None]
+        torch.autograd.backward(outputs, given)
+        norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in given])
+        return stats | {
+            "loss": loss,
+            "rollout_drift": (stats["log_prob"] - micro.old_log_prob).abs(),
+            "step": micro.step_index,
+            "output_gradient": norms.square().sum(0).sqrt() * divisor,
+        }
 
     def _apply(
         self,
@@ -289,8 +299,8 @@ class Engine:
             parameter.grad = gradient / len(pairs)
         sample, step = pairs.unbind(1)
         losses = (loss.detach()[sample] * weights[sample, step]).float()
-        statistics = UpdateStatistics()
-        statistics.add([{"loss": losses}], self._optimizer_step())
+        statistics = UpdateStatistics(weights.shape[1])
+        statistics.add([{"loss": losses, "step": step}], self._optimizer_step())
         return statistics
 
     def _optimizer_step(self) -> Float32[Tensor, ""]:

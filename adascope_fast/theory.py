@@ -12,11 +12,12 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.schedules import Schedule
+from adascope_fast.trajectory import Trajectory
 
 Coupling = Literal["straight", "markov", "flow_sde", "dance_sde", "ode"]
 Number = float | Tensor
@@ -119,6 +120,21 @@ def schedule_correlation(schedule: Schedule, variance: float = 1.0) -> Float64[T
     noise = (-schedule.log_snr.double().cpu()).exp()
     clean = torch.cat([noise[1:], torch.zeros(1, dtype=torch.float64)])
     return ((variance + clean) / (variance + noise)).sqrt()
+
+
+@torch.no_grad()
+def measured_uncertainty(trajectory: Trajectory) -> Float32[Tensor, " t"]:
+    """1 - correlation of the latents before and after each step, mean over the samples that took it with noise.
+
+    NaN where none did. The steps one after another: it needs the memory of one.
+    """
+    now, values = trajectory.latents[:, 0].flatten(1), []
+    for following in trajectory.latents[:, 1:].unbind(1):
+        after = following.flatten(1)
+        values.append(ops.correlation(now, after))
+        now = after
+    uncertainty = 1 - torch.stack(values, 1)
+    return uncertainty.masked_fill(~trajectory.log_prob.isfinite(), torch.nan).nanmean(0)
 
 
 def measured_correlation(

@@ -1,5 +1,6 @@
 """What the updates of an iteration did, gathered on the device and read by the host once."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +13,32 @@ MEANS = ("loss", "kl", "approx_kl", "clipfrac", "rollout_drift")
 
 @dataclass
 class UpdateStatistics:
-    """`add` each update, `read` at the end; no value is looked at in between."""
+    """`add` each update, `read` at the end; no value is looked at in between.
 
+    `num_steps` is the number of denoising steps, t.
+    """
+
+    num_steps: int
     _sums: list[Tensor] = field(default_factory=list)
     _deviations: list[Tensor] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
+    _by_step: list[Tensor] = field(default_factory=list)
 
     def add(self, microbatches: list[dict[str, Float32[Tensor, " n"]]], norm: Float32[Tensor, ""]) -> None:
-        """One update: of each pair of its microbatches what `transition_policy_loss` tells, and the gradient's norm."""
+        """One update: of each pair of its microbatches what `transition_policy_loss` tells, and the gradient's norm.
+
+        "step" is the denoising step of each pair, "output_gradient" the norm of the loss' gradient in the model output.
+        """
         for stats in microbatches:
             zero, nonfinite = torch.zeros_like(stats["loss"]), ~stats["loss"].isfinite()
             values = [*(stats.get(name, zero) for name in MEANS), nonfinite]
             self._sums.append(torch.stack([value.float().sum() for value in values]))
-            self._deviations.append((stats["ratio"] - 1).abs().max() if "ratio" in stats else zero.sum())
+            deviation = (stats["ratio"] - 1).abs() if "ratio" in stats else zero
+            self._deviations.append(deviation.max())
+            rows = [torch.ones_like(zero), deviation, stats.get("clipfrac", zero), stats.get("output_gradient", zero)]
+            steps = torch.arange(self.num_steps, device=zero.device)
+            where = (stats["step"].unsqueeze(1) == steps).float()  # sums in a fixed order, unlike atomic additions
+            self._by_step.append(torch.stack([row.float().nan_to_num(0.0, 0.0, 0.0) for row in rows]) @ where)
         self._norms.append(norm)
 
     def read(self, num_pairs: int) -> dict[str, Any]:
@@ -43,3 +57,26 @@ class UpdateStatistics:
             "updates_skipped": round(skipped),
             "pairs_trained": num_pairs,
         }
+
+    def by_step(self) -> dict[str, list[float | None]]:
+        """For each denoising step its pairs, mean |ratio - 1|, clipped share, and share of the output gradients' norms.
+
+        None where a step had no pair, or no gradient was seen; waits for the device.
+        """
+        pairs, deviation, clipped, gradient = torch.stack(self._by_step).sum(0).double().cpu()
+        total = gradient.sum().item()
+        return {
+            "pairs": [float(count) for count in pairs.tolist()],
+            "ratio_deviation": _where(deviation / pairs, pairs),
+            "clipfrac": _where(clipped / pairs, pairs),
+            "gradient_share": _where(gradient / total, pairs if total > 0 else torch.zeros_like(pairs)),
+        }
+
+
+def as_json(values: Tensor) -> list[float | None]:
+    """Six digits of each value; None where it is not finite."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _where(values: Tensor, counts: Tensor) -> list[float | None]:
+    return as_json(values.masked_fill(counts == 0, math.nan))

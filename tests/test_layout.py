@@ -29,6 +29,7 @@ _ENGINE = {
     "rewards",
     "rollout",
     "sensing",
+    "theory",
     "timesteps",
 } | _TABLES
 _TRAIN = _ENGINE | {

@@ -15,10 +15,13 @@ from PIL import Image
 
 from adascope_fast.config import Config
 from adascope_fast.reporting import figures, save_grid, write_report
+from adascope_fast.reporting.by_step import MEANINGS, starts_and_ends
 
 HOSTILE = '<script>alert(1)</script> & "quotes"'
 PROMPTS = [HOSTILE, "two small red circles on a grey background", "a large blue star at the top on white"]
 TILE, COLUMNS, NUM_STEPS = 64, 4, 20
+
+TITLE_OF_HISTOGRAM = "starts and ends, of all prompts and iterations"
 
 
 def _pictures(seed: int) -> np.ndarray:
@@ -54,9 +57,26 @@ def _record(iteration: int) -> dict:
             "reasons": {"knee": 2, "fallback:no_gain": 1},
             "mean_start": float(intervals[:, 0].mean()),
             "mean_end": float(intervals[:, 1].mean()),
+            "curves": {
+                "preference": np.linspace(0.5, 1.0, NUM_STEPS + 1).tolist(),
+                "volatility": np.geomspace(0.2, 0.001, NUM_STEPS).tolist(),
+            },
         },
+        "steps": _by_step(iteration),
         "seconds": {"rollout": 1.5, "reward": 0.25, "sensing": 0.05, "update": 2.0, "other": 0.2},
         "nonfinite": 0,
+    }
+
+
+def _by_step(iteration: int) -> dict:
+    """Curves that differ between early and late iterations; a step that was never trained has none."""
+    gradient = [None, *np.linspace(0.02, 0.08, NUM_STEPS - 2).tolist(), None]
+    return {
+        "uncertainty": np.linspace(0.2, 0.01, NUM_STEPS).tolist(),
+        "pairs": [0.0, *[float(iteration)] * (NUM_STEPS - 2), 0.0],
+        "ratio_deviation": [None, *[1e-4 * (1 + iteration)] * (NUM_STEPS - 2), None],
+        "clipfrac": [None, *[0.1] * (NUM_STEPS - 2), None],
+        "gradient_share": gradient,
     }
 
 
@@ -188,6 +208,42 @@ def test_the_page_says_that_the_complement_was_trained(run: Path):
     assert "as a control, the steps outside it were trained" in _words(_page(run))
 
 
+def test_steps_are_shown_early_and_late(run: Path):
+    page = _page(run)
+    section = page.split("<h2>By denoising step</h2>")[1].split("</section>")[0]
+    titles = re.findall(r"<h3>(.*?)</h3>", section)
+    assert titles == [*(meaning for name, meaning in MEANINGS.items() if name != "structure"), TITLE_OF_HISTOGRAM]
+    charts = section.split("<h3>")[1:-1]
+    assert all(len(re.findall(r'class="line [ea]"', chart)) == 2 for chart in charts), "two curves in each"
+    early, late = re.findall(r'class="line [ea]" d="M([^"]*)"', charts[titles.index("pictures trained")])
+    assert len(early.split("L")) == len(late.split("L")) == NUM_STEPS
+    # Iterations 0..9 trained 4.5 pictures a step on average, 20..29 trained 24.5.
+    heights = [float(curve.split("L")[3].split()[1]) for curve in (early, late)]
+    zero = float(early.split("L")[0].split()[1])
+    assert (zero - heights[1]) / (zero - heights[0]) == pytest.approx(24.5 / 4.5, rel=0.05)
+
+
+def test_starts_and_ends_are_counted():
+    stats = [{"selector": {"intervals": [[2, 5], [3, 5]]}}, {"selector": {"intervals": [[2, 4]]}}, {"selector": {}}]
+    chart = starts_and_ends(stats, 6)
+    assert re.findall(r'class="fill (\w)".*?<title>(.*?)</title>', chart) == [
+        ("c", "step 2: 2"),
+        ("c", "step 3: 1"),
+        ("b", "step 4: 1"),
+        ("b", "step 5: 2"),
+    ]
+    heights = {title: float(height) for height, title in re.findall(r'height="([\d.]+)"><title>(.*?)</title>', chart)}
+    assert heights["step 5: 2"] == pytest.approx(2 * heights["step 4: 1"], abs=0.2)
+    assert starts_and_ends([{"selector": {}}], 6) == ""
+
+
+def test_a_run_without_records_by_step_has_no_such_section(run: Path):
+    record = _record(0) | {"steps": {}}
+    record["selector"]["curves"] = {}
+    (run / "stats.jsonl").write_text(json.dumps(record))
+    assert "By denoising step" not in _page(run)
+
+
 def test_time_is_summed_and_shared(run: Path):
     words = _words(_page(run))
     assert "rollout 45.0 s 37.5% 1.50 s" in words  # 30 iterations of 4 s, 1.5 of them rollout
@@ -269,7 +325,7 @@ def test_iteration_run_twice_counts_once(run: Path):
 
 def test_charts_are_well_formed_and_stay_inside(run: Path):
     charts = re.findall(r"<svg.*?</svg>", _page(run), flags=re.DOTALL)
-    assert len(charts) == 10
+    assert len(charts) == 18
     for chart in charts:
         root = ElementTree.fromstring(chart)
         _, _, width, height = map(float, root.attrib["viewBox"].split())

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from adascope_fast.reporting import figures
+from adascope_fast.reporting import by_step, figures
 from adascope_fast.reporting.figures import number
 from adascope_fast.reporting.images import cut_rows
 
@@ -65,6 +65,8 @@ def _contents(folder: Path) -> dict[str, Any]:
         "pairs": _pairs(folder / "samples"),
         "reward_chart": Markup(_reward_chart(stats, evaluation)),
         "interval_chart": Markup(_interval_chart(stats, config)),
+        "by_step": [(meaning, Markup(chart)) for meaning, chart in by_step.charts(stats, _num_steps(stats, config))],
+        "starts_and_ends": Markup(by_step.starts_and_ends(stats, _num_steps(stats, config))),
         "fraction_chart": Markup(figures.line_chart(_points(stats, "fraction_trained"), "share of steps trained")),
         "interval_summary": _interval_summary(stats),
         "selector": config.get("selector", {}).get("name", "unknown"),
@@ -226,8 +228,13 @@ def _interval_chart(stats: Sequence[Record], config: Record) -> str:
         selector, iteration = record.get("selector") or {}, float(record["iteration"])
         mean.append((iteration, _value(selector, "mean_start"), _value(selector, "mean_end")))
         each.append((iteration, [(float(start), float(end)) for start, end in selector.get("intervals") or []]))
-    highest = max((end for _, intervals in each for _, end in intervals), default=1.0)
-    return figures.interval_chart(mean, each, config.get("sampler", {}).get("num_steps") or math.ceil(highest))
+    return figures.interval_chart(mean, each, _num_steps(stats, config))
+
+
+def _num_steps(stats: Sequence[Record], config: Record) -> int:
+    """T of the configuration; without one, the highest end there was."""
+    intervals = [interval for record in stats for interval in (record.get("selector") or {}).get("intervals") or []]
+    return config.get("sampler", {}).get("num_steps") or math.ceil(max((end for _, end in intervals), default=1))
 
 
 def _interval_summary(stats: Sequence[Record]) -> str:
