@@ -140,7 +140,7 @@ def selector_of(config: Config, sensor: Sensor | None = None) -> TimestepSelecto
             fallback=None if settings.fallback is None else (settings.fallback[0], settings.fallback[1]),
             memory_decay=settings.memory_decay,
             sensor=sensor or LatentSensor(),
-            sense_every=config.sensing.every or (1 if config.sensing.kind == "latent" else 2),
+            sense_every=config.sensing.sense_every,
             mask_source=settings.mask_source,
         )
 

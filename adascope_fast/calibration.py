@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from adascope_fast import rewards
 from adascope_fast.adascope import AdaScope
+from adascope_fast.building import selector_of, sensor_of
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.curves import host
 from adascope_fast.rollout import EncodedPrompts, rollout
@@ -117,12 +119,15 @@ def calibrate(
             f"ask for fewer, or add some to prompts.train"
         )
     made.prepare()
-    adascope = made.selector
+    adascope = selector_of(made.config, sensor_of(made.config, made.backbone, made.reward))  # keeps nothing on disk
     assert isinstance(adascope, AdaScope)
     prompts = made.prompts_of(0)
     trajectory = _sample(made, prompts)
     sensed = adascope.sensor(trajectory)
-    judged = DecodedSensor(made.backbone.decode, made.score, stride=stride)(trajectory)
+    judge = DecodedSensor(
+        made.backbone.decode, lambda images, texts: rewards.score_guesses(made.reward, images, texts), stride=stride
+    )
+    judged = judge(trajectory)
     found = _curves(trajectory, sensed, judged)
     configured = _decide(adascope, trajectory, sensed, adascope.kappa_s, adascope.phi_e)
     return Calibration(

@@ -78,6 +78,13 @@ class Config(Section):
 
     def _can_be_sensed(self) -> None:
         selector, sensing = self.selector, self.sensing
+        is_always = sensing.sense_every == 1 and selector.rule not in ("fixed", "schedule")
+        if self.algorithm.attribution == "gain" and not is_always:
+            raise ValueError(
+                'algorithm.attribution = "gain" needs every rollout sensed, got sensing.every = '
+                f'{sensing.sense_every} and selector.rule = "{selector.rule}"; set sensing.every = 1 and a rule that '
+                f'senses, or algorithm.attribution to "similarity"'
+            )
         if selector.rule == "knee_causal" and (sensing.kind == "latent" or sensing.stride > 1):
             raise ValueError(
                 "knee_causal decides while sampling, so it needs sensing.kind semantic or reward_only and "

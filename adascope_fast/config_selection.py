@@ -151,6 +151,11 @@ class Sensing(Section):
     every: Count | None = None
     """Iterations from one that is sensed to the next; absent: 1 for `latent`, else 2. Those between use the memory."""
 
+    @property
+    def sense_every(self) -> int:
+        """`every`, or what stands for it."""
+        return self.every or (1 if self.kind == "latent" else 2)
+
     @model_validator(mode="after")
     def _names_its_decoder(self) -> Self:
         if self.decoder == "tiny" and self.tiny is None:

@@ -77,6 +77,17 @@ def test_curves_are_those_of_the_rollout(found: tuple[Config, Calibration]):
     assert sum(result.configured.reasons.values()) == 2 == len(result.configured.intervals)
 
 
+def test_a_sensor_of_the_reward_decides_on_the_reward(found: tuple[Config, Calibration], tmp_path: Path):
+    overrides = ["sampler.num_steps=6", "sensing.kind=reward_only", "sensing.stride=1", "sensing.num_samples=0"]
+    overrides += ["sensing.decoder=linear", f"run.folder={tmp_path / 'out'}"]
+    result = calibrate(Config.load(TINY, overrides), num_prompts=2, trainer=_made)
+    assert not (tmp_path / "out").exists()
+    preference, reward = (np.array(result.curves[name]["mean"]) for name in ("preference", "reward"))
+    assert result.structure == "1 - correlation of guesses"
+    assert not np.allclose(preference[:-1], found[1].curves["preference"]["mean"][:-1], atol=0.01), "not the latents'"
+    np.testing.assert_allclose(preference, reward, atol=0.05)  # a linear decoder, against the model's own
+
+
 def _settling(num_prompts: int, t: int) -> Any:
     """Volatility that falls by a factor a step from prompt to prompt a little differently, and a rising preference."""
     i = np.arange(t + 1)

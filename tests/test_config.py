@@ -241,6 +241,16 @@ def test_rules_that_span_fields():
         "sampler.tail_share = 0.4 needs the steps before the rollout, got selector.mask_source = 'current'; "
         'set it to "previous", or set sampler.tail_share = 1.0'
     )
+    for overrides, every, rule in (
+        (["sensing.kind=semantic"], 2, "knee"),
+        (["selector.rule=schedule"], 1, "schedule"),
+    ):
+        assert _error(None, "algorithm.attribution=gain", *overrides) == (
+            f'algorithm.attribution = "gain" needs every rollout sensed, got sensing.every = {every} and '
+            f'selector.rule = "{rule}"; set sensing.every = 1 and a rule that senses, or algorithm.attribution to '
+            f'"similarity"'
+        )
+    assert Config.load(None, ["algorithm.attribution=gain", "sensing.kind=semantic", "sensing.every=1"])
     assert _error(None, "selector.name=threshold", "selector.uncertainty_low=0.1") == (
         "threshold needs selector.uncertainty_low and selector.uncertainty_high, got 0.1 and none; "
         "adascope-fast calibrate shows the uncertainty of each step"
