@@ -105,6 +105,25 @@ def rollouts(backbone: Any) -> list[Trajectory]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("kind", "decoder"), KINDS, ids="-".join)
+def test_every_kind_decoder_and_rule_runs_from_the_command_line(
+    tmp_path: Path, tiny_autoencoder: Path, kind: str, decoder: str, rule: str
+):
+    """The same decisions as above, two iterations with their updates; the fast suite runs a part of them, below."""
+    overrides = [f"sensing.kind={kind}", f"sensing.decoder={decoder}", f"sensing.tiny={tiny_autoencoder}"]
+    overrides += [f"selector.rule={rule}", f"sensing.stride={1 if rule == 'knee_causal' else 2}"]
+    command = ["train", str(TINY), *SMALL, *overrides, f"run.folder={tmp_path / 'run'}"]
+    result = CliRunner().invoke(app, command)
+    if rule == "knee_causal" and kind == "latent":
+        assert isinstance(result.exception, ConfigError)
+        return
+    assert result.exit_code == 0, result.exception
+    records = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    assert [0 < record["fraction_trained"] <= 1 for record in records] == [True, True]
+
+
 RUNS = [
     ["sensing.kind=semantic", "sensing.decoder=linear", "selector.rule=knee_causal", "sensing.stride=1"],
     ["sensing.kind=semantic", "sensing.decoder=vae", "selector.pooling=batch", "evaluation.clip=scenes-clip"],
