@@ -23,7 +23,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.curves import host
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.sensing import Curves, DecodedSensor
-from adascope_fast.theory import measured_correlation, schedule_correlation
+from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
 from adascope_fast.train import Trainer
 from adascope_fast.trajectory import Trajectory
 
@@ -52,8 +52,9 @@ class Decision:
 class Calibration:
     """Curves of a rollout that nothing was trained on, the interval as configured, and thresholds for `target`.
 
-    A curve is {"mean": [...], "std": [...]} over prompts, at the states (t + 1 values) or the steps (t); None where it
-    is not finite.
+    `theory` is Theorem 2's uncertainty of each step, `sampler` that of this very sampler with the ideal denoiser, both
+    for data of variance 1. A curve is {"mean": [...], "std": [...]} over prompts, at the states (t + 1 values) or the
+    steps (t); None where it is not finite.
     """
 
     num_steps: int
@@ -64,6 +65,7 @@ class Calibration:
     structure: str
     curves: dict[str, dict[str, list[float | None]]]
     theory: list[float]
+    sampler: list[float]
     configured: Decision
     proposed: Decision
     target: tuple[float, float]
@@ -139,6 +141,7 @@ def calibrate(
         structure="similarity of text and picture" if sensed.volatility is None else "1 - correlation of guesses",
         curves=found,
         theory=(1 - schedule_correlation(trajectory.schedule)).tolist(),
+        sampler=(1 - ideal_chain(trajectory.schedule, 1.0).correlation).tolist(),
         configured=configured,
         proposed=_proposed(adascope, trajectory, sensed, target),
         target=target,

@@ -18,6 +18,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.reporting import write_calibration
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.sensing import Curves, latent_curves
+from adascope_fast.theory import ideal_chain, schedule_correlation
 from adascope_fast.train import Trainer
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
@@ -71,7 +72,10 @@ def test_curves_are_those_of_the_rollout(found: tuple[Config, Calibration]):
     states = trajectory.latents.flatten(2).double().numpy()  # [6, 7, d]
     # Pooled over the pictures of a prompt, as the mean of their means: each latent has nearly mean 0 and variance 1.
     pearson = np.stack([np.corrcoef(rows).diagonal(1) for rows in states]).mean(0)
-    np.testing.assert_allclose(result.curves["uncertainty"]["mean"], 1 - pearson, atol=0.02)
+    uncertainty: Any = result.curves["uncertainty"]["mean"]
+    np.testing.assert_allclose(uncertainty, 1 - pearson, atol=0.02)
+    assert result.theory == (1 - schedule_correlation(trainer.schedule)).tolist()
+    assert result.sampler == (1 - ideal_chain(trainer.schedule, 1.0).correlation).tolist() != result.theory
     keep = AdaScope()(trajectory, 0)
     assert result.configured.fraction == pytest.approx(keep.double().mean().item())
     assert sum(result.configured.reasons.values()) == 2 == len(result.configured.intervals)
@@ -82,9 +86,10 @@ def test_a_sensor_of_the_reward_decides_on_the_reward(found: tuple[Config, Calib
     overrides += ["sensing.decoder=linear", f"run.folder={tmp_path / 'out'}"]
     result = calibrate(Config.load(TINY, overrides), num_prompts=2, trainer=_made)
     assert not (tmp_path / "out").exists()
-    preference, reward = (np.array(result.curves[name]["mean"]) for name in ("preference", "reward"))
+    preference, reward = (np.array(result.curves[name]["mean"], float) for name in ("preference", "reward"))
+    latent = np.array(found[1].curves["preference"]["mean"], float)
     assert result.structure == "1 - correlation of guesses"
-    assert not np.allclose(preference[:-1], found[1].curves["preference"]["mean"][:-1], atol=0.01), "not the latents'"
+    assert not np.allclose(preference[:-1], latent[:-1], atol=0.01), "not the latents'"
     np.testing.assert_allclose(preference, reward, atol=0.05)  # a linear decoder, against the model's own
 
 

@@ -244,6 +244,17 @@ def test_a_run_without_records_by_step_has_no_such_section(run: Path):
     assert "By denoising step" not in _page(run)
 
 
+def test_a_moving_window_is_drawn(run: Path):
+    lines = [json.dumps(_record(i) | {"selector": {"start": i, "end": i + 4, "fraction": 0.2}}) for i in range(5)]
+    (run / "stats.jsonl").write_text("\n".join(lines))
+    section = _page(run).split("<h2>Trained steps</h2>")[1].split("</section>")[0]
+    assert "records no interval" not in section
+    (start,) = re.findall(r'class="line c" d="M([^"]*)"', section)
+    heights = [float(point.split()[1]) for point in start.split("L")]
+    assert heights == sorted(heights, reverse=True), "it rises towards the picture"
+    assert len(set(heights)) == 5
+
+
 def test_time_is_summed_and_shared(run: Path):
     words = _words(_page(run))
     assert "rollout 45.0 s 37.5% 1.50 s" in words  # 30 iterations of 4 s, 1.5 of them rollout

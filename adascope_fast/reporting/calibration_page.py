@@ -56,16 +56,22 @@ def write_calibration(values: Mapping[str, Any], folder: Path) -> Path:
 
 def _panels(values: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]], list[tuple[str, Rows]]]]:
     """(title, (CSS class, meaning) of its curves, the curves): the paper's Figure 1, one panel for each quantity."""
-    curves, theory = values["curves"], values["theory"]
-    prior = [(step + 0.5, value, value, value) for step, value in enumerate(theory)]
+    curves = values["curves"]
+    theory, sampler = (
+        [(step + 0.5, value, value, value) for step, value in enumerate(values[name])] for name in ("theory", "sampler")
+    )
     return [
         ("reward", [("a", f"{values['reward']} of the decoded guess")], [("a", _rows(curves["reward"], 0.0))]),
         ("structure", [("a", values["structure"])], [("a", _rows(curves["structure"], 0.5))]),
         ("preference", [("a", "what the end is decided on")], [("a", _rows(curves["preference"], 0.0))]),
         (
             "uncertainty",
-            [("a", "1 - correlation of the latents around a step"), ("e", "Theorem 2, data of variance 1")],
-            [("e", prior), ("a", _rows(curves["uncertainty"], 0.5))],
+            [
+                ("a", "1 - correlation of the latents around a step"),
+                ("b", "this sampler, ideal denoiser, Gaussian data"),
+                ("e", "Theorem 2, the same data"),
+            ],
+            [("e", theory), ("b", sampler), ("a", _rows(curves["uncertainty"], 0.5))],
         ),
     ]
 

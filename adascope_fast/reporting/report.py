@@ -226,7 +226,8 @@ def _interval_chart(stats: Sequence[Record], config: Record) -> str:
     mean, each = [], []
     for record in stats:
         selector, iteration = record.get("selector") or {}, float(record["iteration"])
-        mean.append((iteration, _value(selector, "mean_start"), _value(selector, "mean_end")))
+        shown = [key if f"mean_{key}" not in selector else f"mean_{key}" for key in ("start", "end")]  # a fixed range
+        mean.append((iteration, *(_value(selector, key) for key in shown)))
         each.append((iteration, [(float(start), float(end)) for start, end in selector.get("intervals") or []]))
     return figures.interval_chart(mean, each, _num_steps(stats, config))
 
