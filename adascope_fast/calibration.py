@@ -191,7 +191,7 @@ def _summary(prompts: np.ndarray) -> dict[str, list[float | None]]:
 
 def _decide(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, kappa: float, phi: float) -> Decision:
     fresh = replace(adascope, kappa_s=float(kappa), phi_e=float(phi))
-    given = {"log_snr": trajectory.schedule.log_snr, "trainable": trajectory.schedule.trainable}
+    given: dict[str, Any] = {"log_snr": trajectory.schedule.log_snr, "trainable": trajectory.schedule.trainable}
     if fresh.rule == "knee_causal":
         fresh.decide(sensed, trajectory.prompts, **given)  # the scale of the curves is known from then on
     fresh.decide(sensed, trajectory.prompts, **given)
