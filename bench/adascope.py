@@ -159,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="held-out reward, gain")
         by_seconds.set(xlabel="CPU seconds of training")
         by_pairs.legend(frameon=False)
-        sensed.set(xlabel="step", title="sensed before the first update; shaded: interval")
+        sensed.set(xlabel="step", title="sensed at first; shaded: mean interval")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
