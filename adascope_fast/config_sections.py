@@ -28,6 +28,8 @@ class Model(Section):
     """For a .safetensors file: folder or repository that describes it; absent: the one that diffusers knows it by."""
     revision: Text | None = None
     """Branch, tag or commit of a repository."""
+    variant: Text | None = None
+    """Which of several files of the same weights: `fp16` for `diffusion_pytorch_model.fp16.safetensors`."""
     train: Literal["lora", "full"] = "lora"
     """A LoRA adapter, or every weight of the denoiser."""
     lora_rank: Count = 16

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from adascope_fast.backbones.sources import quiet
 from adascope_fast.config import ConfigError
 from adascope_fast.sampling import load_run
 
@@ -24,4 +25,5 @@ def merge(run: Path, folder: Path, *, dtype: str | None = None) -> None:
     config, backbone = load_run(run, **changes)
     backbone.weights.merge()
     backbone.denoiser.to(getattr(torch, dtype or config.model.dtype))
-    backbone.pipeline.save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        backbone.pipeline.save_pretrained(folder, safe_serialization=True)

@@ -17,6 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from adascope_fast.backbones.half import gradient_scale_of
+
 
 class PerSampleLinear(nn.Linear):
     """`nn.Linear` whose gradients go to `own_weight` [m, out, in] and `own_bias` [m, out] while these are set.
@@ -102,6 +104,9 @@ class PerSampleGradients:
         leaves = [p.detach().expand(num_samples, *p.shape).requires_grad_() for p in self._parameters]
         for (layer, name), leaf in zip(self._owners, leaves, strict=True):
             setattr(layer, name, leaf)
+        for parameter, leaf in zip(self._parameters, leaves, strict=True):
+            if (scale := gradient_scale_of(parameter)) != 1:
+                leaf.register_hook(lambda gradient, scale=scale: gradient / scale)
         try:
             yield leaves
         finally:

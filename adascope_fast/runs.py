@@ -122,8 +122,8 @@ class RunFolder:
         """Replace a JSON file of the folder in one go."""
         _write(self.path / name, json.dumps(values, indent=1))
 
-    def describe(self, status: str, device: torch.device, seconds: float) -> None:
-        """Write `run.json`: status, command, machine, versions, commit, peak memory, seconds."""
+    def describe(self, status: str, device: torch.device, seconds: float, chosen: Mapping[str, str]) -> None:
+        """Write `run.json`: status, command, machine, versions, commit, peak memory, seconds, and what was chosen."""
         on_gpu = device.type == "cuda"
         peak = (
             torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -140,6 +140,7 @@ class RunFolder:
                 "commit": _commit(),
                 "peak_memory_mb": round(peak / 2**20),
                 "seconds_total": round(seconds, 1),
+                "acceleration": dict(chosen),
             },
         )
 

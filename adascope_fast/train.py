@@ -98,7 +98,7 @@ class Trainer:
         device = self.accelerator.device
         if self.config.log.trackers:
             self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
-        folder.describe("running", device, 0.0)
+        folder.describe("running", device, 0.0, self.acceleration)
         status = "interrupted"
         try:
             self._iterate(folder)
@@ -107,7 +107,7 @@ class Trainer:
             self._progress.close()
             self.accelerator.end_training()
             seconds = time.perf_counter() - start
-            folder.describe(status, device, seconds)
+            folder.describe(status, device, seconds, self.acceleration)
             report = reporting.write_report(folder.path)
         return self._result(folder, report, seconds)
 
@@ -128,7 +128,8 @@ class Trainer:
         sampler = config.sampler
         self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
         acceleration = Acceleration(**config.acceleration.model_dump())
-        self.acceleration = accelerate(self.backbone.denoiser, acceleration, self.accelerator.device)
+        chosen = accelerate(self.backbone.denoiser, acceleration, self.accelerator.device)
+        self.acceleration = {"attention": self.backbone.attention, **chosen}
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
         sensor = sensor_of(config, self.backbone, self.reward, Path(config.run.folder))
         self.algorithm, self.selector = algorithm_of(config), selector_of(config, sensor)

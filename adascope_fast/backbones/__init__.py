@@ -42,6 +42,7 @@ def outline(
     *,
     base: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     quantize: str = "none",
     device: str = "meta",
@@ -50,11 +51,11 @@ def outline(
     """The model from its JSON files alone, for measurements; its other arguments are those of `load`.
 
     On the meta device it has shapes and no numbers, on any other random weights; it has no tokenizers, so it cannot
-    encode, and its weights are not quantised.
+    encode, its weights are not quantised, and text encoders that would be offloaded are on the meta device.
     """
     from adascope_fast.backbones.outlining import outline as outline_of
 
-    found = locate(name, base=base, revision=revision)
+    found = locate(name, base=base, revision=revision, variant=variant)
     family = family_of(found.class_name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return _silenced(outline_of(found, family, Options(**options), wanted, device))
@@ -65,6 +66,7 @@ def load(
     *,
     base: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     train: Literal["lora", "full"] = "lora",
     rank: int = 16,
     alpha: int | None = None,
@@ -87,6 +89,7 @@ def load(
             pipeline of one of these families, whose dtype then stands.
         base: for a single file, the folder or repository that describes it and has what it lacks.
         revision: of a repository.
+        variant: of the weights' files, such as "fp16".
         train: a fresh LoRA adapter, or every weight of the denoiser.
         rank, alpha, targets: the adapter; alpha defaults to the rank, targets to the family's usual layers.
         seed: of the adapter's initial weights.
@@ -117,7 +120,7 @@ def load(
     if isinstance(source, DiffusionPipeline):
         name = type(source).__name__
         return family_of(name)(source, name, options)
-    found = locate(source, base=base, revision=revision)
+    found = locate(source, base=base, revision=revision, variant=variant)
     family = family_of(found.class_name)
     family.refuse(found.json(f"{family.denoiser_name}/config.json"))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype

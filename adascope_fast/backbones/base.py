@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from adascope_fast.backbones import half
 from adascope_fast.backbones.attention import use_attention
 from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
 from adascope_fast.schedules import Schedule
@@ -46,11 +47,14 @@ class PipelineBackbone:
     denoiser_name: ClassVar[str]
     default_targets: ClassVar[tuple[str, ...]]
     """The layers that diffusers' own LoRA training script of the family adapts."""
+    own_options: ClassVar[frozenset[str]] = frozenset()
+    """Of `Options`, those that this family alone has a use for."""
     size_multiple: int = 1
     """Sides of the latent are multiples of it."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str, options: Options) -> None:
         self.name, self.options = name, options
+        self._refuse_options_of_others()
         self.pipeline: Any = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
@@ -77,6 +81,10 @@ class PipelineBackbone:
                 targets=targets,
                 seed=options.seed,
             )
+        self._gradient_scale = 1.0
+        if self.dtype == torch.float16:
+            self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
+            half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
         if options.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
             self.denoiser.train()  # diffusers recomputes only in training mode; these models have no dropout
@@ -86,6 +94,12 @@ class PipelineBackbone:
     @classmethod
     def refuse(cls, config: dict[str, Any]) -> None:
         """ValueError, with the reason, for a denoiser configuration that cannot be trained by RL."""
+
+    def _refuse_options_of_others(self) -> None:
+        for option in ("embedded_guidance", "max_sequence_length"):
+            value = getattr(self.options, option)
+            if value is not None and option not in self.own_options:
+                raise ValueError(f"model.{option} has no use for a {type(self).__name__}, got {value:g}; remove it")
 
     def _latent_shape(self) -> tuple[int, int, int]:
         scale, resolution = self.pipeline.vae_scale_factor, self.options.resolution
@@ -114,13 +128,14 @@ class PipelineBackbone:
         return self.latent_shape[1] * self.pipeline.vae_scale_factor
 
     def to(self, device: torch.device) -> None:
-        """Move the whole pipeline; offloaded text encoders follow when a prompt is to be encoded."""
+        """Move what is used (a safety checker is not); offloaded text encoders follow when a prompt is encoded."""
         self._device = device
-        for component in self.pipeline.components.values():
-            stays = self.options.offload_text_encoders and component in self._text_encoders()
-            # Quantised weights were put on the GPU when they were loaded.
-            if isinstance(component, nn.Module) and not stays and not getattr(component, "is_quantized", False):
+        for component in (self.denoiser, self.vae):
+            if not getattr(component, "is_quantized", False):  # those were put on the GPU when they were loaded
                 component.to(device)
+        if not self.options.offload_text_encoders:
+            for encoder in self._text_encoders():
+                encoder.to(device)
         self._has_encoders_near = not self.options.offload_text_encoders
 
     def _text_encoders(self) -> list[nn.Module]:
@@ -143,7 +158,8 @@ class PipelineBackbone:
         """Model output in float32; offloaded text encoders leave the device here."""
         if self.options.offload_text_encoders:
             self._place_text_encoders(is_near=False)
-        return self._predict(sample.to(self.dtype), timestep, condition).float()
+        output = self._predict(sample.to(self.dtype), timestep, condition).float()
+        return output if self._gradient_scale == 1 else half.multiply_gradient(output, self._gradient_scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Flux(FlowTransformer):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    own_options = frozenset({"max_sequence_length", "embedded_guidance"})
 
     @classmethod
     def refuse(cls, config: dict[str, Any]) -> None:

@@ -28,6 +28,12 @@ class Folding:
         """How many layers it folds."""
         return len(self._layers)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the folded weights, which the base weights wait beside."""
+        weights: list[Any] = [layer.get_base_layer().weight for layer in self._layers]
+        return sum(weight.nbytes for weight in weights)
+
     def __enter__(self) -> Self:
         self._weights = None  # the adapter may have been trained since
         self.on()

@@ -48,6 +48,7 @@ class StableDiffusion3(FlowTransformer):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
+    own_options = frozenset({"max_sequence_length"})
     default_max_shift = 1.16
     is_t5_silent = False
 

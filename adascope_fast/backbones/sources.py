@@ -5,7 +5,9 @@ cache (HF_HOME); with HF_HUB_OFFLINE=1 nothing but the cache is used.
 """
 
 import json
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
@@ -34,12 +37,14 @@ class Source:
         place: a folder or a repository with `model_index.json`; for a single file, the one that describes it.
         file: the single .safetensors file with the weights, if they are in one.
         revision: of a repository: branch, tag or commit.
+        variant: of the weights' files: "fp16" for `diffusion_pytorch_model.fp16.safetensors`.
     """
 
     name: str
     place: str
     file: Path | None = None
     revision: str | None = None
+    variant: str | None = None
 
     @property
     def class_name(self) -> str:
@@ -56,11 +61,18 @@ class Source:
                 local = Path(hf_hub_download(self.place, path, revision=self.revision))
             except (OSError, ValueError) as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
-        return json.loads(local.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(local.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} of {self.name!r} must be JSON, got {error}; download it again") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} of {self.name!r} must be a JSON object, got {values!r:.50}; download it again")
+        return values
 
     def open(self, denoiser: str, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
         """Load it; `denoiser` is the name of the component that `quantize` is for."""
-        options: dict[str, Any] = {"dtype": dtype, "revision": self.revision}
+        options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "variant": self.variant}
+        self._refuse_missing_parts()
         with quiet():
             try:
                 if quantize != "none":
@@ -72,6 +84,16 @@ class Source:
                 )
             except OSError as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
+
+    def _refuse_missing_parts(self) -> None:
+        """Without a tokenizer's files transformers makes an empty one, which fails later and says nothing of it."""
+        if self.file is None and _is_folder(self.place):
+            for name, entry in self.json("model_index.json").items():
+                has_files = (Path(self.place) / name).is_dir()
+                if isinstance(entry, list) and entry[0] is not None and not has_files:
+                    raise ValueError(
+                        f"{self.name!r} is not a whole pipeline, it has no folder {name}; save or download it again"
+                    )
 
     def _open_file(self, denoiser: str, options: dict[str, Any]) -> DiffusionPipeline:
         """Everything from the file; where it holds the denoiser alone, the rest from `place`."""
@@ -86,16 +108,18 @@ class Source:
         except SingleFileComponentError as missing:
             _, class_name = self.json("model_index.json")[denoiser]
             model = getattr(diffusers, class_name).from_single_file(str(self.file), subfolder=denoiser, **plain)
-            diffusers_logging.get_logger(__name__).error(
+            warnings.warn(
                 f"{self.name} lacks a component ({str(missing).splitlines()[0]}); all but the {denoiser} is "
-                f"taken from {self.place}"
+                f"taken from {self.place}",
+                RuntimeWarning,
+                stacklevel=4,
             )
             return DiffusionPipeline.from_pretrained(
                 self.place, use_safetensors=True, trust_remote_code=False, **{denoiser: model}, **options
             )
 
 
-def locate(name: str, *, base: str | None = None, revision: str | None = None) -> Source:
+def locate(name: str, *, base: str | None = None, revision: str | None = None, variant: str | None = None) -> Source:
     """Find a pipeline by name. Nothing is loaded; of a repository one small file is looked up.
 
     Args:
@@ -112,16 +136,22 @@ def locate(name: str, *, base: str | None = None, revision: str | None = None) -
         if not path.is_file():
             raise ValueError(f"model.name = {name!r} is no file here; download it to this path, or correct the path")
         described_by = base or _described_by(path)
-        return Source(name, described_by, path, revision)
+        return Source(name, described_by, path, revision, variant)
+    if base is not None:
+        raise ValueError(f"model.base is for a single .safetensors file, got {base!r} with {name!r}; remove it")
     if (path / "model_index.json").is_file():
-        return Source(name, str(path))
+        if revision is not None:
+            raise ValueError(
+                f"model.revision is for a repository, got {revision!r} with the folder {name!r}; remove it"
+            )
+        return Source(name, str(path), variant=variant)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(
             f"model.name is {', '.join(EMBEDDED)}, the folder of a saved diffusers pipeline (with model_index.json), a "
             f".safetensors file or a Hugging Face repository (owner/name), got {name!r}; "
             f"save a pipeline with pipe.save_pretrained(folder, safe_serialization=True)"
         )
-    source = Source(name, name, None, revision)
+    source = Source(name, name, None, revision, variant)
     source.json("model_index.json")
     return source
 
@@ -169,9 +199,20 @@ def _is_folder(place: str) -> bool:
 def _not_there(name: str, place: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
     if _is_folder(place):
+        found = [re.search(r"\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$", str(path)) for path in Path(place).glob("*/*")]
+        if variants := sorted({match[1] for match in found if match}):
+            return (
+                f"the weights of {name!r} are not all there: {reason}; "
+                f'there are files of another variant, set model.variant = "{variants[0]}"'
+            )
         return (
             f"the weights of {name!r} are not all there as safetensors: {reason}; download or convert them into "
             f"{place}, for example with DiffusionPipeline.from_pretrained(...).save_pretrained(folder)"
+        )
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the repository {place} is given only to those who accept its licence; accept it on "
+            f"https://huggingface.co/{place}, then log in with `hf auth login`"
         )
     return (
         f"model.name = {name!r} is no folder here, and the repository {place} could not be read: {reason}; "
@@ -182,10 +223,10 @@ def _not_there(name: str, place: str, error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No loading bars, and no remarks about image processors that are not used."""
+    """No loading bars, no remarks about what is not used, and no second line for what is raised as an error."""
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
     try:
         yield

@@ -1,6 +1,7 @@
 """What of a denoiser is trained: a LoRA adapter or every weight; always in float32, whatever the rest is stored in."""
 
 import copy
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,12 +52,29 @@ class LoraWeights:
             try:
                 denoiser.add_adapter(self.lora, ADAPTER)
             except ValueError as error:
+                self._refuse_targets_of_nothing(targets)
+                reason = str(error).split(". Currently")[0]
                 raise ValueError(
-                    f"model.lora_targets must name layers of the {component}, got {sorted(targets)}: {error}"
+                    f"model.lora_targets must name linear or convolution layers of the {component}, got "
+                    f"{', '.join(sorted(targets))}: {reason}"
                 ) from None
+        self._refuse_targets_of_nothing(targets)
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+    def _refuse_targets_of_nothing(self, targets: Sequence[str]) -> None:
+        """peft asks only that one of the names is found."""
+        names = {name.removesuffix(".base_layer") for name, _ in self.denoiser.named_modules() if ".lora_" not in name}
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                depth = target.count(".") + 1
+                known = sorted({".".join(name.split(".")[-depth:]) for name in names})
+                close = difflib.get_close_matches(target, known, 1, 0)
+                raise ValueError(
+                    f"each of model.lora_targets must name layers of the {self.component}, got {target!r}, which names "
+                    f"none; did you mean {close[0]!r}?"
+                )
 
     @contextmanager
     def reference(self, denoiser: Any) -> Iterator[Any]:

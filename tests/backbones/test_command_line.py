@@ -22,7 +22,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 CAPTION = "a red circle on a grey background"
 FLOW = ["algorithm.name=grpo", "model.max_sequence_length=4"]
-OVERRIDES = {"sd": [], "sdxl": [], "sd35": FLOW, "flux": [*FLOW, "model.resolution=16"]}
+OVERRIDES = {
+    "sd": [],
+    "sd-v": ["selector.name=adascope"],
+    "sdxl": ["sampler.guidance_scale=3.0"],
+    "sd3": [*FLOW, "selector.name=adascope"],
+    "sd35": [*FLOW, "sampler.guidance_scale=2.0"],
+    "flux": [*FLOW, "model.resolution=16"],
+}
 SMALLEST = [
     "reward.name=jpeg_compressibility",
     "sampler.num_steps=3",
@@ -55,7 +62,7 @@ def _train(tiny: Callable[[str], Path], family: str, folder: Path, *more: str) -
 
 def _plain_picture(pipeline: DiffusionPipeline, family: str, initial: torch.Tensor) -> torch.Tensor:
     options: dict = dict(num_inference_steps=3, guidance_scale=1.0, output_type="pt", latents=initial)
-    if family in ("sd35", "flux"):
+    if family in ("sd3", "sd35", "flux"):
         options["max_sequence_length"] = 4
     if family == "flux":
         options |= dict(guidance_scale=3.5, height=16, width=16, latents=pipeline._pack_latents(initial, 1, 4, 8, 8))
@@ -67,6 +74,7 @@ def _plain_picture(pipeline: DiffusionPipeline, family: str, initial: torch.Tens
 def test_two_iterations_then_pictures_and_a_whole_pipeline(tiny, family: str, tmp_path: Path):
     run, merged = tmp_path / "run", tmp_path / "merged"
     _train(tiny, family, run)
+    assert json.loads((run / "run.json").read_text())["acceleration"]["attention"].startswith("sdpa: ")
     records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert len(records) == 2
     assert all(record["ratio_max_deviation"] == 0 and record["grad_norm"] > 0 for record in records)
@@ -108,6 +116,36 @@ def test_full_fine_tuning_with_an_average_resumes_samples_and_merges(tiny, tmp_p
     assert all(torch.equal(value, averaged[name]) for name, value in unet.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["sd-v", "sdxl", "sd35", "flux"])
+def test_full_fine_tuning_of_each_family_becomes_a_whole_pipeline(tiny, family: str, tmp_path: Path):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    _train(tiny, family, run, "model.train=full", "train.learning_rate=0.001", "train.iterations=1")
+    code, out, err = _call("merge", run, merged)
+    assert (code, out, err) == (0, f"{merged}\n", "")
+    trained = load_file(run / "checkpoints/000001/state.safetensors")
+    pipeline, base = (DiffusionPipeline.from_pretrained(folder) for folder in (merged, tiny(family)))
+    name = "unet" if "unet" in pipeline.components else "transformer"
+    before = base.components[name].state_dict()
+    for key, value in pipeline.components[name].state_dict().items():
+        assert torch.equal(value, trained[f"adapter.{key}"])
+    assert any(not torch.equal(trained[f"adapter.{key}"], value) for key, value in before.items())
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    (ours,) = draw(load_run(run)[1], [CAPTION], [3], num_steps=3, guidance_scale=1.0)
+    torch.testing.assert_close(ours, _plain_picture(pipeline, family, latents)[0], rtol=0, atol=1e-4)
+
+
+def test_kl_draws_a_fully_trained_model_back_to_what_it_was(tiny, tmp_path: Path):
+    more = ["model.train=full", "train.learning_rate=0.001", "train.updates_per_iteration=4"]
+    _train(tiny, "sd", tmp_path / "free", *more)
+    _train(tiny, "sd", tmp_path / "held", *more, "algorithm.kl_weight=1e4")
+    base = load_file(tiny("sd") / "unet" / "diffusion_pytorch_model.safetensors")
+    free, held = (load_file(tmp_path / name / "checkpoints/000002/state.safetensors") for name in ("free", "held"))
+    far, near = (
+        sum((run[f"adapter.{key}"] - value).abs().sum() for key, value in base.items()) for run in (free, held)
+    )
+    assert 0 < near < 0.9 * far
+
+
 def test_a_model_that_cannot_be_trained_is_one_line(tiny, tmp_path: Path):
     code, out, err = _call("train", TINY, f"model.name={tiny('schnell')}", f"run.folder={tmp_path / 'run'}")
     assert (code, out) == (2, "")
@@ -122,8 +160,57 @@ def test_a_plan_is_printed_without_weights_and_a_missing_model_is_one_line(tiny,
     code, out, err = _call("plan", TINY, f"model.name={folder}", "train.microbatch=2", "--tflops", "1")
     assert code == 0, err
     assert out.startswith(f"{folder}: StableDiffusionXL, 16 pixels, 4 pictures x 6 steps, guidance 1\n")
-    assert "GiB at microbatch 2  <- as configured" in out
+    assert "MiB at microbatch 2  <- as configured" in out
+    assert out.endswith("not measured        torch sees no GPU\n")
     code, out, err = _call("plan", TINY, "model.name=someone/missing")
     assert (code, out) == (2, "")
     assert "hf download someone/missing" in err
     assert "plan needs a configuration file first" in _call("plan")[2]
+
+
+def _mistake(tiny: Callable[[str], Path], family: str, tmp_path: Path, *overrides: str, command: str = "train") -> str:
+    """The one line that a user's mistake gets; nothing is left behind."""
+    run = tmp_path / "run"
+    settings = [*SMALLEST, *OVERRIDES.get(family, []), f"model.name={tiny(family)}", f"run.folder={run}", *overrides]
+    code, out, err = _call(command, TINY, *settings)
+    assert (code, out) == (2, ""), err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert not run.exists()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "message"),
+    [
+        ("sd", 'model.lora_targets=["to_qq"]', "got 'to_qq', which names none; did you mean 'to_q'?"),
+        (
+            "sd",
+            'model.lora_targets=["to_q", "to_outt.0"]',
+            "got 'to_outt.0', which names none; did you mean 'to_out.0'?",
+        ),
+        ("sd", 'model.lora_targets=["norm1"]', "must name linear or convolution layers of the unet, got norm1"),
+        ("sd", "model.resolution=15", "a multiple of 2 pixels for this model, got 15; set it to 14"),
+        ("sd", "model.embedded_guidance=3.5", "model.embedded_guidance has no use for a StableDiffusion, got 3.5"),
+        ("sdxl", "model.max_sequence_length=9", "model.max_sequence_length has no use for a StableDiffusionXL, got 9"),
+        ("sd3", "model.embedded_guidance=2.0", "no use for a StableDiffusion3, got 2; remove it"),
+        ("sd", "model.quantize=int8", 'model.quantize = "int8" needs'),
+        ("sd", "model.revision=main", "model.revision is for a repository, got 'main' with the folder"),
+        ("sd", "model.base=sdxl", "model.base is for a single .safetensors file, got 'sdxl'"),
+        ("sd", "model.variant=fp16", "fp16"),
+        ("schnell", "sampler.guidance_scale=3.0", "schnell) is refused for RL"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny, tmp_path: Path, family: str, override: str, message: str):
+    assert message in _mistake(tiny, family, tmp_path, override)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_a_scheduler_whose_steps_are_not_affine_is_refused_by_name(tiny, tmp_path: Path, option: str):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("sdxl"), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "DDIMScheduler", option: True}
+    path.write_text(json.dumps(config))
+    line = _mistake(lambda _: folder, "sdxl", tmp_path)
+    assert f"steps must be affine in the output, but {option} is True; set {option}=False" in line

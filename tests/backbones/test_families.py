@@ -14,6 +14,7 @@ from adascope_fast import backbones
 from adascope_fast.algorithms import ddpo
 from adascope_fast.backbones import flux
 from adascope_fast.engine import Engine, Settings
+from adascope_fast.per_sample import PerSampleGradients
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.sampling import draw, initial_latents
 from adascope_fast.timesteps import EveryStep
@@ -104,12 +105,15 @@ def test_the_prompt_and_its_absence_matter(model):
     assert (first - none).abs().max() > 1e-4
 
 
-def test_log_prob_of_the_rollout_is_the_replays_exactly(model):
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_log_prob_of_the_rollout_is_the_replays_exactly(model, guidance_scale: float):
     schedule = model.schedule(STEPS, eta=1.0, noise_level=0.7)
     encoded = EncodedPrompts.of(model, CAPTIONS)
     generator = torch.Generator().manual_seed(3)
-    trajectory = rollout(model, schedule, encoded, CAPTIONS, guidance_scale=1.0, generator=generator, batch=2)
-    settings = Settings(guidance_scale=1.0, rollout_batch=2, microbatch=2, updates_per_iteration=1, max_grad_norm=1.0)
+    trajectory = rollout(
+        model, schedule, encoded, CAPTIONS, guidance_scale=guidance_scale, generator=generator, batch=2
+    )
+    settings = Settings(guidance_scale, rollout_batch=2, microbatch=2)
     optimizer = torch.optim.SGD(model.trainable_parameters())
     engine = Engine(model, schedule, ddpo(), EveryStep(), lambda images, prompts: images, optimizer, settings)
     assert schedule.trainable.all()
@@ -177,12 +181,61 @@ def test_full_fine_tuning_round_trips(family: str, tiny, tmp_path: Path):
         assert all(torch.equal(value, saved.state_dict()[key]) for key, value in model.adapter_tensors().items())
 
 
-def test_adapters_are_float32_over_low_precision_weights_and_checkpointing_changes_nothing(family: str, tiny):
-    model = _load(tiny(family), dtype="bfloat16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_are_float32_over_low_precision_weights(family: str, tiny, dtype: torch.dtype):
+    model = _load(tiny(family), dtype=dtype)
     assert {parameter.dtype for parameter in model.trainable_parameters()} == {torch.float32}
-    assert {p.dtype for p in model.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
-    assert {value.dtype for value in model.encode(CAPTIONS).values()} == {torch.bfloat16}
+    assert {p.dtype for p in model.denoiser.parameters() if not p.requires_grad} == {dtype}
+    assert {value.dtype for value in model.encode(CAPTIONS).values()} == {dtype}
     assert draw(model, CAPTIONS[:1], [1], num_steps=2, guidance_scale=1.0).dtype == torch.float32
+
+
+def test_encoders_and_decoder_are_frozen_in_low_precision_whatever_is_trained(family: str, tiny):
+    model = _load(tiny(family), train="full", dtype="bfloat16")
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
+    frozen = [p for part in (*model._text_encoders(), model.vae) for p in part.parameters()]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in frozen)
+    assert len(model._text_encoders()) == {"sd": 1, "sdxl": 2, "sd3": 3, "sd35": 3, "flux": 2}[family.split("-")[0]]
+
+
+@pytest.mark.parametrize(("family", "size"), [("sd", 1e-7), ("sdxl", 1e-7), ("sd35", 1e-7), ("flux", 1e-7)])
+def test_small_gradients_survive_float16(family: str, size: float, tiny):
+    """d log_prob / d output is that small: it is divided by the latent's elements and the pairs of an update."""
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        model = _load(tiny(family), dtype=dtype)
+        parameters, generator = model.trainable_parameters(), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        output = model.predict(initial_latents(model, [1, 2]), torch.full((2,), 500.0), model.encode(CAPTIONS))
+        output.backward(size * torch.randn(output.shape, generator=generator))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]) / size)
+    want, got = gradients
+    assert torch.cosine_similarity(got, want, 0) > 0.99
+    assert got.norm() / want.norm() == pytest.approx(1, abs=0.05)
+
+
+def test_small_gradients_of_each_sample_survive_float16_too(tiny):
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        model = _load(tiny("sd"), dtype=dtype)
+        parameters, generator = model.trainable_parameters(), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        inputs = initial_latents(model, [1, 2]), torch.full((2,), 500.0), model.encode(CAPTIONS)
+        with PerSampleGradients(model.denoiser, parameters, 2).leaves(2) as leaves:
+            output = model.predict(*inputs)
+            found = torch.autograd.grad(output, leaves, 1e-7 * torch.randn(output.shape, generator=generator))
+        gradients.append(torch.cat([gradient.flatten(1) for gradient in found], 1) / 1e-7)
+    want, got = gradients
+    assert torch.cosine_similarity(got, want, 1).min() > 0.99
+    torch.testing.assert_close(got.norm(dim=1), want.norm(dim=1), rtol=0.05, atol=0)
+
+
+def test_checkpointing_changes_nothing(family: str, tiny):
     gradients = []
     for recompute in (False, True):
         model = _load(tiny(family), gradient_checkpointing=recompute)
@@ -241,6 +294,16 @@ def test_offloaded_text_encoders_are_moved_in_and_out(tiny):
     model.predict(initial_latents(model, [1, 2]), torch.full((2,), 500.0), condition)
     model.predict(initial_latents(model, [1, 2]), torch.full((2,), 500.0), condition)
     assert moves == ["cpu", "cpu"] * 2, "once in and once out, both encoders"
+
+
+def test_what_is_not_used_stays_where_it_is(tiny):
+    pipeline = _plain(tiny("sd"))
+    pipeline.safety_checker = torch.nn.Linear(2, 2)
+    model = backbones.load(pipeline)
+    model.to(torch.device("meta"))
+    places = {name: next(part.parameters()).device.type for name, part in pipeline.components.items()
+              if isinstance(part, torch.nn.Module)}  # fmt: skip
+    assert places == {"vae": "meta", "text_encoder": "meta", "unet": "meta", "safety_checker": "cpu"}
 
 
 def test_ema_is_the_average_of_the_weights(tiny):

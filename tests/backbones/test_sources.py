@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from adascope_fast import backbones, ops
@@ -129,7 +130,8 @@ def test_what_a_single_file_lacks_comes_from_its_base(tiny, single_file: Path, t
     tensors = {name: value for name, value in load_file(single_file).items() if name.startswith("model.diffusion")}
     alone = tmp_path / "denoiser.safetensors"
     save_file({name: value + 0.01 for name, value in tensors.items()}, alone)
-    model = backbones.load(str(alone), base=str(tiny("sd")), rank=2)
+    with pytest.warns(RuntimeWarning, match=r"lacks a component .*; all but the unet is taken from"):
+        model = backbones.load(str(alone), base=str(tiny("sd")), rank=2)
     plain = backbones.load(str(tiny("sd")), rank=2)
     assert torch.equal(model.encode([CAPTION])["text"], plain.encode([CAPTION])["text"])
     with torch.no_grad():
@@ -178,6 +180,41 @@ def test_weights_that_are_pickles_are_not_read(tiny, tmp_path: Path):
     backbones.check(str(folder))
     with pytest.raises(ValueError, match=r"are not all there as safetensors: .*; download or convert them into"):
         backbones.load(str(folder))
+
+
+@pytest.mark.parametrize("shard", ["", "-00001-of-00002"])
+def test_files_of_another_variant_are_named_and_read(tiny, tmp_path: Path, shard: str):
+    folder = tmp_path / "half"
+    shutil.copytree(tiny("sd"), folder)
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16{shard}.safetensors"))
+    with pytest.raises(ValueError, match=r'files of another variant, set model.variant = "fp16"'):
+        backbones.load(str(folder))
+    if not shard:
+        assert torch.equal(
+            _output(backbones.load(str(folder), variant="fp16")), _output(backbones.load(str(tiny("sd"))))
+        )
+
+
+def test_a_part_that_is_missing_or_broken_is_named(tiny, tmp_path: Path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("sd"), folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ValueError, match="is not a whole pipeline, it has no folder tokenizer; save or download it"):
+        backbones.load(str(folder))
+    for text, found in [("{", "must be JSON, got Expecting"), ("[1]", r"must be a JSON object, got \[1\]")]:
+        (folder / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match=f"model_index.json of .* {found}.*download it again"):
+            backbones.check(str(folder))
+
+
+def test_a_repository_behind_a_licence_says_where_to_accept_it(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise GatedRepoError("403 Client Error", response=SimpleNamespace(headers={}, request=None))  # type: ignore
+
+    monkeypatch.setattr(sources, "hf_hub_download", refuse)
+    with pytest.raises(ValueError, match=r"accept it on https://huggingface.co/someone/gated, then .* `hf auth login`"):
+        backbones.check("someone/gated")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +307,7 @@ def test_quantised_weights_need_a_gpu_and_their_package(tiny, quantize: Any, mon
     with pytest.raises(ValueError, match=f'model.quantize = "{quantize}" needs a CUDA GPU'):
         backbones.load(str(tiny("sd")), quantize=quantize)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs bitsandbytes; pip install bitsandbytes"):
         backbones.load(str(tiny("sd")), quantize=quantize)
 
@@ -289,3 +327,33 @@ def test_quantisation_is_asked_of_diffusers_for_the_denoiser_alone(monkeypatch: 
         },
         "components_to_quantize": ["transformer"],
     }
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_adapters_learn_over_quantised_weights(tiny, tmp_path: Path, quantize: Any, name: str, monkeypatch):
+    """bitsandbytes also computes on a CPU; that diffusers asks for a GPU is left out here."""
+    pytest.importorskip("bitsandbytes")
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *_, **__: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+    monkeypatch.setattr("diffusers.models.modeling_utils._caching_allocator_warmup", lambda *_, **__: None)
+    options: dict[str, Any] = {"resolution": 16, "max_sequence_length": 4} if name == "flux" else {}
+    plain = backbones.load(str(tiny(name)), dtype="bfloat16", rank=2, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        # Out of training mode bitsandbytes takes another way on a CPU, which these widths are too small for.
+        options |= {"gradient_checkpointing": True}
+        model = backbones.load(str(tiny(name)), dtype="bfloat16", rank=2, quantize=quantize, **options)
+    kinds = {type(layer).__name__ for layer in model.denoiser.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantize] in kinds
+    model.to(torch.device("cpu"))
+    output = model.predict(initial_latents(model, [1]), torch.tensor([400.0]), model.encode([CAPTION]))
+    assert (output - _output(plain)).norm() < 0.5 * _output(plain).norm()
+    output.sum().backward()
+    assert {parameter.dtype for parameter in model.trainable_parameters()} == {torch.float32}
+    assert any(p.grad is not None and p.grad.any() for p in model.trainable_parameters())
+    model.save_adapter(tmp_path)
+    plain.pipeline.load_lora_weights(tmp_path)
