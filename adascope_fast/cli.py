@@ -209,12 +209,17 @@ def plan(
         typer.Argument(metavar="CONFIG.toml [section.field=value]...", help="A configuration, then what to change."),
     ] = None,
     tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s your GPU sustains, for seconds.")] = None,
+    measure: Annotated[bool, typer.Option(help="With a GPU: a step of random weights beside the plan.")] = True,
 ) -> None:
     """Say what a training would cost: parameters, operations, memory. No weights are read."""
     config = _configured(arguments or [], "plan")
     from adascope_fast.plan import plan as plan_of
+    from adascope_fast.plan_check import checked
 
-    print(plan_of(config).table(tflops))
+    result = plan_of(config)
+    print(result.table(tflops))
+    if measure:
+        print(checked(config, result))
 
 
 @app.command()

@@ -60,6 +60,11 @@ class Settings:
     tail_share: float = 1.0
 
 
+def usual_microbatch(rollout_batch: int, guidance_scale: float) -> int:
+    """Pairs of a training forward where none are asked for; guidance makes two rows of each."""
+    return max(rollout_batch, ROWS_THAT_PAY // (1 if guidance_scale == 1 else 2))
+
+
 @dataclass
 class Report:
     """What one iteration did, in the words of the field; `seconds` by part."""
@@ -104,8 +109,7 @@ class Engine:
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
         self.rollout_batch = settings.rollout_batch
-        copies = 1 if settings.guidance_scale == 1 else 2
-        self.microbatch = settings.microbatch or max(settings.rollout_batch, ROWS_THAT_PAY // copies)
+        self.microbatch = settings.microbatch or usual_microbatch(settings.rollout_batch, settings.guidance_scale)
         self._autocast, self._progress = autocast, progress
         self._parameters = backbone.trainable_parameters()
         self._seconds: dict[str, float] = {}

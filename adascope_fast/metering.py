@@ -1,19 +1,22 @@
 """Counting floating-point operations and live memory of a computation on the meta device, where nothing is computed.
 
 Attention is taken as its fused kernels run it: no matrix of scores is kept, and the backward pass recomputes it.
+Autocast is taken as a GPU does it, which the meta device does not.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 
@@ -26,10 +29,15 @@ class Cost:
     peak_bytes: float
 
 
-def measure(compute: Callable[[], Tensor], *, backward: bool) -> Cost:
-    """The cost of `compute()`, on the meta device; with `backward`, also of differentiating its sum."""
+def measure(compute: Callable[[], Tensor], *, backward: bool, autocast: torch.dtype | None = None) -> Cost:
+    """The cost of `compute()`, on the meta device; with `backward`, also of differentiating its sum.
+
+    Args:
+        autocast: the type that matrix products are cast to, as in `torch.autocast` on a GPU.
+    """
     meter = _Meter()
-    with _fused_attention(meter), meter, torch.set_grad_enabled(backward):
+    casting = _Autocast(autocast) if autocast else nullcontext()
+    with _fused_attention(meter, autocast), casting, meter, torch.set_grad_enabled(backward):
         result = compute()
         forward = meter.flops
         if backward:
@@ -88,11 +96,44 @@ class _FusedAttention(torch.autograd.Function):
         return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
 
 
+# The parts of torch.autocast's lists for CUDA that these models meet.
+_CAST_DOWN = {functional.linear, functional.conv1d, functional.conv2d, functional.conv3d}
+_CAST_DOWN |= {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.addmm, torch.baddbmm}
+_CAST_UP = {functional.layer_norm, functional.group_norm, functional.softmax, torch.softmax, Tensor.softmax}
+_CAST_UP |= {torch.exp, Tensor.exp, torch.pow, Tensor.pow, torch.sum, Tensor.sum}
+
+
+class _Autocast(TorchFunctionMode):
+    """Matrix products in `dtype`, normalisation in float32; casts of trained weights are kept until the end."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype, self._kept = dtype, {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = self._dtype if function in _CAST_DOWN else torch.float32 if function in _CAST_UP else None
+        if dtype is not None:
+            args, kwargs = tree_map(lambda leaf: self._cast(leaf, dtype), (args, kwargs))
+        return function(*args, **kwargs)
+
+    def _cast(self, leaf: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype == dtype:
+            return leaf
+        if not (leaf.is_leaf and leaf.requires_grad):
+            return leaf.to(dtype)
+        if id(leaf) not in self._kept:
+            self._kept[id(leaf)] = leaf.to(dtype)
+        return self._kept[id(leaf)]
+
+
 @contextmanager
-def _fused_attention(meter: _Meter) -> Iterator[None]:
+def _fused_attention(meter: _Meter, autocast: torch.dtype | None) -> Iterator[None]:
     """Within it scaled_dot_product_attention costs what a fused kernel costs."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        if autocast:
+            query, key, value = (tensor.to(autocast) for tensor in (query, key, value))
         return _FusedAttention.apply(query, key, value, meter)  # type: ignore[return-value]
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
