@@ -62,7 +62,7 @@ $(TRL_READY): $(READY)
 bench-cpu: $(TRL_READY)
 	$(OFFLINE) $(VENV)/python bench/end_to_end.py --device cpu --sweep --out bench/results/end_to_end_cpu.json
 
-# GPU tests, the table of kernels and the end-to-end comparison, under nine minutes; says so where there is no GPU.
+# GPU tests, the table of kernels, published models and the end-to-end comparison, under nine minutes; says so where there is no GPU.
 # `make gpu PYTHON=python3` uses that Python as it is and installs nothing.
 gpu: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/gpu.py

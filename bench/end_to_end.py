@@ -1,12 +1,12 @@
 """Images per second of a whole RL iteration: TRL, an eager loop, its compiled form, Flow-GRPO-Fast's steps, and ours.
 
-    python bench/end_to_end.py [--device cpu|cuda] [--models scenes sd15 sd35m] [--sweep] [--quick] [--out FILE.json]
+    python bench/end_to_end.py [--device cpu|cuda] [--models scenes sd15 sdxl sd35m] [--sweep] [--quick] [--out FILE]
 
 Every variant does the same work on the same prompts, with the same steps, guidance, batch, type, LoRA and reward (JPEG
 size). Each is a process of its own, and their iterations take turns, so that a busy moment meets all of them. Figures
 are medians; ratios are of medians, in CPU time (user + system) and in wall time. Writes JSON and prints a table.
 
-`sd15` and `sd35m` have the published shapes and random weights: throughput does not depend on the weights.
+`sd15`, `sdxl` and `sd35m` have the published shapes and random weights: throughput does not depend on the weights.
 TRL runs in an environment of its own (`make bench-cpu` makes it); without it that row says so.
 """
 
@@ -161,12 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--models", nargs="+", choices=("scenes", "sd15", "sd35m"), help="default: scenes, sd15 on CUDA"
+        "--models", nargs="+", choices=("scenes", "sd15", "sdxl", "sd35m"), help="default: scenes, sd15 on CUDA"
     )
     parser.add_argument("--only", nargs="+", choices=[variant.name for variant in VARIANTS], help="rows to measure")
     parser.add_argument("--repeats", type=int, help="timed iterations of each variant; default 3, on CUDA 5")
     parser.add_argument("--num-steps", type=int, help="denoising steps; default 50, sd35m 10")
-    parser.add_argument("--batch", type=int, help="pictures of an iteration; default 8")
+    parser.add_argument("--batch", type=int, help="pictures of an iteration; default 8, sdxl 2")
     parser.add_argument("--sweep", action="store_true", help="update time against the fraction of steps trained")
     parser.add_argument("--ladder", action="store_true", help="our features one at a time")
     parser.add_argument("--quick", action="store_true", help="two repeats, 20 steps: minutes on a GPU")
@@ -294,11 +294,11 @@ def _setting(name: str, chosen: argparse.Namespace, work: Path) -> Setting:
     is_flow = name == "sd35m"
     return Setting(
         folder=str(SCENES if name == "scenes" else work / name),
-        family="sd3" if is_flow else "sd",
+        family="sd3" if is_flow else "sdxl" if name == "sdxl" else "sd",
         num_steps=chosen.num_steps or (10 if is_flow else 20 if chosen.quick else 50),
         guidance_scale=4.5 if is_flow else 5.0,
         noise=0.7 if is_flow else 1.0,
-        batch=chosen.batch or 8,
+        batch=chosen.batch or (2 if name == "sdxl" else 8),
         dtype="bfloat16" if is_gpu else "float32",
         device=chosen.device,
         threads=8 if is_gpu else 1,

@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one command: its tests, the table of kernels, and the end-to-end comparison.
+"""Everything that needs a GPU, in one command: tests, the table of kernels, published models, end-to-end comparison.
 
     python bench/gpu.py
 
 The tests come first and gate the table: an operation whose tests fail gets no figure. Writes
-bench/results/kernels_<gpu>.json and end_to_end_<gpu>.json. Stops each part when its time is over; 9 minutes in all.
+bench/results/kernels_<gpu>.json, published_<gpu>.json and end_to_end_<gpu>.json. Stops each part when its time is
+over; 9 minutes in all.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
-TEST_S, TABLE_S, TOTAL_S = 170, 190, 530
+TEST_S, TABLE_S, MODELS_S, TOTAL_S = 150, 150, 100, 530
 TABLE_MARGIN_S = 30  # what the timing in progress, the plot and the start of Python may add
 
 
@@ -52,8 +53,10 @@ def main() -> int:
             out = ["--out", str(results / f"kernels_{gpu}.json")]
             codes.append(run([python, "bench/kernels.py", *arguments, *out], TABLE_S + TABLE_MARGIN_S))
     if importlib.util.find_spec("diffusers") is None:
-        print("\nthe end-to-end comparison was not run: it needs diffusers, which is not installed")
-    elif (HERE / "end_to_end.py").exists():
+        print("\nmodels were not measured: that needs diffusers, which is not installed")
+    else:
+        out = ["--seconds", str(MODELS_S // 2), "--out", str(results / f"published_{gpu}.json")]
+        codes.append(run([python, "bench/published.py", *out], MODELS_S))
         out = ["--quick", "--out", str(results / f"end_to_end_{gpu}.json")]
         left = TOTAL_S - (time.monotonic() - started)
         codes.append(run([python, "bench/end_to_end.py", "--device", "cuda", *out], left))

@@ -118,10 +118,12 @@ def test_the_published_models_have_their_published_size(bench: Any):
         return sum(parameter.numel() for parameter in module.parameters())
 
     with torch.device("meta"):
-        small, large = models.build("sd15"), models.build("sd35m")
+        small, middle, large = (models.build(name) for name in ("sd15", "sdxl", "sd35m"))
     # 859,520,964 and 83,653,863: the parameters of Stable Diffusion 1's UNet and autoencoder.
     assert (size(small.unet), size(small.vae), size(small.text_encoder)) == (859_520_964, 83_653_863, 123_060_480)
     assert 2.2e9 < size(large.transformer) < 2.6e9
+    assert (size(middle.unet), size(middle.text_encoder_2)) == (2_567_463_684, 694_659_840)
+    assert middle.vae_scale_factor * middle.unet.config.sample_size == 1024
     assert small.vae_scale_factor * small.unet.config.sample_size == 512
     assert large.vae_scale_factor * large.transformer.config.sample_size == 512
 

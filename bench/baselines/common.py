@@ -38,7 +38,7 @@ class Setting:
     folder: str
     """A diffusers pipeline."""
     family: str
-    """`sd` or `sd3`."""
+    """`sd`, `sdxl` or `sd3`."""
     num_steps: int = 50
     guidance_scale: float = 5.0
     noise: float = 1.0

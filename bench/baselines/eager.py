@@ -34,7 +34,7 @@ class Eager(Variant):
         )
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe.to(self.device)
-        is_sd = setting.family == "sd"
+        is_sd = setting.family != "sd3"
         self.denoiser: Any = pipe.unet if is_sd else pipe.transformer
         for module in (pipe.vae, pipe.text_encoder, self.denoiser):
             module.requires_grad_(False).eval()
@@ -127,7 +127,10 @@ class Eager(Variant):
             twice, timestep = torch.cat([twice, twice]), torch.cat([timestep, timestep])
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext():
-            if self.setting.family == "sd":
+            if self.setting.family == "sdxl":
+                added = {"text_embeds": condition[1], "time_ids": condition[2]}
+                output = self.denoiser(twice, timestep, condition[0], added_cond_kwargs=added, return_dict=False)[0]
+            elif self.setting.family == "sd":
                 output = self.denoiser(twice, timestep, condition[0], return_dict=False)[0]
             else:
                 output = self.denoiser(
@@ -151,6 +154,13 @@ class Eager(Variant):
         if self.setting.family == "sd":
             found = [self.pipe.encode_prompt(distinct, self.device, 1, False)[0]]
             empty = [self.pipe.encode_prompt([""], self.device, 1, False)[0]]
+        elif self.setting.family == "sdxl":
+            options: dict[str, Any] = {"device": self.device, "do_classifier_free_guidance": False}
+            found = list(self.pipe.encode_prompt(distinct, **options)[::2])
+            empty = [torch.zeros_like(value[:1]) for value in found]  # as SDXL's pipeline has it
+            side = self.denoiser.config.sample_size * self.pipe.vae_scale_factor
+            size = torch.tensor([[side, side, 0, 0, side, side]], device=self.device, dtype=found[0].dtype)
+            found, empty = [*found, size.expand(len(distinct), 6)], [*empty, size]
         else:
             found = list(self.pipe.encode_prompt(distinct, None, None, do_classifier_free_guidance=False)[::2])
             empty = list(self.pipe.encode_prompt([""], None, None, do_classifier_free_guidance=False)[::2])

@@ -1,9 +1,9 @@
-"""Write SD1.5 and SD3.5-medium as diffusers folders with random weights: `python models.py NAME FOLDER DEVICE`.
+"""Write SD1.5, SDXL or SD3.5-medium as diffusers folders with random weights: `python models.py NAME FOLDER DEVICE`.
 
-Throughput does not depend on the weights. The configurations are the published ones (stable-diffusion-v1-5 and
-stable-diffusion-3.5-medium), for 512 pixels. Two things differ: prompts are cut into the embedded model's tokens and
-padded to 77, as CLIP's vocabulary is not at hand; and SD3.5 has no T5, whose 256 tokens diffusers then fills with
-zeros, so that the denoiser has as many to attend to.
+Throughput does not depend on the weights. The configurations are the published ones (stable-diffusion-v1-5,
+stable-diffusion-xl-base-1.0 and stable-diffusion-3.5-medium), SDXL's for 1024 pixels and the others for 512. Two things
+differ: prompts are cut into the embedded model's tokens and padded to 77, as CLIP's vocabulary is not at hand; and
+SD3.5 has no T5, whose 256 tokens diffusers then fills with zeros, so that the denoiser has as many to attend to.
 """
 
 import shutil
@@ -15,15 +15,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "adascope_fast" / "assets" / "scenes" / "tokenizer"
+SDXL = Path(__file__).parents[2] / "configs" / "published" / "sdxl"
 
 CLIP_L = dict(
     hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, hidden_act="quick_gelu",
@@ -51,7 +54,7 @@ SD35_TRANSFORMER: dict[str, Any] = dict(
 
 
 def build(name: str) -> Any:
-    """The pipeline `sd15` or `sd35m`; on the meta device it costs nothing."""
+    """The pipeline `sd15`, `sdxl` or `sd35m`; on the meta device it costs nothing."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
     if name == "sd15":
         return StableDiffusionPipeline(
@@ -67,6 +70,17 @@ def build(name: str) -> Any:
             feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
+    if name == "sdxl":
+        return StableDiffusionXLPipeline(
+            vae=_published(AutoencoderKL, "vae"),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L)),  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)),  # type: ignore[arg-type]
+            tokenizer_2=tokenizer,
+            unet=_published(UNet2DConditionModel, "unet"),
+            scheduler=_published(EulerDiscreteScheduler, "scheduler"),
+            force_zeros_for_empty_prompt=True,
+        )
     if name == "sd35m":
         return StableDiffusion3Pipeline(
             vae=AutoencoderKL(
@@ -82,7 +96,11 @@ def build(name: str) -> Any:
             transformer=SD3Transformer2DModel(**SD35_TRANSFORMER),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )  # fmt: skip
-    raise ValueError(f"models are sd15 and sd35m, got {name!r}")
+    raise ValueError(f"models are sd15, sdxl and sd35m, got {name!r}")
+
+
+def _published(model_class: Any, part: str) -> Any:
+    return model_class.from_config(model_class.load_config(SDXL / part))
 
 
 def main() -> None:

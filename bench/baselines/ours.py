@@ -91,7 +91,7 @@ def configuration(setting: Setting) -> Config:
         },
         "log": {"trackers": []},
     }
-    values["sampler"]["eta" if setting.family == "sd" else "noise_level"] = setting.noise
+    values["sampler"]["noise_level" if setting.family == "sd3" else "eta"] = setting.noise
     for section, keys in setting.options.get("config", {}).items():
         values.setdefault(section, {}).update(keys)
     try:
