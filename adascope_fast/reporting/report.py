@@ -176,7 +176,7 @@ def _variety(evaluation: Record) -> list[tuple[str, str, str, str]]:
         old, new = _value(before, name), _value(after, name)
         if not (math.isnan(old) and math.isnan(new)):
             shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in (old, new)]
-            change = "-" if math.isnan(new - old) or not old else f"{new / old - 1:+.0%}"
+            change = "-" if math.isnan(new - old) or not old else f"{round(new / old - 1, 2) + 0.0:+.0%}"
             rows.append((name.replace("_", " "), *shown, change))
     return rows
 
