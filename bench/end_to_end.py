@@ -31,7 +31,7 @@ from baselines.common import Setting
 HERE = Path(__file__).parent
 SCENES = HERE.parent / "adascope_fast" / "assets" / "scenes"
 EAGER, OURS, TRL = (HERE / "baselines" / name for name in ("eager.py", "ours.py", "trl_ddpo.py"))
-SWEEP = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+SWEEP = (0.1, 0.3, 0.6, 1.0)
 
 
 @dataclass(frozen=True)
