@@ -91,12 +91,9 @@ class LoraWeights:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """ValueError where they are another adapter's."""
-        result = set_peft_model_state_dict(self.denoiser, tensors, adapter_name=ADAPTER)
-        if result.unexpected_keys:
-            raise ValueError(
-                f"the adapter does not fit this model: unexpected {result.unexpected_keys[:2]}; "
-                f"use the model.lora_rank and model.lora_targets that it was trained with"
-            )
+        advice = "use the model.name, model.lora_rank and model.lora_targets that it was trained with"
+        _refuse_what_does_not_fit(tensors, self.tensors(), advice)
+        set_peft_model_state_dict(self.denoiser, tensors, adapter_name=ADAPTER)
 
     def save(self, pipeline: Any, folder: Path) -> None:
         """diffusers' LoRA format: `pipe.load_lora_weights(folder)`."""
@@ -140,12 +137,8 @@ class FullWeights:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """ValueError where they are another model's."""
-        try:
-            self.denoiser.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the checkpoint does not fit this model: {error}; use the model it was made with"
-            ) from None
+        _refuse_what_does_not_fit(tensors, self.tensors(), "use the model.name that it was trained with")
+        self.denoiser.load_state_dict(tensors)
 
     def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
         """A diffusers model folder: `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, say."""
@@ -153,6 +146,13 @@ class FullWeights:
 
     def merge(self) -> None:
         """It is a plain denoiser already."""
+
+
+def _refuse_what_does_not_fit(given: dict[str, Tensor], wanted: dict[str, Tensor], advice: str) -> None:
+    for name in sorted(given.keys() | wanted.keys()):
+        has, wants = (list(part[name].shape) if name in part else "nothing" for part in (given, wanted))
+        if has != wants:
+            raise ValueError(f"the checkpoint does not fit this model: of {name} it has {has}, not {wants}; {advice}")
 
 
 class Ema:

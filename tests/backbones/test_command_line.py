@@ -214,3 +214,18 @@ def test_a_scheduler_whose_steps_are_not_affine_is_refused_by_name(tiny, tmp_pat
     path.write_text(json.dumps(config))
     line = _mistake(lambda _: folder, "sdxl", tmp_path)
     assert f"steps must be affine in the output, but {option} is True; set {option}=False" in line
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_weights_of_another_model_are_refused_in_one_line(tiny, tmp_path: Path, train: str):
+    run = tmp_path / "run"
+    _train(tiny, "sd", run, f"model.train={train}", "train.iterations=1")
+    text = (run / "config.toml").read_text()
+    for old, new in [(str(tiny("sd")), str(tiny("sdxl"))), ("lora_rank = 4", "lora_rank = 8")][: 2 - (train == "full")]:
+        assert old in text
+        (run / "config.toml").write_text(text.replace(old, new))
+        for command in (["sample", run, "--prompt", CAPTION], ["merge", run, tmp_path / "merged"]):
+            code, out, err = _call(*command)
+            assert (code, out, len(err.splitlines())) == (2, "", 1)
+            assert "the checkpoint does not fit this model: of " in err
+            assert "that it was trained with" in err

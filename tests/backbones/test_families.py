@@ -159,6 +159,16 @@ def test_the_default_targets_are_layers_of_the_real_model(model, family: str):
     assert all(any(name.endswith(target) for target in model.default_targets) for name in adapted)
 
 
+def test_an_adapter_that_is_not_whole_is_refused(tiny):
+    model = _load(tiny("sd"))
+    tensors = model.adapter_tensors()
+    name = sorted(tensors)[0]
+    with pytest.raises(ValueError, match=f"of {name} it has nothing, not .*, model.lora_rank and model.lora_targets"):
+        model.load_adapter_tensors({key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(ValueError, match=r"of zebra it has \[2\], not nothing"):
+        model.load_adapter_tensors(tensors | {"zebra": torch.zeros(2)})
+
+
 def test_full_fine_tuning_round_trips(family: str, tiny, tmp_path: Path):
     model = _load(tiny(family), train="full", keep_reference=True)
     assert sum(p.numel() for p in model.trainable_parameters()) == sum(p.numel() for p in model.denoiser.parameters())
