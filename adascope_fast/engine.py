@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -30,39 +30,12 @@ from adascope_fast.per_sample import PerSampleGradients
 from adascope_fast.rollout import Denoising, EncodedPrompts, predict, rollout
 from adascope_fast.schedules import Schedule
 from adascope_fast.scoring import Score, Scoring
+from adascope_fast.settings import Settings as Settings
+from adascope_fast.settings import usual_microbatch as usual_microbatch
 from adascope_fast.theory import measured_uncertainty
 from adascope_fast.timesteps import TimestepSelector
 from adascope_fast.trajectory import StepBatch, Trajectory
 from adascope_fast.update_statistics import UpdateStatistics, as_json
-
-ROWS_THAT_PAY = 64
-"""Rows of a training forward up to which more of them are cheaper each (a quarter on a CPU, from 16 to 64)."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an iteration is carried out. Batches change memory and speed, never the result beyond rounding.
-
-    `microbatch` None is the rollout's batch, or what makes 64 rows of a forward if that is more; both batches are
-    halved where memory runs out. `update` "one_pass" saves the replay's forward pass, see `adascope_fast.one_pass`;
-    `fold_adapter` adds LoRA to float32 base weights while nothing is differentiated. `tail_share` below 1 replaces the
-    steps after a sample's last trained one by that share of them, of a second-order ODE solver; they have to be known
-    beforehand, and a rollout that the selector looks at is sampled in full.
-    """
-
-    guidance_scale: float
-    rollout_batch: int
-    microbatch: int | None = None
-    updates_per_iteration: int = 1
-    max_grad_norm: float = 1.0
-    update: Literal["replay", "one_pass"] = "replay"
-    fold_adapter: bool = False
-    tail_share: float = 1.0
-
-
-def usual_microbatch(rollout_batch: int, guidance_scale: float) -> int:
-    """Pairs of a training forward where none are asked for; guidance makes two rows of each."""
-    return max(rollout_batch, ROWS_THAT_PAY // (1 if guidance_scale == 1 else 2))
 
 
 @dataclass
@@ -94,18 +67,7 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
     ) -> None:
-        if settings.update == "one_pass" and (settings.updates_per_iteration != 1 or algorithm.kl_weight):
-            raise ValueError(
-                "one_pass makes one update an iteration, without KL, got "
-                f"{settings.updates_per_iteration} updates and kl_weight = {algorithm.kl_weight}; use update = 'replay'"
-            )
-        is_early = settings.update == "one_pass" or settings.tail_share < 1
-        if is_early and not algorithm.attribution.is_known_ahead:
-            raise ValueError(
-                "one_pass and a tail_share below 1 need the weights before the rollout, and "
-                f"{algorithm.attribution.weights!r} is known after it; use weights 'uniform' or 'discount', or "
-                f"update = 'replay' and tail_share = 1"
-            )
+        settings.check(algorithm)
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
         self.rollout_batch = settings.rollout_batch

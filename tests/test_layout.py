@@ -17,6 +17,7 @@ PACKAGE = CHECKOUT / "adascope_fast"
 _TABLES = {"trajectory", "schedules", "ops"}
 _ENGINE = {
     "acceleration",
+    "settings",
     "update_statistics",
     "ode_tail",
     "one_pass",
@@ -73,6 +74,7 @@ BELOW: dict[str, set[str]] = {
     "metrics": {"prompts", "rewards"},
     "reporting": set(),
     "acceleration": set(),
+    "settings": {"algorithms"},
     "update_statistics": set(),
     "per_sample": {"backbones"},
     "scoring": {"backbones"},
