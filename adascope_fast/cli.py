@@ -3,6 +3,7 @@
 A user's mistake is one line on standard error and exit code 2; ADASCOPE_FAST_DEBUG=1 shows where it was raised.
 """
 
+import math
 import os
 import signal
 import sys
@@ -116,11 +117,13 @@ def _resumed(folder: Path, overrides: list[str]) -> Config:
 def _print(result: "Result", config: Config) -> None:
     before, after, gain = result.before, result.after, result.difference
     seconds = {name: round(value, 1) for name, value in result.seconds.items()}
+    reach = f"95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}"
+    if math.isnan(gain["low"]):
+        reach = "no interval from one prompt"
     shown = ", ".join(f"{name} {value:g}" for name, value in seconds.items() if name != "run")
     print(
         f"held-out {config.reward.name}: {before['mean']:.3f} -> {after['mean']:.3f} "
-        f"({gain['mean']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}, "
-        f"{after['num_images']} pictures)"
+        f"({gain['mean']:+.3f}, {reach}, {after['num_images']} pictures)"
     )
     print(f"steps trained: {result.fraction_trained:.0%} of the (picture, step) pairs")
     print(f"seconds: {shown}; with evaluation {seconds['run']:g} in all")

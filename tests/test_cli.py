@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from PIL import Image
 
 from adascope_fast import cli
+from adascope_fast.config import Config
+from adascope_fast.train import Result
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.toml")
 SMALLEST = ["sampler.num_steps=4", "train.prompts_per_iteration=1", "evaluation.num_prompts=1"]
@@ -107,11 +110,20 @@ def test_train_ends_with_what_was_gained_trained_and_spent_and_where_to_read_it(
     evaluation = json.loads((run / "evaluation.json").read_text())
     before, after = evaluation["before"]["mean"], evaluation["after"]["mean"]
     assert gained.startswith(f"held-out scene_attributes: {before:.3f} -> {after:.3f} (")
-    assert "95 % interval" in gained
+    assert "no interval from one prompt" in gained
     assert trained.startswith("steps trained: ")
     assert all(part in seconds for part in ("rollout ", "reward ", "sensing ", "update "))
     assert report == f"report: {run / 'report.html'}"
     assert (run / "report.html").is_file()
+
+
+def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    before = {"mean": 0.5, "low": math.nan, "high": math.nan, "num_images": 4}
+    gain = {"mean": 0.25, "low": math.nan, "high": math.nan}
+    after = before | {"mean": 0.75}
+    cli._print(Result(before, after, gain, 0.5, {"run": 1.0}, tmp_path, tmp_path / "report.html"), Config())
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "held-out scene_attributes: 0.500 -> 0.750 (+0.250, no interval from one prompt, 4 pictures)"
 
 
 def test_an_existing_run_is_left_alone_without_overwrite(run: Path):
