@@ -8,7 +8,6 @@ uncertainty of each step, measured (1 - correlation of the latents around it) an
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from adascope_fast import rewards
 from adascope_fast.adascope import AdaScope
 from adascope_fast.building import selector_of, sensor_of
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.curves import host
+from adascope_fast.curves import finite_mean, host
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.sensing import Curves, DecodedSensor
 from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
@@ -170,15 +169,11 @@ def _curves(trajectory: Trajectory, sensed: Curves, judged: Curves) -> dict[str,
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(trajectory.prompts):
         rows.setdefault(prompt, []).append(row)
-    shown = {name: np.stack([_mean(host(values)[own]) for own in rows.values()]) for name, values in parts.items()}
+    shown = {
+        name: np.stack([finite_mean(host(values)[own]) for own in rows.values()]) for name, values in parts.items()
+    }
     shown["uncertainty"] = np.stack([1 - host(measured_correlation(trajectory.latents[own])) for own in rows.values()])
     return {name: _summary(values) for name, values in shown.items()}
-
-
-def _mean(rows: np.ndarray) -> np.ndarray:
-    """Over the samples that were sensed."""
-    finite = rows[np.isfinite(rows).all(1)]
-    return finite.mean(0) if len(finite) else np.full(rows.shape[1], np.nan)
 
 
 def _summary(prompts: np.ndarray) -> dict[str, list[float | None]]:
@@ -205,7 +200,7 @@ def _decide(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, kappa: f
         std_start=float(starts.std()),
         std_end=float(ends.std()),
         fraction=told["fraction"],
-        reasons=dict(Counter(told["reasons"])),
+        reasons=told["reasons"],
         intervals=told["intervals"],
     )
 

@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -103,7 +104,7 @@ def read(folder: Path) -> dict[str, Any]:
         "reward_in_training": [record["reward_mean"] for record in stats],
         "interval": [mean(one[key] for one in intervals) for key in ("mean_start", "mean_end")] if intervals else None,
         "curves": intervals[0].get("curves") if intervals else None,
-        "reasons": _summed(one.get("reasons", {}) for one in intervals),
+        "reasons": dict(sum((Counter(one.get("reasons", {})) for one in intervals), Counter())),
     }
 
 
@@ -175,14 +176,6 @@ def _sensed(axis: Any, one: dict[str, Any]) -> None:
 def _spread(values: list[float]) -> dict[str, float]:
     spread = stdev(values) if len(values) > 1 else 0.0
     return {"mean": mean(values), "std": spread, "low": min(values), "high": max(values)}
-
-
-def _summed(counts: Any) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in counts:
-        for reason, number in one.items():
-            total[reason] = total.get(reason, 0) + number
-    return total
 
 
 if __name__ == "__main__":
