@@ -304,13 +304,10 @@ class Engine:
         with self._autocast():
             return predict(self.backbone, encoded, micro.sample, micro.timestep, micro.prompt_index, scale)
 
-    def _guided(self, output: Tensor, without: Tensor | None) -> Tensor:
-        return output if without is None else without + self.settings.guidance_scale * (output - without)
-
     @torch.no_grad()
     def _reference(self, encoded: EncodedPrompts, micro: StepBatch) -> Tensor:
         with self.backbone.reference_policy():
-            return self._guided(*self._outputs(encoded, micro))
+            return ops.guide(*self._outputs(encoded, micro), self.settings.guidance_scale)
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from adascope_fast import reference
 from adascope_fast.reference import correlation_from_state as correlation_from_state
+from adascope_fast.reference import guide as guide
 
 CHOICES = ("auto", "triton", "reference")
 

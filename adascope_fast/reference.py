@@ -22,6 +22,7 @@ from adascope_fast.reference_policy import dpok_policy_loss as dpok_policy_loss
 from adascope_fast.reference_policy import transition_policy_grad as transition_policy_grad
 from adascope_fast.reference_policy import transition_policy_loss as transition_policy_loss
 from adascope_fast.reference_transition import gaussian_kl as gaussian_kl
+from adascope_fast.reference_transition import guide as guide
 from adascope_fast.reference_transition import guided_transition_log_prob as guided_transition_log_prob
 from adascope_fast.reference_transition import transition_log_prob as transition_log_prob
 from adascope_fast.reference_transition import transition_step as transition_step

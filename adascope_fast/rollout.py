@@ -139,9 +139,7 @@ class Denoising:
         output, without = predict(
             self.backbone, self.encoded, sample, schedule.timesteps[step], prompt_index, self.guidance_scale
         )
-        output = output.float()
-        if without is not None:
-            output = torch.lerp(without.float(), output, self.guidance_scale)
+        output = ops.guide(output, without, self.guidance_scale)
         of_x, of_output = schedule.x0_coef[step].view(len(sample), 2, *[1] * (sample.dim() - 1)).unbind(1)
         return of_x * sample + of_output * output
 
