@@ -27,15 +27,20 @@ class Acceleration:
     matmul_precision: Literal["highest", "high"] = "highest"
 
 
-def accelerate(denoiser: nn.Module, acceleration: Acceleration, device: torch.device) -> dict[str, str]:
+def accelerate(
+    denoiser: nn.Module, acceleration: Acceleration, device: torch.device, *, decoder: nn.Module | None = None
+) -> dict[str, str]:
     """Prepare the denoiser, in place, on its device; what was done for each key, and why, in words.
+
+    Args:
+        decoder: what makes pictures of latents, whose memory layout is chosen with the denoiser's.
 
     Raises:
         ValueError: something was asked for that this device or model has not.
     """
     torch.set_float32_matmul_precision(acceleration.matmul_precision)
     return {
-        "channels_last": _channels_last(denoiser, acceleration.channels_last, device),
+        "channels_last": _channels_last((denoiser, decoder), acceleration.channels_last),
         "compile": _compile(denoiser, acceleration, device),
         "fused_optimizer": "on" if is_fused(acceleration) else "off",
         "fold_adapter": "on" if folds(acceleration) else "off",
@@ -53,12 +58,18 @@ def folds(acceleration: Acceleration) -> bool:
     return acceleration.fold_adapter == "on" or (acceleration.fold_adapter == "auto" and not acceleration.cuda_graphs)
 
 
-def _channels_last(denoiser: nn.Module, choice: Switch, device: torch.device) -> str:
-    has_convolutions = any(isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) for layer in denoiser.modules())
-    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and has_convolutions)):
-        return "off" if choice == "off" else "off: pays for convolutions on a GPU"
-    denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return "on"
+def _channels_last(models: tuple[nn.Module | None, ...], choice: Switch) -> str:
+    if choice == "off":
+        return "off"
+    chosen = [model for model in models if model is not None and (choice == "on" or _convolves(model))]
+    for model in chosen:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return f"on: {', '.join(type(model).__name__ for model in chosen)}" if chosen else "off: pays for convolutions"
+
+
+def _convolves(model: nn.Module) -> bool:
+    """Whether it has convolutions whose windows overlap; those that cut a picture into patches gain nothing."""
+    return any(isinstance(layer, nn.Conv2d) and layer.kernel_size > layer.stride for layer in model.modules())
 
 
 def _compile(denoiser: nn.Module, acceleration: Acceleration, device: torch.device) -> str:

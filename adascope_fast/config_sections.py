@@ -191,7 +191,7 @@ class AccelerationChoice(Section):
     cuda_graphs: bool = False
     """Compiled parts run as CUDA graphs."""
     channels_last: Literal["auto", "on", "off"] = "auto"
-    """Memory layout of convolutions; `auto`: on for UNets on a GPU."""
+    """Memory layout of convolutions; `auto`: on for UNets and VAEs."""
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
     """One kernel for all parameters, which also skips an update that is not finite without asking the host."""
     fold_adapter: Literal["auto", "on", "off"] = "auto"

@@ -128,7 +128,8 @@ class Trainer:
         sampler = config.sampler
         self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
         acceleration = Acceleration(**config.acceleration.model_dump())
-        chosen = accelerate(self.backbone.denoiser, acceleration, self.accelerator.device)
+        device, vae = self.accelerator.device, self.backbone.vae
+        chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)
         self.acceleration = {"attention": self.backbone.attention, **chosen}
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
         sensor = sensor_of(config, self.backbone, self.reward, Path(config.run.folder))

@@ -1,12 +1,15 @@
 """Does it pay to train AdaScope's interval? Against every step, random steps, and the steps that AdaScope leaves out.
 
     python bench/adascope.py [--rewards R ...] [--seeds 0 1 2] [--iterations N] [--jobs J] [--set KEY=VALUE ...]
+        [--arms A ...] [--variant NAME KEY=VALUE ...]
 
 Arms, for each reward and seed, on the same prompts, noise seeds and settings:
 - adascope: the interval of each prompt;
 - every_step: all of them;
 - random_fraction: as many steps as AdaScope trained in the same run, drawn at random for each picture;
-- complement: the steps that AdaScope would leave out. If the interval is what matters, this arm loses.
+- complement: the steps that AdaScope would leave out. If the interval is what matters, this arm loses;
+- late_steps (not by default): from 65 to 95 % of the way, where the picture is all but finished.
+Each --variant is one more arm: AdaScope with other settings.
 
 Each run is a process with one thread; seconds are its CPU seconds in training, so what else runs on the machine matters
 little. Finished runs in --work are not repeated. Writes JSON with the machine, versions and date, a plot, and a table.
@@ -19,17 +22,20 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import accumulate, cycle, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from baselines import report
 
+from adascope_fast.config import Config
+
 HERE = Path(__file__).parent
 REWARDS = ("scene_attributes", "jpeg_compressibility")
 ARMS = ("adascope", "every_step", "random_fraction", "complement")
-COLOURS = {"adascope": "#c0392b", "every_step": "#2c3e50", "random_fraction": "#2980b9", "complement": "#7f8c8d"}
+COLOURS = ("#c0392b", "#2c3e50", "#2980b9", "#7f8c8d", "#e67e22", "#8e44ad", "#16a085", "#f1c40f", "#d35400", "#27ae60")
+LATE = (0.65, 0.95)
 
 
 def main() -> None:
@@ -38,8 +44,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE.parent / "configs" / "quickstart.toml")
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, "late_steps"])
+    parser.add_argument("--variant", nargs="+", action="append", default=[], metavar=("NAME", "section.field=value"))
     parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--every", type=int, default=4, help="iterations from one evaluation to the next")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to every run")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "adascope")
@@ -50,7 +58,8 @@ def main() -> None:
     with ThreadPoolExecutor(chosen.jobs) as pool:
         rows = list(pool.map(lambda case: run_arms(case[0], case[1], chosen), product(chosen.rewards, chosen.seeds)))
     summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
-    values = {"iterations": chosen.iterations, "settings": chosen.set, "runs": rows, "summary": summary}
+    values = {"iterations": chosen.iterations, "settings": chosen.set, "variants": chosen.variant}
+    values |= {"runs": rows, "summary": summary}
     chosen.out.parent.mkdir(exist_ok=True)
     chosen.out.write_text(json.dumps(report.facts("adascope.py", device="no GPU used") | values, indent=1) + "\n")
     plot(rows, chosen.out.with_suffix(".png"))
@@ -59,12 +68,17 @@ def main() -> None:
 
 
 def run_arms(reward: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
-    """The four arms of one reward and seed, AdaScope first: its share of steps is that of the random ones."""
+    """The arms of one reward and seed, AdaScope first: its share of steps is that of the random ones."""
     arms: dict[str, Any] = {}
-    for arm in chosen.arms:
-        overrides = [f"selector.name={arm}"]
+    variants = {name: ["selector.name=adascope", *changes] for name, *changes in chosen.variant}
+    for arm in (*chosen.arms, *variants):
+        overrides = variants.get(arm, [f"selector.name={arm}"])
         if arm == "random_fraction":
             overrides.append(f"selector.fraction={arms['adascope']['fraction_trained']:.4f}")
+        if arm == "late_steps":
+            total = Config.load(chosen.config, chosen.set).sampler.num_steps
+            first, last = (round(share * total) for share in LATE)
+            overrides = ["selector.name=static_range", f"selector.start={first}", f"selector.end={last}"]
         arms[arm] = run(chosen.work / f"{reward}-{seed}-{arm}", reward, seed, overrides, chosen)
     return {"reward": reward, "seed": seed, "arms": arms}
 
@@ -72,7 +86,12 @@ def run_arms(reward: str, seed: int, chosen: argparse.Namespace) -> dict[str, An
 def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
     """Train once, unless it was done before, and return what the run folder says."""
     if not (folder / "report.html").is_file():
-        shared = [f"run.folder={folder}", f"run.seed={seed}", f"reward.name={reward}", "evaluation.every=4"]
+        shared = [
+            f"run.folder={folder}",
+            f"run.seed={seed}",
+            f"reward.name={reward}",
+            f"evaluation.every={chosen.every}",
+        ]
         shared += [f"train.iterations={chosen.iterations}", "log.trackers=[]", *chosen.set]
         command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(chosen.config), *shared]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -109,13 +128,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over the seeds of one reward: gain, cost, diversity of every arm; the spread of AdaScope's interval."""
+    """Over the seeds of one reward: gain, fall, cost, diversity of every arm; the spread of AdaScope's interval."""
     arms = {}
     for arm in rows[0]["arms"]:
         runs = [row["arms"][arm] for row in rows]
         ends = [one["points"][-1] for one in runs]
         arms[arm] = {
             "gain": _spread([one["difference"]["mean"] for one in runs]),
+            "fall": _spread([_fall([point["reward"] for point in one["points"]]) for one in runs]),
             "pairs": mean(end["pairs"] for end in ends),
             "cpu_seconds": mean(end["cpu_seconds"] for end in ends),
             "diversity": [mean(one["diversity"][when] for one in runs) for when in (0, 1)],
@@ -128,13 +148,14 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| reward | arm | gain, mean and spread over seeds | pairs | CPU s | diversity | contrast |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| reward | arm | gain, mean and range over seeds | largest fall | pairs | CPU s | diversity | contrast |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for reward, values in summary.items():
         for arm, one in values["arms"].items():
             change = [f"{one[name][0]:.3f} to {one[name][1]:.3f}" for name in ("diversity", "contrast")]
             gain = f"{one['gain']['mean']:+.3f} ({one['gain']['low']:+.3f} to {one['gain']['high']:+.3f})"
-            cells = (reward, arm, gain, f"{one['pairs']:.0f}", f"{one['cpu_seconds']:.0f}", *change)
+            costs = (f"{one['fall']['high']:.3f}", f"{one['pairs']:.0f}", f"{one['cpu_seconds']:.0f}")
+            cells = (reward, arm, gain, *costs, *change)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -150,11 +171,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(len(rewards), 3, figsize=(13, 3.6 * len(rewards)), squeeze=False)
     for (by_pairs, by_seconds, sensed), reward in zip(axes, rewards, strict=True):
         for row in (row for row in rows if row["reward"] == reward):
-            for arm, one in row["arms"].items():
+            for (arm, one), colour in zip(row["arms"].items(), cycle(COLOURS), strict=False):
                 gains = [point["reward"] - one["points"][0]["reward"] for point in one["points"]]
                 label = arm if row is next(r for r in rows if r["reward"] == reward) else None
                 for axis, key in ((by_pairs, "pairs"), (by_seconds, "cpu_seconds")):
-                    axis.plot([p[key] for p in one["points"]], gains, color=COLOURS[arm], label=label, alpha=0.8)
+                    axis.plot([p[key] for p in one["points"]], gains, color=colour, label=label, alpha=0.8)
             if "adascope" in row["arms"]:
                 _sensed(sensed, row["arms"]["adascope"])
         by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="held-out reward, gain")
@@ -171,6 +192,11 @@ def _sensed(axis: Any, one: dict[str, Any]) -> None:
         known = [(x, value) for x, value in enumerate(values) if value is not None]
         axis.plot(*zip(*known, strict=True), color="#2980b9" if name == "preference" else "#27ae60")
     axis.axvspan(*one["interval"], color="#c0392b", alpha=0.08)
+
+
+def _fall(rewards: list[float]) -> float:
+    """How far the reward fell from the best it had been: 0 for a run that never swung back."""
+    return max(best - now for best, now in zip(accumulate(rewards, max), rewards, strict=True))
 
 
 def _spread(values: list[float]) -> dict[str, float]:

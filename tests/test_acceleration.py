@@ -69,10 +69,19 @@ def test_inductors_gradient_is_the_same():
 
 def test_channels_last_has_the_same_gradient():
     plain, other = (backbones.load("scenes", rank=2) for _ in range(2))
-    assert accelerate(other.denoiser, Acceleration(channels_last="on"), CPU)["channels_last"] == "on"
-    assert other.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    done = accelerate(other.denoiser, Acceleration(), CPU, decoder=other.vae)
+    assert done["channels_last"] == "on: UNet2DConditionModel, AutoencoderKL"
+    for convolution in (other.denoiser.conv_in, other.vae.decoder.conv_in):
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     want, got = _step(plain)[0], _step(other)[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+
+
+def test_a_transformer_keeps_its_layout():
+    """Its one convolution cuts patches, which do not overlap."""
+    flow = backbones.load("scenes-flow", rank=2)
+    assert accelerate(flow.denoiser, Acceleration(), CPU)["channels_last"] == "off: pays for convolutions"
+    assert flow.denoiser.pos_embed.proj.weight.is_contiguous()
 
 
 def test_what_does_not_pay_here_stays_off_and_says_why(make_toy: Callable):

@@ -1,5 +1,6 @@
 """The comparison of AdaScope with its controls: what it reads of a run, and how it sums it up."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -64,8 +65,39 @@ def test_the_summary_is_over_seeds_and_the_plot_is_drawn(bench: Any, tmp_path: P
     assert summary["arms"]["adascope"]["gain"] == pytest.approx(gain)
     assert summary["start"]["mean"] == 2.5
     assert summary["end"]["low"] == 6.0
-    assert "| r | adascope | +0.300 (+0.200 to +0.400) | 60 | 6 | 0.400 to 0.300 | 0.200 to 0.100 |" in bench.table(
-        {"r": summary}
+    assert (
+        "| r | adascope | +0.300 (+0.200 to +0.400) | 0.000 | 60 | 6 | 0.400 to 0.300 | 0.200 to 0.100 |"
+        in bench.table({"r": summary})
     )
     bench.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_a_run_that_swung_back_has_fallen_from_its_best(bench: Any, tmp_path: Path):
+    run = bench.read(_run(tmp_path / "run", after=0.45, start=2.0))
+    summary = bench.summarise([{"reward": "r", "seed": 0, "arms": {"adascope": run}}])
+    assert summary["arms"]["adascope"]["fall"]["high"] == pytest.approx(0.15)  # from 0.6, not from the start
+
+
+def test_arms_and_variants_differ_in_what_they_say_they_do(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, list[str]] = {}
+
+    def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: Any) -> dict[str, Any]:
+        asked[folder.name] = overrides
+        return {"fraction_trained": 0.45}
+
+    monkeypatch.setattr(bench, "run", run)
+    chosen = argparse.Namespace(
+        arms=["adascope", "random_fraction", "late_steps"],
+        variant=[["slow", "train.learning_rate=1e-3"]],
+        work=tmp_path,
+        config=BENCH / "compressibility_flow.toml",
+        set=["sampler.num_steps=40"],
+    )
+    bench.run_arms("r", 0, chosen)
+    assert asked == {
+        "r-0-adascope": ["selector.name=adascope"],
+        "r-0-random_fraction": ["selector.name=random_fraction", "selector.fraction=0.4500"],
+        "r-0-late_steps": ["selector.name=static_range", "selector.start=26", "selector.end=38"],
+        "r-0-slow": ["selector.name=adascope", "train.learning_rate=1e-3"],
+    }
