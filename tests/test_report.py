@@ -6,140 +6,33 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from run_folders import COLUMNS, HOSTILE, NUM_STEPS, PROMPTS, make_run, page_of, pictures_of, record_of, words_of
 
-from adascope_fast.config import Config
-from adascope_fast.reporting import figures, save_grid, write_report
+from adascope_fast.reporting import figures, write_report
 from adascope_fast.reporting.by_step import MEANINGS, starts_and_ends
-
-HOSTILE = '<script>alert(1)</script> & "quotes"'
-PROMPTS = [HOSTILE, "two small red circles on a grey background", "a large blue star at the top on white"]
-TILE, COLUMNS, NUM_STEPS = 64, 4, 20
 
 TITLE_OF_HISTOGRAM = "starts and ends, of all prompts and iterations"
 
 
-def _pictures(seed: int) -> np.ndarray:
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:TILE, :TILE]
-    pictures = np.full((len(PROMPTS) * COLUMNS, 3, TILE, TILE), 0.85, np.float32)
-    for picture in pictures:
-        inside = (x - random.uniform(15, 48)) ** 2 + (y - random.uniform(15, 48)) ** 2 < random.uniform(6, 16) ** 2
-        picture[:, inside] = random.uniform(0, 0.8, (3, 1))
-    return pictures
-
-
-def _record(iteration: int) -> dict:
-    random = np.random.default_rng(iteration)
-    start, end = 4 + 2 * random.random(len(PROMPTS)), 12 + 3 * random.random(len(PROMPTS))
-    intervals = np.stack([start, end], 1).round().astype(int)
-    fraction = float((intervals[:, 1] - intervals[:, 0]).mean() / NUM_STEPS)
-    return {
-        "iteration": iteration,
-        "reward_mean": 0.5 + 0.006 * iteration + 0.02 * random.standard_normal(),
-        "reward_std": 0.2,
-        "loss": 1e-4 * random.standard_normal(),
-        "approx_kl": 1e-6 * (1 + random.random()),
-        "clipfrac": 0.2 + 0.1 * random.random(),
-        "ratio_max_deviation": 2e-4,
-        "grad_norm": 0.01 + 0.01 * random.random(),
-        "fraction_trained": fraction,
-        "pairs_trained": round(fraction * NUM_STEPS * 32),
-        "learning_rate": 3e-4,
-        "selector": {
-            "intervals": intervals.tolist(),
-            "prompts": PROMPTS,
-            "reasons": {"knee": 2, "fallback:no_gain": 1},
-            "mean_start": float(intervals[:, 0].mean()),
-            "mean_end": float(intervals[:, 1].mean()),
-            "curves": {
-                "preference": np.linspace(0.5, 1.0, NUM_STEPS + 1).tolist(),
-                "volatility": np.geomspace(0.2, 0.001, NUM_STEPS).tolist(),
-            },
-        },
-        "steps": _by_step(iteration),
-        "seconds": {"rollout": 1.5, "reward": 0.25, "sensing": 0.05, "update": 2.0, "other": 0.2},
-        "nonfinite": 0,
-    }
-
-
-def _by_step(iteration: int) -> dict:
-    """Curves that differ between early and late iterations; a step that was never trained has none."""
-    gradient = [None, *np.linspace(0.02, 0.08, NUM_STEPS - 2).tolist(), None]
-    return {
-        "uncertainty": np.linspace(0.2, 0.01, NUM_STEPS).tolist(),
-        "pairs": [0.0, *[float(iteration)] * (NUM_STEPS - 2), 0.0],
-        "ratio_deviation": [None, *[1e-4 * (1 + iteration)] * (NUM_STEPS - 2), None],
-        "clipfrac": [None, *[0.1] * (NUM_STEPS - 2), None],
-        "gradient_share": gradient,
-    }
-
-
-def _make_run(folder: Path, *, iterations: int = 30) -> Path:
-    samples = folder / "samples"
-    samples.mkdir(parents=True)
-    (folder / "config.toml").write_text(Config.load(None, [f"run.folder='{HOSTILE}'", "train.iterations=30"]).to_toml())
-    (folder / "stats.jsonl").write_text("".join(json.dumps(_record(i)) + "\n" for i in range(iterations)))
-    attributes = {"colour": 0.61, "shape": 0.55, "count": 0.48}
-    evaluation = {
-        "reward": "scene_attributes",
-        "before": {"mean": 0.5123, "low": 0.481, "high": 0.544, "num_images": 192, "attributes": attributes}
-        | {"diversity": 0.25, "contrast": 0.26},
-        "after": {"mean": 0.6987, "low": 0.669, "high": 0.728, "num_images": 192, "attributes": {"colour": 0.83}}
-        | {"diversity": 0.2, "contrast": 0.13},
-        "difference": {"mean": 0.1864, "low": 0.151, "high": 0.222},
-        "history": [
-            {"iteration": 0, "mean": 0.5123, "low": 0.481, "high": 0.544},
-            {"iteration": 30, "mean": 0.6987, "low": 0.669, "high": 0.728},
-        ],
-    }
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    run = {
-        "status": "finished",
-        "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
-        "device": "cpu",
-        "commit": "0123abc",
-        "peak_memory_mb": 1834.2,
-        "seconds_total": 171.4,
-        "command": "adascope-fast train configs/quickstart.toml",
-    }
-    (folder / "run.json").write_text(json.dumps(run))
-    save_grid(_pictures(0), COLUMNS, samples / "before.png")
-    save_grid(_pictures(1), COLUMNS, samples / "after.png")
-    (samples / "grid.json").write_text(json.dumps({"prompts": PROMPTS, "columns": COLUMNS, "tile": TILE}))
-    return folder
-
-
-def _page(folder: Path) -> str:
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    return path.read_text(encoding="utf-8")
-
-
-def _words(page: str) -> str:
-    body = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
-    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return _make_run(tmp_path / "run")
+    return make_run(tmp_path / "run")
 
 
 def test_texts_of_the_run_are_escaped(run: Path):
-    page = _page(run)
+    page = page_of(run)
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quotes&#34;") >= 3  # caption and two alt texts
-    assert HOSTILE in _words(page)
+    assert HOSTILE in words_of(page)
 
 
 def test_page_makes_no_request(run: Path):
-    page = _page(run)
+    page = page_of(run)
     assert not re.search(r"(https?:)?//\w", re.sub(r"data:image/png;base64,[\w+/=]+", "", page))
     assert set(re.findall(r'(?:src|href)="([a-z:/]+);', page)) == {"data:image/png"}
     assert "default-src 'none'" in page
@@ -147,7 +40,7 @@ def test_page_makes_no_request(run: Path):
 
 
 def test_headline_numbers(run: Path):
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     for expected in (
         "before 0.512 95 %: 0.481 to 0.544",
         "after 0.699 95 %: 0.669 to 0.728",
@@ -179,15 +72,36 @@ def test_verdict_follows_the_interval(run: Path, low: float | None, high: float 
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation["difference"] = {"mean": 0.02, "low": low, "high": high}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     assert want in words
     assert "rose by more" not in words
 
 
 def test_variety_is_shown_beside_the_reward(run: Path):
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     assert "diversity 0.250 0.200 -20%" in words
     assert "contrast 0.260 0.130 -50%" in words
+
+
+@pytest.mark.parametrize(
+    ("means", "want"),
+    [
+        ([0.5, 0.6, 0.7], "The held-out reward was highest at the end."),
+        ([0.5, 0.75, 0.62], "highest (0.750) after 10 of 20 iterations and fell by 0.130."),
+    ],
+)
+def test_a_reward_that_swung_back_is_told(run: Path, means: list[float], want: str):
+    assert "was highest" not in words_of(page_of(run)), "with two evaluations there is nothing to tell"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["history"] = [
+        {"iteration": 10 * k, "mean": mean, "low": mean, "high": mean, "diversity": 0.3 - 0.05 * k, "contrast": 0.2}
+        for k, mean in enumerate(means)
+    ]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = page_of(run)
+    assert want in words_of(page)
+    for name in ("diversity", "contrast"):
+        assert page.count(f'aria-label="{name} by iteration"') == 1
 
 
 def test_a_single_picture_a_prompt_has_no_diversity(run: Path):
@@ -196,21 +110,21 @@ def test_a_single_picture_a_prompt_has_no_diversity(run: Path):
         evaluation[when]["diversity"] = None
         evaluation[when]["contrast"] = 0.26 if when == "before" else 0.2599
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     assert "diversity 0" not in words
     assert "contrast 0.260 0.260 +0%" in words
 
 
 def test_the_page_says_that_the_complement_was_trained(run: Path):
-    assert "as a control" not in _words(_page(run))
-    record = _record(0)
+    assert "as a control" not in words_of(page_of(run))
+    record = record_of(0)
     record["selector"]["is_complement"] = True
     (run / "stats.jsonl").write_text(json.dumps(record))
-    assert "as a control, the steps outside it were trained" in _words(_page(run))
+    assert "as a control, the steps outside it were trained" in words_of(page_of(run))
 
 
 def test_steps_are_shown_early_and_late(run: Path):
-    page = _page(run)
+    page = page_of(run)
     section = page.split("<h2>By denoising step</h2>")[1].split("</section>")[0]
     titles = re.findall(r"<h3>(.*?)</h3>", section)
     assert titles == [*(meaning for name, meaning in MEANINGS.items() if name != "structure"), TITLE_OF_HISTOGRAM]
@@ -239,16 +153,16 @@ def test_starts_and_ends_are_counted():
 
 
 def test_a_run_without_records_by_step_has_no_such_section(run: Path):
-    record = _record(0) | {"steps": {}}
+    record = record_of(0) | {"steps": {}}
     record["selector"]["curves"] = {}
     (run / "stats.jsonl").write_text(json.dumps(record))
-    assert "By denoising step" not in _page(run)
+    assert "By denoising step" not in page_of(run)
 
 
 def test_a_moving_window_is_drawn(run: Path):
-    lines = [json.dumps(_record(i) | {"selector": {"start": i, "end": i + 4, "fraction": 0.2}}) for i in range(5)]
+    lines = [json.dumps(record_of(i) | {"selector": {"start": i, "end": i + 4, "fraction": 0.2}}) for i in range(5)]
     (run / "stats.jsonl").write_text("\n".join(lines))
-    section = _page(run).split("<h2>Trained steps</h2>")[1].split("</section>")[0]
+    section = page_of(run).split("<h2>Trained steps</h2>")[1].split("</section>")[0]
     assert "records no interval" not in section
     (start,) = re.findall(r'class="line c" d="M([^"]*)"', section)
     heights = [float(point.split()[1]) for point in start.split("L")]
@@ -257,19 +171,19 @@ def test_a_moving_window_is_drawn(run: Path):
 
 
 def test_time_is_summed_and_shared(run: Path):
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     assert "rollout 45.0 s 37.5% 1.50 s" in words  # 30 iterations of 4 s, 1.5 of them rollout
     assert "update 60.0 s 50.0% 2.00 s" in words
 
 
 def test_pictures_pair_up_by_prompt(run: Path):
-    page = _page(run)
+    page = page_of(run)
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     strips = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
     assert len(strips) == 2 * len(PROMPTS)
     for index, strip in enumerate(strips):
         row, after = divmod(index, 2)
-        pictures = _pictures(after)[row * COLUMNS : (row + 1) * COLUMNS]
+        pictures = pictures_of(after)[row * COLUMNS : (row + 1) * COLUMNS]
         want = np.rint(np.concatenate(list(pictures), axis=2).transpose(1, 2, 0) * 255)
         np.testing.assert_array_equal(strip, want)
 
@@ -282,7 +196,7 @@ def test_run_stopped_in_the_middle(run: Path):
     lines = (run / "stats.jsonl").read_text().splitlines(keepends=True)
     (run / "stats.jsonl").write_text("".join(lines[:11]) + lines[11][:40])
     (run / "samples" / "after.png").write_bytes((run / "samples" / "after.png").read_bytes()[:60])
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     assert "interrupted after 11 of 30 iterations" in words
     assert "The run had not finished: there is no evaluation after training." in words
     assert "not drawn: the run had not finished" in words
@@ -290,7 +204,7 @@ def test_run_stopped_in_the_middle(run: Path):
 
 
 def test_folder_with_nothing_in_it(tmp_path: Path):
-    words = _words(_page(tmp_path))
+    words = words_of(page_of(tmp_path))
     for sentence in (
         "No evaluation was recorded",
         "No pictures were recorded",
@@ -308,35 +222,35 @@ def test_not_a_folder(tmp_path: Path):
 
 
 def test_selector_without_intervals(run: Path):
-    record = _record(0) | {"selector": {}}
+    record = record_of(0) | {"selector": {}}
     (run / "stats.jsonl").write_text(json.dumps(record) + "\n")
-    words = _words(_page(run))
+    words = words_of(page_of(run))
     assert "records no interval" in words
     assert "records no reasons" in words
 
 
 def test_values_that_are_not_finite_are_left_out(run: Path):
-    records = [_record(i) for i in range(4)]
+    records = [record_of(i) for i in range(4)]
     records[1]["reward_mean"] = math.nan
     records[2]["grad_norm"] = math.inf
     records[2]["nonfinite"] = 3
     (run / "stats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    page = _page(run)
+    page = page_of(run)
     for chart in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         assert not re.search(r"\b(nan|inf)\b", chart)
-    assert "3 log-probabilities or ratios were not finite" in _words(page)
+    assert "3 log-probabilities or ratios were not finite" in words_of(page)
 
 
 def test_iteration_run_twice_counts_once(run: Path):
     with (run / "stats.jsonl").open("a") as file:
-        file.write(json.dumps(_record(29) | {"reward_mean": 0.123456}) + "\n")
-    words = _words(_page(run))
+        file.write(json.dumps(record_of(29) | {"reward_mean": 0.123456}) + "\n")
+    words = words_of(page_of(run))
     assert "30 of 30 iterations" in words
     assert "29 0.1235" in words
 
 
 def test_charts_are_well_formed_and_stay_inside(run: Path):
-    charts = re.findall(r"<svg.*?</svg>", _page(run), flags=re.DOTALL)
+    charts = re.findall(r"<svg.*?</svg>", page_of(run), flags=re.DOTALL)
     assert len(charts) == 18
     for chart in charts:
         root = ElementTree.fromstring(chart)

@@ -61,6 +61,8 @@ def _contents(folder: Path) -> dict[str, Any]:
         "progress": _progress(stats, config),
         "headline": _headline(evaluation, config),
         "variety": _variety(evaluation),
+        "variety_charts": [(name, Markup(chart)) for name, chart in _variety_charts(evaluation)],
+        "stability": _stability(evaluation),
         "attributes": _attributes(evaluation),
         "pairs": _pairs(folder / "samples"),
         "reward_chart": Markup(_reward_chart(stats, evaluation)),
@@ -179,6 +181,29 @@ def _variety(evaluation: Record) -> list[tuple[str, str, str, str]]:
             change = "-" if math.isnan(new - old) or not old else f"{round(new / old - 1, 2) + 0.0:+.0%}"
             rows.append((name.replace("_", " "), *shown, change))
     return rows
+
+
+def _variety_charts(evaluation: Record) -> list[tuple[str, str]]:
+    """Diversity and contrast in the course of the training, where they were looked at more often than twice."""
+    history = evaluation.get("history") or []
+    if len(history) < 3:
+        return []
+    charts = [(name, figures.line_chart(_points(history, name), name)) for name in ("diversity", "contrast")]
+    return [(name, chart) for name, chart in charts if chart]
+
+
+def _stability(evaluation: Record) -> str:
+    """Whether the held-out reward kept what it had gained; nothing for less than three evaluations."""
+    found = [(_value(point, "mean"), point["iteration"]) for point in evaluation.get("history") or []]
+    found = [(mean, iteration) for mean, iteration in found if math.isfinite(mean)]
+    if len(found) < 3:
+        return ""
+    (best, when), (last, end) = max(found, key=lambda point: point[0]), found[-1]
+    if when == end:
+        return "The held-out reward was highest at the end."
+    return (
+        f"The held-out reward was highest ({best:.3f}) after {when} of {end} iterations and fell by {best - last:.3f}."
+    )
 
 
 def _attributes(evaluation: Record) -> list[tuple[str, str, str, str]]:
