@@ -11,8 +11,9 @@ Arms, for each reward and seed, on the same prompts, noise seeds and settings:
 - late_steps (not by default): from 65 to 95 % of the way, where the picture is all but finished.
 Each --variant is one more arm: AdaScope with other settings.
 
-Each run is a process with one thread; seconds are its CPU seconds in training, so what else runs on the machine matters
-little. Finished runs in --work are not repeated. Writes JSON with the machine, versions and date, a plot, and a table.
+Each run is a process with --threads threads (1); the table's seconds are its CPU seconds in training, so what else runs
+on the machine matters little. Finished runs in --work are not repeated. Writes JSON with the machine, versions and
+date, a plot, and a table.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--every", type=int, default=4, help="iterations from one evaluation to the next")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to every run")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "adascope")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
@@ -58,7 +60,12 @@ def main() -> None:
     with ThreadPoolExecutor(chosen.jobs) as pool:
         rows = list(pool.map(lambda case: run_arms(case[0], case[1], chosen), product(chosen.rewards, chosen.seeds)))
     summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
-    values = {"iterations": chosen.iterations, "settings": chosen.set, "variants": chosen.variant}
+    values = {
+        "config": chosen.config.name,
+        "iterations": chosen.iterations,
+        "settings": chosen.set,
+        "variants": chosen.variant,
+    }
     values |= {"runs": rows, "summary": summary}
     chosen.out.parent.mkdir(exist_ok=True)
     chosen.out.write_text(json.dumps(report.facts("adascope.py", device="no GPU used") | values, indent=1) + "\n")
@@ -94,7 +101,7 @@ def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: argp
         ]
         shared += [f"train.iterations={chosen.iterations}", "log.trackers=[]", *chosen.set]
         command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(chosen.config), *shared]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(chosen.threads)}
         subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL, env=environment)
     return read(folder)
 
@@ -114,10 +121,13 @@ def read(folder: Path) -> dict[str, Any]:
                 "cpu_seconds": sum(record["cpu_seconds"] for record in done),
             }
         )
+    facts = json.loads((folder / "run.json").read_text())
     intervals = [record["selector"] for record in stats if "mean_start" in record["selector"]]
     return {
         "points": points,
         "difference": evaluation["difference"],
+        "seconds": {part: sum(record["seconds"][part] for record in stats) for part in stats[0]["seconds"]},
+        **{name: facts[name] for name in ("seconds_total", "peak_memory_mb")},
         **{name: [evaluation[when][name] for when in ("before", "after")] for name in ("diversity", "contrast")},
         "fraction_trained": mean(record["fraction_trained"] for record in stats),
         "reward_in_training": [record["reward_mean"] for record in stats],
