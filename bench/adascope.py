@@ -123,6 +123,7 @@ def read(folder: Path) -> dict[str, Any]:
         )
     facts = json.loads((folder / "run.json").read_text())
     intervals = [record["selector"] for record in stats if "mean_start" in record["selector"]]
+    third = len(intervals) // 3
     return {
         "points": points,
         "difference": evaluation["difference"],
@@ -131,7 +132,8 @@ def read(folder: Path) -> dict[str, Any]:
         **{name: [evaluation[when][name] for when in ("before", "after")] for name in ("diversity", "contrast")},
         "fraction_trained": mean(record["fraction_trained"] for record in stats),
         "reward_in_training": [record["reward_mean"] for record in stats],
-        "interval": [mean(one[key] for one in intervals) for key in ("mean_start", "mean_end")] if intervals else None,
+        "interval": _mean_interval(intervals),
+        "interval_by_thirds": [_mean_interval(intervals[k * third : (k + 1) * third]) for k in range(3)],
         "curves": intervals[0].get("curves") if intervals else None,
         "reasons": dict(sum((Counter(one.get("reasons", {})) for one in intervals), Counter())),
     }
@@ -202,6 +204,10 @@ def _sensed(axis: Any, one: dict[str, Any]) -> None:
         known = [(x, value) for x, value in enumerate(values) if value is not None]
         axis.plot(*zip(*known, strict=True), color="#2980b9" if name == "preference" else "#27ae60")
     axis.axvspan(*one["interval"], color="#c0392b", alpha=0.08)
+
+
+def _mean_interval(intervals: list[dict[str, Any]]) -> list[float] | None:
+    return [mean(one[key] for one in intervals) for key in ("mean_start", "mean_end")] if intervals else None
 
 
 def _fall(rewards: list[float]) -> float:

@@ -34,7 +34,7 @@ def _run(folder: Path, *, after: float, start: float) -> Path:
         {
             "pairs_trained": 10 * (number + 1), "cpu_seconds": 2.0, "fraction_trained": 0.5, "reward_mean": 0.1,
             "seconds": {"rollout": 2.0, "update": 1.5},
-            "selector": {"mean_start": start, "mean_end": start + 4, "curves": curves, "reasons": {"ok": 2}},
+            "selector": {"mean_start": start + number - 1, "mean_end": start + 4, "curves": curves, "reasons": {"ok": 2}},
         }
         for number in range(3)
     ]  # fmt: skip
@@ -53,6 +53,7 @@ def test_points_add_up_pairs_and_seconds_until_each_evaluation(bench: Any, tmp_p
         (0, 0, 0), (2, 30, 4.0), (3, 60, 6.0)
     ]  # fmt: skip
     assert found["interval"] == [2.0, 6.0]
+    assert found["interval_by_thirds"] == [[1.0, 6.0], [2.0, 6.0], [3.0, 6.0]]
     assert found["seconds"] == {"rollout": 6.0, "update": 4.5}
     assert (found["seconds_total"], found["peak_memory_mb"]) == (12.5, 900)
     assert found["diversity"] == [0.4, 0.3]
