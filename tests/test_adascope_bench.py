@@ -34,7 +34,8 @@ def _run(folder: Path, *, after: float, start: float) -> Path:
         {
             "pairs_trained": 10 * (number + 1), "cpu_seconds": 2.0, "fraction_trained": 0.5, "reward_mean": 0.1,
             "seconds": {"rollout": 2.0, "update": 1.5},
-            "selector": {"mean_start": start + number - 1, "mean_end": start + 4, "curves": curves, "reasons": {"ok": 2}},
+            "selector": {"mean_start": start + number - 1, "mean_end": start + 4, "curves": curves}
+            | {"reasons": {"ok": 2}},
         }
         for number in range(3)
     ]  # fmt: skip
