@@ -97,7 +97,7 @@ def test_arms_and_variants_differ_in_what_they_say_they_do(bench: Any, tmp_path:
         arms=["adascope", "random_fraction", "late_steps"],
         variant=[["slow", "train.learning_rate=1e-3"]],
         work=tmp_path,
-        config=BENCH / "compressibility_flow.toml",
+        config=BENCH.parent / "configs" / "compressibility_flow.toml",
         set=["sampler.num_steps=40"],
     )
     bench.run_arms("r", 0, chosen)

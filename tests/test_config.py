@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from adascope_fast.config import Config, ConfigError
 
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, sensing, train, acceleration, evaluation, log"
 
 
@@ -27,6 +28,12 @@ def _file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "config.toml"
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_that_is_shipped_is_valid_and_writes_to_a_folder_of_its_own(path: Path):
+    config = Config.load(path)
+    assert config.run.folder == f"runs/{path.stem}"
 
 
 def test_defaults_are_a_valid_run():
