@@ -47,10 +47,10 @@ types: $(READY)
 bench: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels.py $(ARGS)
 
-# The quickstart and its control that trains every step, over three seeds, with both cores for each run.
+# The quickstart and its control that trains every step, over three seeds, two runs of one thread at a time.
 bench-quickstart: $(READY)
 	$(OFFLINE) $(VENV)/python bench/adascope.py --rewards scene_attributes --arms adascope every_step --iterations 20 \
-	    --threads 2 --work runs/bench_quickstart --out bench/results/quickstart.json $(ARGS)
+	    --jobs 2 --work runs/bench_quickstart --out bench/results/quickstart.json $(ARGS)
 
 # TRL's last release with a DDPOTrainer needs transformers 4, so it has an environment of its own, with the same torch.
 $(TRL_READY): $(READY)

@@ -38,8 +38,8 @@ class Model(Section):
     """LoRA scale is alpha / rank; absent: the rank, so the scale is 1."""
     lora_targets: list[Text] | None = None
     """Names of the layers to adapt; absent: those that diffusers' training script of the family adapts."""
-    ema_decay: Decay = 0.0
-    """Decay of a moving average of the trained weights, which is then what is judged, drawn and exported; 0: none."""
+    ema_decay: Decay | None = None
+    """Decay of the trained weights' average, which is judged and exported; absent: 0.8 for LoRA, else 0 (none)."""
     resolution: Count | None = None
     """Side of the pictures in pixels; absent: the model's own."""
     embedded_guidance: PositiveOrZero | None = None
@@ -65,6 +65,11 @@ class Model(Section):
                 f'set it to "none", or model.train = "lora"'
             )
         return self
+
+    @property
+    def average_decay(self) -> float:
+        """`ema_decay`, or what stands for it."""
+        return (0.8 if self.train == "lora" else 0.0) if self.ema_decay is None else self.ema_decay
 
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments of `backbones.load`, but for the name and the average."""

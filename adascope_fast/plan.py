@@ -196,7 +196,7 @@ def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
             continue
         total += sum(value.numel() * value.element_size() for value in [*module.parameters(), *module.buffers()])
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
-    copies = 3 + bool(config.model.ema_decay) + (config.model.train == "full" and config.algorithm.kl_weight > 0)
+    copies = 3 + bool(config.model.average_decay) + (config.model.train == "full" and config.algorithm.kl_weight > 0)
     if config.model.quantize != "none":
         total -= _saved_by_quantisation(backbone, config.model.quantize)
     return total + 4.0 * copies * trained

@@ -112,7 +112,7 @@ def check(config: Config, plan: Plan, gauge: Gauge | None = None) -> Check:
     # What an update finds in memory besides the model: the trajectory, the average, a reference.
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
     beside = torch.empty(int(plan.held_bytes - plan.weight_bytes) // 4, device=gauge.device)
-    average = torch.empty(trained * bool(config.model.ema_decay), device=gauge.device)
+    average = torch.empty(trained * bool(config.model.average_decay), device=gauge.device)
     step.train(plan.microbatch)  # also makes the optimiser's state and the libraries' workspaces
     gauge.reset()
     train_s = gauge.seconds(lambda: step.train(plan.microbatch))

@@ -60,8 +60,8 @@ def load_run(folder: Path, **changes: Any) -> tuple[Config, backbones.PipelineBa
     backbone = backbones.load(config.model.name, **config.model.options() | changes)
     tensors, _ = checkpoint.load(found[-1])
     backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
-    if config.model.ema_decay:
-        ema = backbones.Ema(backbone.trainable_parameters(), config.model.ema_decay)
+    if config.model.average_decay:
+        ema = backbones.Ema(backbone.trainable_parameters(), config.model.average_decay)
         ema.load(checkpoint.select(tensors, "ema"))
         ema.swap()
     if torch.cuda.is_available() and config.train.device != "cpu":

@@ -123,7 +123,7 @@ class Trainer:
             keep_reference=config.algorithm.kl_weight > 0,
         )
         self.backbone.to(self.accelerator.device)
-        decay = config.model.ema_decay
+        decay = config.model.average_decay
         self.ema = backbones.Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler = config.sampler
         self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adascope_fast import backbones
+from adascope_fast import backbones, checkpoint
 from adascope_fast.acceleration import Acceleration, accelerate, halving, is_fused
 from adascope_fast.algorithms import ddpo
 from adascope_fast.engine import Engine, Settings
@@ -75,6 +75,33 @@ def test_channels_last_has_the_same_gradient():
         assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     want, got = _step(plain)[0], _step(other)[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+
+
+def test_moments_that_are_loaded_lie_in_memory_as_their_parameters_do():
+    """A fused optimiser pairs a parameter with its moments by their place in memory, and files have no layout."""
+
+    def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        start = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+        weight = torch.nn.Parameter(start.to(memory_format=torch.channels_last))
+        return weight, torch.optim.AdamW([weight], lr=0.1, fused=True)
+
+    def step(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        weight.grad = gradient.to(memory_format=torch.channels_last)
+        optimizer.step()
+
+    (whole, optimizer), (resumed, other) = made(), made()
+    step(whole, optimizer, 2)
+    filed = {
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in checkpoint.optimizer_tensors(optimizer).items()
+    }
+    checkpoint.load_optimizer_tensors(other, filed)
+    with torch.no_grad():
+        resumed.copy_(whole)
+    for weight, its in ((whole, optimizer), (resumed, other)):
+        step(weight, its, 3)
+    assert torch.equal(resumed, whole)
 
 
 def test_a_transformer_keeps_its_layout():
