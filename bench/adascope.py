@@ -192,10 +192,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 _sensed(sensed, row["arms"]["adascope"])
         by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="held-out reward, gain")
         by_seconds.set(xlabel="CPU seconds of training")
-        by_pairs.legend(frameon=False)
         sensed.set(xlabel="step", title="sensed at first; shaded: mean interval")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=5, frameon=False)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
 def _sensed(axis: Any, one: dict[str, Any]) -> None:
