@@ -65,8 +65,9 @@ def main() -> None:
         "iterations": chosen.iterations,
         "settings": chosen.set,
         "variants": chosen.variant,
+        "runs": rows,
+        "summary": summary,
     }
-    values |= {"runs": rows, "summary": summary}
     chosen.out.parent.mkdir(exist_ok=True)
     chosen.out.write_text(json.dumps(report.facts("adascope.py", device="no GPU used") | values, indent=1) + "\n")
     plot(rows, chosen.out.with_suffix(".png"))
