@@ -3,56 +3,54 @@
 The public names are loaded when first used, so that the command line answers a typing error without importing torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from adascope_fast.lazy import lazy
 
 if TYPE_CHECKING:
-    from adascope_fast.adascope import AdaScope as AdaScope
-    from adascope_fast.adascope import Interval as Interval
-    from adascope_fast.adascope import select_interval as select_interval
-    from adascope_fast.adascope import theoretical_correlation as theoretical_correlation
-    from adascope_fast.algorithms import Algorithm as Algorithm
-    from adascope_fast.algorithms import ddpo as ddpo
-    from adascope_fast.algorithms import grpo as grpo
-    from adascope_fast.backbones.protocol import Backbone as Backbone
-    from adascope_fast.config import Config as Config
-    from adascope_fast.engine import Engine as Engine
+    from adascope_fast.adascope.interval_rule import Interval as Interval
+    from adascope_fast.adascope.interval_rule import select_interval as select_interval
+    from adascope_fast.adascope.selector import AdaScope as AdaScope
+    from adascope_fast.adascope.sensing import Curves as Curves
+    from adascope_fast.adascope.sensing import curves_of_guesses as curves_of_guesses
+    from adascope_fast.algorithms.policy_gradient import Algorithm as Algorithm
+    from adascope_fast.algorithms.policy_gradient import ddpo as ddpo
+    from adascope_fast.algorithms.policy_gradient import grpo as grpo
+    from adascope_fast.backbone import Backbone as Backbone
+    from adascope_fast.config.tree import Config as Config
+    from adascope_fast.engine.engine import Engine as Engine
     from adascope_fast.ops import explain as explain
     from adascope_fast.rewards import Reward as Reward
-    from adascope_fast.schedules import Schedule as Schedule
-    from adascope_fast.sensing import Curves as Curves
-    from adascope_fast.sensing import curves_of_guesses as curves_of_guesses
-    from adascope_fast.timesteps import TimestepSelector as TimestepSelector
-    from adascope_fast.train import Trainer as Trainer
-    from adascope_fast.trajectory import StepBatch as StepBatch
-    from adascope_fast.trajectory import Trajectory as Trajectory
+    from adascope_fast.rollout.trajectory import StepBatch as StepBatch
+    from adascope_fast.rollout.trajectory import Trajectory as Trajectory
+    from adascope_fast.schedules.samplers import Schedule as Schedule
+    from adascope_fast.selectors.protocol import TimestepSelector as TimestepSelector
+    from adascope_fast.theory import theoretical_correlation as theoretical_correlation
+    from adascope_fast.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "AdaScope": "adascope",
-    "Algorithm": "algorithms",
-    "Backbone": "backbones.protocol",
-    "Config": "config",
-    "Curves": "sensing",
-    "Engine": "engine",
-    "Interval": "adascope",
-    "Reward": "rewards",
-    "Schedule": "schedules",
-    "StepBatch": "trajectory",
-    "TimestepSelector": "timesteps",
-    "Trainer": "train",
-    "Trajectory": "trajectory",
-    "curves_of_guesses": "sensing",
-    "ddpo": "algorithms",
-    "explain": "ops",
-    "grpo": "algorithms",
-    "select_interval": "adascope",
-    "theoretical_correlation": "adascope",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'adascope_fast' has no attribute {name!r}")
-    return getattr(import_module(f"adascope_fast.{_HOME[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "AdaScope": "adascope",
+        "Algorithm": "algorithms",
+        "Backbone": "backbone",
+        "Config": "config",
+        "Curves": "adascope",
+        "Engine": "engine",
+        "Interval": "adascope",
+        "Reward": "rewards",
+        "Schedule": "schedules",
+        "StepBatch": "rollout",
+        "TimestepSelector": "selectors",
+        "Trainer": "training",
+        "Trajectory": "rollout",
+        "curves_of_guesses": "adascope",
+        "ddpo": "algorithms",
+        "explain": "ops",
+        "grpo": "algorithms",
+        "select_interval": "adascope",
+        "theoretical_correlation": "theory",
+    },
+)

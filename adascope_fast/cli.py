@@ -16,7 +16,7 @@ import typer
 from adascope_fast.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from adascope_fast.train import Result
+    from adascope_fast.training.trainer import Result
 
 app = typer.Typer(
     add_completion=False,
@@ -68,7 +68,7 @@ def train(
 ) -> None:
     """Train a model and write a report."""
     config = _resumed(resume, arguments or []) if resume else _configured(arguments or [])
-    from adascope_fast.train import Trainer  # torch takes a second; a mistake in the config should not
+    from adascope_fast.training.trainer import Trainer  # torch takes a second; a mistake in the config should not
 
     trainer = Trainer(config)
     try:
@@ -149,7 +149,7 @@ def sample(
     import torch
 
     from adascope_fast.reporting.images import contact_sheet
-    from adascope_fast.sampling import draw, load_run
+    from adascope_fast.training.draw import draw, load_run
 
     config, backbone = load_run(run, keep_reference=True)
     seeds = range(seed, seed + num)
@@ -175,7 +175,7 @@ def merge(
     dtype: Annotated[DType | None, typer.Option(help="Type of the weights; the run's model.dtype if absent.")] = None,
 ) -> None:
     """Write the trained model as a whole pipeline for plain diffusers."""
-    from adascope_fast.export import merge as write_merged
+    from adascope_fast.training.export import merge as write_merged
 
     write_merged(run, out, dtype=dtype.value if dtype else None)
     print(out)
@@ -216,8 +216,8 @@ def plan(
 ) -> None:
     """Say what a training would cost: parameters, operations, memory. No weights are read."""
     config = _configured(arguments or [], "plan")
-    from adascope_fast.plan import plan as plan_of
-    from adascope_fast.plan_check import checked
+    from adascope_fast.planning.measured import checked
+    from adascope_fast.planning.plan import plan as plan_of
 
     result = plan_of(config)
     print(result.table(tflops))
@@ -243,7 +243,7 @@ def calibrate(
         raise ConfigError(f"--start must be below --end, got {start:g} and {end:g}; the paper has 0.106 and 0.636")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out names a folder, and {str(out)!r} is a file; choose another place")
-    from adascope_fast.calibration import calibrate as look
+    from adascope_fast.planning.calibration import calibrate as look
     from adascope_fast.reporting import write_calibration
 
     found = look(config, num_prompts=prompts, target=(start, end), stride=stride)

@@ -16,8 +16,8 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from adascope_fast import ops
+from adascope_fast.rollout import Trajectory
 from adascope_fast.schedules import Schedule
-from adascope_fast.trajectory import Trajectory
 
 Coupling = Literal["straight", "markov", "flow_sde", "dance_sde", "ode"]
 Number = float | Tensor

@@ -23,11 +23,11 @@ from baselines import report
 from baselines.common import load_reward
 
 from adascope_fast import backbones
+from adascope_fast.backbone import Condition
 from adascope_fast.config import Config
-from adascope_fast.plan import GIB, Plan, plan
+from adascope_fast.planning.plan import GIB, Plan, plan
 from adascope_fast.rollout import PromptCache
-from adascope_fast.train import Trainer
-from adascope_fast.trajectory import Condition
+from adascope_fast.training.trainer import Trainer
 
 FOLDER = Path(__file__).parents[1] / "configs" / "published"
 SHARED = [

@@ -22,7 +22,7 @@ from adascope_fast.pretraining import clip as pretraining
 from adascope_fast.pretraining.drawing import draw
 from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rewards.scene_attributes import SceneAttributes
-from adascope_fast.sampling import draw as sample
+from adascope_fast.training.draw import draw as sample
 
 RESULTS = Path(__file__).parent / "results" / "scenes_clip.json"
 

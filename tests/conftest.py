@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adascope_fast import schedules
+from adascope_fast.backbone import Condition
 from adascope_fast.schedules import Schedule
-from adascope_fast.trajectory import Condition
+from adascope_fast.schedules import samplers as schedules
 
 torch.set_num_threads(1)
 # A busy machine is no failure: examples have no time limit.

@@ -256,7 +256,7 @@ def test_rows_beyond_two_to_the_31_elements(name: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
 def test_a_run_uses_the_gpu_and_starts_on_policy(tmp_path) -> None:
     from adascope_fast.config import Config
-    from adascope_fast.train import Trainer
+    from adascope_fast.training.trainer import Trainer
 
     config = Config.load("configs/tiny.toml", [f"run.folder={tmp_path / 'run'}", 'train.device="cuda"'])
     trainer = Trainer(config, quiet=True)
@@ -270,11 +270,11 @@ def test_a_run_uses_the_gpu_and_starts_on_policy(tmp_path) -> None:
 @pytest.mark.parametrize("update", ["replay", "one_pass"])
 def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: float) -> None:
     from adascope_fast import backbones
-    from adascope_fast.algorithms import ddpo
-    from adascope_fast.engine import Engine, Settings
-    from adascope_fast.ode_tail import Tails
+    from adascope_fast.algorithms.policy_gradient import ddpo
+    from adascope_fast.engine.engine import Engine, Settings
     from adascope_fast.rollout import EncodedPrompts
-    from adascope_fast.timesteps import StaticRange
+    from adascope_fast.schedules.tail import Tails
+    from adascope_fast.selectors.simple import StaticRange
 
     model = backbones.load("scenes", rank=2)
     model.to(torch.device("cuda"))

@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from adascope_fast import ops, schedules
+from adascope_fast import ops
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.schedules import Schedule
+from adascope_fast.schedules import samplers as schedules
 from adascope_fast.theory import (
     flow_correlation,
     flow_cross_correlation,

@@ -53,7 +53,7 @@ def outline(
     On the meta device it has shapes and no numbers, on any other random weights; it has no tokenizers, so it cannot
     encode, its weights are not quantised, and text encoders that would be offloaded are on the meta device.
     """
-    from adascope_fast.backbones.outlining import outline as outline_of
+    from adascope_fast.backbones.meta import outline as outline_of
 
     found = locate(name, base=base, revision=revision, variant=variant)
     family = family_of(found.class_name)

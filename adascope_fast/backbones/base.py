@@ -13,11 +13,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from adascope_fast.backbones import half
+from adascope_fast.backbone import Condition
+from adascope_fast.backbones import float16_gradients as half
 from adascope_fast.backbones.attention import use_attention
 from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
 from adascope_fast.schedules import Schedule
-from adascope_fast.trajectory import Condition
 
 DECODED_AT_ONCE = 64
 DECODED_PIXELS_AT_ONCE = 2**22

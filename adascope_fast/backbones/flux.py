@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adascope_fast.backbone import Condition
 from adascope_fast.backbones.sd3 import FlowTransformer
 from adascope_fast.schedules import Schedule
-from adascope_fast.trajectory import Condition
 
 
 class Flux(FlowTransformer):

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from adascope_fast.backbone import Condition
 from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.schedules import Schedule
-from adascope_fast.trajectory import Condition
 
 
 class DenoisingUNet(PipelineBackbone):

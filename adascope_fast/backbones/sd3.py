@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from adascope_fast.backbone import Condition
 from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.schedules import Schedule
-from adascope_fast.trajectory import Condition
 
 
 class FlowTransformer(PipelineBackbone):

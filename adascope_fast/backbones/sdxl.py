@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from adascope_fast.backbone import Condition
 from adascope_fast.backbones.sd import DenoisingUNet
-from adascope_fast.trajectory import Condition
 
 
 class StableDiffusionXL(DenoisingUNet):

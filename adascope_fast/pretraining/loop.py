@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adascope_fast import checkpoint
+from adascope_fast.training import checkpoint
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from common import Clock, NotBuiltError, Setting, Variant, load_reward, serve
 from pydantic import ValidationError
 
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.engine import Engine
+from adascope_fast.engine.engine import Engine
 from adascope_fast.rollout import PromptCache, rollout
-from adascope_fast.timesteps import EveryStep, StaticRange
-from adascope_fast.train import Trainer
+from adascope_fast.selectors.simple import EveryStep, StaticRange
+from adascope_fast.training.trainer import Trainer
 
 
 class Ours(Variant):

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from adascope_fast import cli
-from adascope_fast.sampling import draw, initial_latents, load_run
+from adascope_fast.training.draw import draw, initial_latents, load_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

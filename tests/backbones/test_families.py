@@ -11,13 +11,13 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
 from adascope_fast import backbones
-from adascope_fast.algorithms import ddpo
+from adascope_fast.algorithms.policy_gradient import ddpo
 from adascope_fast.backbones import flux
-from adascope_fast.engine import Engine, Settings
-from adascope_fast.per_sample import PerSampleGradients
+from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.rollout import EncodedPrompts, rollout
-from adascope_fast.sampling import draw, initial_latents
-from adascope_fast.timesteps import EveryStep
+from adascope_fast.selectors.simple import EveryStep
+from adascope_fast.training.draw import draw, initial_latents
 
 # numpy 2 on the part of diffusers' Euler scheduler.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

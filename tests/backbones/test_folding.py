@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from adascope_fast import backbones
-from adascope_fast.algorithms import ddpo
+from adascope_fast.algorithms.policy_gradient import ddpo
 from adascope_fast.backbones.folding import Folding
-from adascope_fast.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine, Settings
 from adascope_fast.rollout import EncodedPrompts
-from adascope_fast.timesteps import StaticRange
+from adascope_fast.selectors.simple import StaticRange
 
 PROMPTS = ["a small red circle on a grey background", "two large blue crosses on a black background"]
 

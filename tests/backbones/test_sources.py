@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adascope_fast import backbones, ops
 from adascope_fast.backbones import sources
-from adascope_fast.sampling import initial_latents
+from adascope_fast.training.draw import initial_latents
 
 CAPTION = "a red circle on a grey background"
 

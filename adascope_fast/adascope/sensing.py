@@ -1,0 +1,203 @@
+"""How structure forms and preference saturates along a trajectory: what AdaScope's rule looks at.
+
+Axes: `b` samples, `t` denoising steps, noisiest first; state t is the final latent.
+
+The paper scores the decoded guess of every step with CLIP and the reward (`DecodedSensor`); the latent mode reads two
+correlations instead, with no decoder, no CLIP and no reward, and is next to free. Every sensor is a function of a
+trajectory; a row with a value that is not finite says that its sample was not sensed, and the rule leaves it out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from scipy.interpolate import CubicSpline, interp1d
+from torch import Tensor
+
+from adascope_fast import ops
+from adascope_fast.rollout import Trajectory
+
+Judge = Callable[[Tensor, list[str]], Tensor]
+"""(pictures [n, 3, h, w] in [0, 1], prompts) -> [n]."""
+
+
+class Curves(NamedTuple):
+    """What was sensed; structure comes as values at the states or as volatility of the steps."""
+
+    preference: Float32[Tensor, "b t+1"]
+    volatility: Float32[Tensor, "b t"] | None = None
+    structure: Float32[Tensor, "b t+1"] | None = None
+
+
+class Sensor(Protocol):
+    """Curves of a trajectory."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a state's values are known when the rollout reaches it."""
+        ...
+
+    def __call__(self, trajectory: Trajectory) -> Curves: ...
+
+
+@dataclass(frozen=True)
+class LatentSensor:
+    """Correlation of successive guesses, and of each guess with the final latent."""
+
+    is_causal = False
+
+    def __call__(self, trajectory: Trajectory) -> Curves:
+        """See `latent_curves`."""
+        structure, preference = latent_curves(trajectory)
+        return Curves(preference, volatility=structure)
+
+
+@dataclass(frozen=True)
+class DecodedSensor:
+    """The reward, and the text-image similarity if there is one, of the decoded guess at every state.
+
+    Args:
+        decode: latents [n, *latent] to pictures.
+        reward: the reward in training, which is the preference.
+        similarity: similarity of picture and prompt, which is the structure; None takes the volatility of the latents.
+        stride: states from one that is decoded to the next; the picture is always judged. Between them preference is
+            linear and structure a cubic spline: its second differences are what the rule reads, and those of straight
+            lines are zero but at the states that were judged.
+        num_samples: of each prompt that are decoded, those first in the batch; None: all.
+        batch: pictures decoded at once.
+        prepare: called with a rollout's final latents before its first picture is decoded.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    reward: Judge
+    similarity: Judge | None = None
+    stride: int = 1
+    num_samples: int | None = None
+    batch: int = 64
+    prepare: Callable[[Tensor], None] | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Values between strides depend on later states."""
+        return self.stride == 1
+
+    def __post_init__(self) -> None:
+        if min(self.stride, self.batch, 1 if self.num_samples is None else self.num_samples) < 1:
+            raise ValueError(
+                f"stride, num_samples and batch are at least 1, got {self.stride}, {self.num_samples}, {self.batch}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, trajectory: Trajectory) -> Curves:
+        """Judge each chosen state of each chosen sample; samples that are not chosen have NaN."""
+        b, t = trajectory.log_prob.shape
+        device = trajectory.x0.device
+        rows = torch.tensor(first_of_each(trajectory.prompts, self.num_samples), device=device)
+        states = [*range(0, t, self.stride), t]
+        prompts = [trajectory.prompts[row] for row in rows.tolist()]
+        preference = torch.full((b, t + 1), torch.nan, device=device)
+        structure = torch.full((b, t + 1), torch.nan, device=device)
+        if self.prepare is not None:
+            self.prepare(trajectory.latents[:, -1])
+        judged = [self._judge(_state(trajectory, rows, state), prompts) for state in states]
+        preference[rows] = interpolated(torch.stack([reward for reward, _ in judged], 1), states)
+        if self.similarity is None:
+            volatility, _ = latent_curves(trajectory)
+            return Curves(preference, volatility=volatility)
+        structure[rows] = splined(torch.stack([likeness for _, likeness in judged], 1), states)
+        return Curves(preference, structure=structure)
+
+    def _judge(self, latents: Tensor, prompts: list[str]) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+        """Reward and similarity; NaN for latents that are not finite, which no judge sees."""
+        finite = latents.flatten(1).isfinite().all(1)
+        scores = torch.full((2, len(latents)), torch.nan, device=latents.device)
+        usable, similarity = finite.nonzero()[:, 0], self.similarity
+        for part in usable.split(self.batch):
+            images: Tensor = self.decode(latents[part])
+            said = [prompts[row] for row in part.tolist()]
+            scores[0, part] = self.reward(images, said).float().to(scores.device)
+            if similarity is not None:
+                scores[1, part] = similarity(images, said).float().to(scores.device)
+        return scores[0], scores[1]
+
+
+def first_of_each(prompts: list[str], count: int | None) -> list[int]:
+    """Rows of the first `count` samples of each prompt, in order; all if None."""
+    seen: dict[str, int] = {}
+    rows = []
+    for row, prompt in enumerate(prompts):
+        seen[prompt] = seen.get(prompt, 0) + 1
+        if count is None or seen[prompt] <= count:
+            rows.append(row)
+    return rows
+
+
+def interpolated(values: Float32[Tensor, "n k"], states: list[int]) -> Float32[Tensor, "n t+1"]:
+    """Values at all states 0..t, linear between those at the given `states`, which hold 0 and t."""
+    return _between(values, states, lambda known: interp1d(states, known, axis=0))
+
+
+def splined(values: Float32[Tensor, "n k"], states: list[int]) -> Float32[Tensor, "n t+1"]:
+    """The same, by a cubic spline whose third derivative is continuous next to its ends."""
+    return _between(values, states, lambda known: CubicSpline(states, known, axis=0))
+
+
+def _between(values: Tensor, states: list[int], curve: Callable[[np.ndarray], Callable[[Any], np.ndarray]]) -> Tensor:
+    """A sample with a value that is not finite is NaN throughout; what was given stays as it is."""
+    if len(states) == states[-1] + 1:
+        return values
+    weights = curve(np.eye(len(states)))(np.arange(states[-1] + 1))
+    weights[states] = np.eye(len(states))
+    filled = values.double() @ torch.from_numpy(weights.T).to(values.device)
+    finite = values.isfinite().all(1, keepdim=True)
+    return torch.where(finite, filled, torch.nan).to(values)
+
+
+@torch.no_grad()
+def latent_curves(
+    trajectory: Trajectory, *, steps_per_chunk: int = 8
+) -> tuple[Float32[Tensor, "b t"], Float32[Tensor, "b t+1"]]:
+    """Volatility 1 - corr(x0_i, x0_{i+1}) of the guided x0 guesses, and preference corr(x0_i, x_t), which ends at 1.
+
+    x0_t is the final latent x_t. NaN where a latent is constant or not finite.
+
+    Args:
+        steps_per_chunk: steps that are copied to rows at once; bounds memory, changes nothing else.
+    """
+    curves = curves_of_guesses(trajectory.x0, trajectory.latents[:, -1], steps_per_chunk=steps_per_chunk)
+    assert curves.volatility is not None
+    return curves.volatility, curves.preference
+
+
+@torch.no_grad()
+def curves_of_guesses(
+    x0: Float[Tensor, "b t *latent"], final: Float[Tensor, "b *latent"], *, steps_per_chunk: int = 8
+) -> Curves:
+    """The same from x0 guesses of any sampler and the final latents, for loops that are not ours."""
+    final = final.unsqueeze(1).to(x0.dtype)  # [b, 1, *latent]
+    b, t = x0.shape[:2]
+    volatility, preference = [], []
+    for first in range(0, t, steps_per_chunk):
+        last = min(first + steps_per_chunk, t)
+        now = x0[:, first:last]
+        after = x0[:, first + 1 : last + 1]
+        if last == t:
+            after = torch.cat([after, final], 1)
+        volatility.append(_correlation(now, after))
+        preference.append(_correlation(now, final.expand_as(now)))
+    ends_at = torch.ones(b, 1, device=final.device)
+    return Curves(torch.cat([*preference, ends_at], 1), volatility=1 - torch.cat(volatility, 1))
+
+
+def _state(trajectory: Trajectory, rows: Tensor, state: int) -> Tensor:
+    if state == trajectory.num_steps:
+        return trajectory.latents[rows, -1]
+    return trajectory.x0[rows, state]
+
+
+def _correlation(x: Tensor, y: Tensor) -> Float32[Tensor, "b k"]:
+    rows = ops.correlation(x.flatten(2).flatten(0, 1), y.flatten(2).flatten(0, 1), center="sample")
+    return rows.view(x.shape[:2]).float()

@@ -1,0 +1,90 @@
+"""Which steps the final reward is credited to, and how much of it each gets.
+
+Axes: `b` samples, `t` steps, noisiest first. Weights multiply the advantages after they were normalised, so statistics
+of the rewards stay what they were; over the credited steps of a sample they add up to the number of those steps, so a
+weighting moves credit between steps and not the size of an update.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from adascope_fast.rollout import Trajectory
+
+Backfill = Literal["interval", "full", "sparse"]
+Weights = Literal["uniform", "discount", "gain", "similarity"]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """How a selector's choice is credited.
+
+    `backfill` "interval": at the chosen steps (AdaScope); "full": at every step that has a log_prob, whatever was
+    chosen (DDPO's own); "sparse": at the last of these, where the picture was finished.
+    `weights` "uniform": alike (the paper); "discount": in proportion to gamma to the power of the steps that follow;
+    "gain": in proportion to what the step adds to the sensed preference; "similarity": to what it adds to the cosine of
+    the guess and the final latent, sample by sample (after CoCA, 2505.19196). A step where that falls gets nothing; if
+    it falls at all of a sample's steps, they are credited alike.
+    """
+
+    backfill: Backfill = "interval"
+    weights: Weights = "uniform"
+    gamma: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name, choices in (("backfill", get_args(Backfill)), ("weights", get_args(Weights))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}, got {getattr(self, name)!r}; choose one")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma lies in (0, 1], but it is {self.gamma}; 1 weighs all steps alike")
+
+    @property
+    def is_known_ahead(self) -> bool:
+        """Whether the weights follow from the chosen steps alone, so that they are known before the rollout."""
+        return self.weights in ("uniform", "discount")
+
+    def steps(self, chosen: Bool[Tensor, "b t"], trainable: Bool[Tensor, " t"]) -> Bool[Tensor, "b t"]:
+        """The steps to train, of those a selector has chosen."""
+        trainable = trainable.to(chosen.device)
+        if self.backfill == "interval":
+            return chosen
+        if self.backfill == "sparse":
+            trainable = trainable & (trainable.cumsum(0) == trainable.sum())
+        return trainable.expand_as(chosen)
+
+    def credit(self, steps: Bool[Tensor, "b t"], gains: Float[Tensor, "b t"] | None = None) -> Float32[Tensor, "b t"]:
+        """Weight of each step, 0 outside `steps`; a row's weights add up to the number of its steps.
+
+        Args:
+            gains: what each step adds, for "gain" and "similarity"; what is not finite counts as nothing.
+        """
+        t = steps.shape[1]
+        if self.is_known_ahead:
+            gamma = self.gamma if self.weights == "discount" else 1.0
+            raw = gamma ** torch.arange(t - 1, -1, -1, device=steps.device, dtype=torch.float64)
+        elif gains is None:
+            raise ValueError(
+                f'weights = "{self.weights}" needs a selector that has sensed the preference along this rollout, and '
+                f"this one has not; sense every rollout of 4 steps or more, or use other weights"
+            )
+        else:
+            raw = gains.to(steps.device, torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        raw = raw * steps
+        raw = torch.where(raw.sum(1, keepdim=True) > 0, raw, steps.double())
+        return (raw * (steps.sum(1, keepdim=True) / raw.sum(1, keepdim=True).clamp(min=1e-300))).float()
+
+
+@torch.no_grad()
+def similarity_gains(trajectory: Trajectory) -> Float32[Tensor, "b t"]:
+    """What each step adds to the cosine of the guess of the final latent and the final latent itself.
+
+    Step i leads from guess i to the next; the last leads to the final latent, whose cosine is 1.
+    """
+    final = trajectory.latents[:, -1].flatten(1).float()
+    guesses = trajectory.x0.unbind(1)
+    cosines = [cosine_similarity(guess.flatten(1).float(), final) for guess in guesses]
+    return torch.stack([*cosines, torch.ones_like(cosines[0])], 1).diff(dim=1)

@@ -1,0 +1,1 @@
+"""Several processes: what the ranks of a run tell each other."""

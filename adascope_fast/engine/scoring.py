@@ -1,0 +1,70 @@
+"""Rewards of a rollout, computed while the rollout goes on.
+
+On a GPU the pictures of a finished batch are decoded at once and scored by a thread on a stream of its own, so a reward
+that works on the CPU, or waits for a server, delays nothing. On the CPU there is nothing to overlap with: all is done
+when the rewards are asked for.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from adascope_fast.backbone import Backbone
+
+Score = Callable[[Tensor, list[str]], Float32[Tensor, " b"]]
+
+
+class Scoring:
+    """Decodes and scores batches as they come: `submit` each, then `rewards` once. `overlap` None: on a GPU."""
+
+    def __init__(self, backbone: Backbone, score: Score, prompts: list[str], *, overlap: bool | None = None) -> None:
+        self._backbone, self._score, self._prompts, self._overlap = backbone, score, prompts, overlap
+        self._results: list[Future[Tensor] | tuple[slice, Tensor]] = []
+        self._pool: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=kind is None, cancel_futures=kind is not None)
+
+    def clear(self) -> None:
+        """Forget the batches so far."""
+        self._results.clear()
+
+    def submit(self, rows: slice, latents: Float[Tensor, "m *latent"]) -> None:
+        """Score the samples `rows`, whose final latents are given."""
+        if not (latents.is_cuda if self._overlap is None else self._overlap):
+            self._results.append((rows, latents))
+            return
+        images, prompts = self._backbone.decode(latents), self._prompts[rows]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "reward")
+            self._stream = torch.cuda.Stream(latents.device) if latents.is_cuda else None
+        decoded = None if self._stream is None else torch.cuda.current_stream(latents.device).record_event()
+        self._results.append(self._pool.submit(self._score_aside, images, prompts, decoded))
+
+    def rewards(self) -> Float32[Tensor, " b"]:
+        """The reward of every sample, in order; waits for the thread. An error of the reward is raised here."""
+        values = [result.result() if isinstance(result, Future) else self._now(*result) for result in self._results]
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        return torch.cat(values)
+
+    def _now(self, rows: slice, latents: Tensor) -> Tensor:
+        return self._score(self._backbone.decode(latents), self._prompts[rows])
+
+    @torch.no_grad()
+    def _score_aside(self, images: Tensor, prompts: list[str], decoded: Any) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None:
+                self._stream.wait_event(decoded)
+                images.record_stream(self._stream)
+            return self._score(images, prompts)

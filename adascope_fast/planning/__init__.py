@@ -1,0 +1,1 @@
+"""What a training would cost, and where AdaScope would train, before anything is trained."""

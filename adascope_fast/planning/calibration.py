@@ -1,0 +1,230 @@
+"""Where AdaScope would train, before anything is trained: the curves of one rollout, and thresholds for an interval.
+
+Axes: `b` samples, `t` denoising steps, noisiest first; states 0..t, t the image. Values of a prompt are means over its
+pictures; what is shown is the mean over prompts, with the standard deviation between prompts as the band.
+
+The paper's Figure 1 for a model and a reward of one's own: the reward and the structure of the decoded guesses, and the
+uncertainty of each step, measured (1 - correlation of the latents around it) and by Theorem 2.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from adascope_fast import rewards
+from adascope_fast.adascope.interval_rule import finite_mean, host
+from adascope_fast.adascope.selector import AdaScope
+from adascope_fast.adascope.sensing import Curves, DecodedSensor
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
+from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
+from adascope_fast.training.building import selector_of, sensor_of
+from adascope_fast.training.trainer import Trainer
+
+PAPER = (0.106, 0.636)
+"""The paper's mean interval, steps 5.3 to 31.8 of 50, as shares of t."""
+KAPPAS = np.geomspace(0.01, 2.0, 54)
+PHIS = np.geomspace(0.001, 0.7, 66)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pair of thresholds decides on the rollout: the interval over prompts, and the reasons counted."""
+
+    kappa: float
+    phi_end: float
+    mean_start: float
+    mean_end: float
+    std_start: float
+    std_end: float
+    fraction: float
+    reasons: dict[str, int]
+    intervals: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Curves of a rollout that nothing was trained on, the interval as configured, and thresholds for `target`.
+
+    `theory` is Theorem 2's uncertainty of each step, `sampler` that of this very sampler with the ideal denoiser, both
+    for data of variance 1. A curve is {"mean": [...], "std": [...]} over prompts, at the states (t + 1 values) or the
+    steps (t); None where it is not finite.
+    """
+
+    num_steps: int
+    num_prompts: int
+    samples_per_prompt: int
+    reward: str
+    model: str
+    structure: str
+    curves: dict[str, dict[str, list[float | None]]]
+    theory: list[float]
+    sampler: list[float]
+    configured: Decision
+    proposed: Decision
+    target: tuple[float, float]
+    seconds: float
+
+    def values(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Lines for people."""
+        one, other = self.configured, self.proposed
+        lines = [
+            f"{self.num_prompts} prompts x {self.samples_per_prompt} pictures, {self.num_steps} steps, "
+            f"{self.seconds:.1f} s; intervals as mean over prompts +- standard deviation",
+            f"as configured   {_line(one)}",
+            f"for steps {self.target[0] * self.num_steps:.1f} to {self.target[1] * self.num_steps:.1f} of "
+            f"{self.num_steps}: selector.kappa={other.kappa:.3g} selector.phi_end={other.phi_end:.3g}",
+            f"  they give     {_line(other)}",
+        ]
+        return "\n".join(lines)
+
+
+def calibrate(
+    config: Config,
+    *,
+    num_prompts: int,
+    target: tuple[float, float] = PAPER,
+    stride: int = 1,
+    trainer: Callable[[Config], Trainer] = Trainer,
+) -> Calibration:
+    """Sample `num_prompts` prompts as an iteration of `config` would, and look at them.
+
+    Args:
+        num_prompts: each with `train.samples_per_prompt` pictures.
+        target: the mean interval that the proposed thresholds aim at, as shares of the steps.
+        stride: states between two that are decoded and given to the reward.
+        trainer: makes the trainer, for a reward or prompts of your own.
+    """
+    started = time.perf_counter()
+    if config.sampler.num_steps < 4:
+        raise ConfigError(
+            f"a rollout of {config.sampler.num_steps} steps is trained whole, there is nothing to calibrate; "
+            f"set sampler.num_steps to 4 or more"
+        )
+    selector = config.selector.model_copy(update={"name": "adascope", "mask_source": "current"})
+    train = config.train.model_copy(update={"prompts_per_iteration": num_prompts, "update": "replay"})
+    sampler = config.sampler.model_copy(update={"tail_share": 1.0})
+    made = trainer(config.model_copy(update={"selector": selector, "train": train, "sampler": sampler}))
+    if num_prompts > len(set(made.train_prompts)):
+        raise ConfigError(
+            f"a calibration looks at different prompts, got {num_prompts} of {len(set(made.train_prompts))}; "
+            f"ask for fewer, or add some to prompts.train"
+        )
+    made.prepare()
+    adascope = selector_of(made.config, sensor_of(made.config, made.backbone, made.reward))  # keeps nothing on disk
+    assert isinstance(adascope, AdaScope)
+    prompts = made.prompts_of(0)
+    trajectory = _sample(made, prompts)
+    sensed = adascope.sensor(trajectory)
+    judge = DecodedSensor(
+        made.backbone.decode, lambda images, texts: rewards.score_guesses(made.reward, images, texts), stride=stride
+    )
+    judged = judge(trajectory)
+    found = _curves(trajectory, sensed, judged)
+    configured = _decide(adascope, trajectory, sensed, adascope.kappa_s, adascope.phi_e)
+    return Calibration(
+        num_steps=trajectory.num_steps,
+        num_prompts=num_prompts,
+        samples_per_prompt=len(prompts) // num_prompts,
+        reward=config.reward.name,
+        model=config.model.name,
+        structure="similarity of text and picture" if sensed.volatility is None else "1 - correlation of guesses",
+        curves=found,
+        theory=(1 - schedule_correlation(trajectory.schedule)).tolist(),
+        sampler=(1 - ideal_chain(trajectory.schedule, 1.0).correlation).tolist(),
+        configured=configured,
+        proposed=_proposed(adascope, trajectory, sensed, target),
+        target=target,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
+    device = made.schedule.coef.device
+    with made.accelerator.autocast():
+        return rollout(
+            made.backbone,
+            made.schedule,
+            EncodedPrompts.of(made.backbone, prompts),
+            prompts,
+            guidance_scale=made.config.sampler.guidance_scale,
+            generator=torch.Generator(device).manual_seed(made.config.run.seed),
+            batch=made.config.train.rollout_batch,
+        )
+
+
+def _curves(trajectory: Trajectory, sensed: Curves, judged: Curves) -> dict[str, dict[str, list[float | None]]]:
+    structure = sensed.structure.diff(dim=1) if sensed.structure is not None else sensed.volatility
+    assert structure is not None
+    parts = {"structure": structure, "preference": sensed.preference, "reward": judged.preference}
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(trajectory.prompts):
+        rows.setdefault(prompt, []).append(row)
+    shown = {
+        name: np.stack([finite_mean(host(values)[own]) for own in rows.values()]) for name, values in parts.items()
+    }
+    shown["uncertainty"] = np.stack([1 - host(measured_correlation(trajectory.latents[own])) for own in rows.values()])
+    return {name: _summary(values) for name, values in shown.items()}
+
+
+def _summary(prompts: np.ndarray) -> dict[str, list[float | None]]:
+    finite = prompts[np.isfinite(prompts).all(1)]
+    if not len(finite):
+        nothing: list[float | None] = [None] * prompts.shape[1]
+        return {"mean": nothing, "std": nothing}
+    return {"mean": finite.mean(0).tolist(), "std": finite.std(0).tolist()}
+
+
+def _decide(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, kappa: float, phi: float) -> Decision:
+    fresh = replace(adascope, kappa_s=float(kappa), phi_e=float(phi))
+    given: dict[str, Any] = {"log_snr": trajectory.schedule.log_snr, "trainable": trajectory.schedule.trainable}
+    if fresh.rule == "knee_causal":
+        fresh.decide(sensed, trajectory.prompts, **given)  # the scale of the curves is known from then on
+    fresh.decide(sensed, trajectory.prompts, **given)
+    told = fresh.telemetry()
+    starts, ends = np.array(told["intervals"]).T
+    return Decision(
+        kappa=float(kappa),
+        phi_end=float(phi),
+        mean_start=float(starts.mean()),
+        mean_end=float(ends.mean()),
+        std_start=float(starts.std()),
+        std_end=float(ends.std()),
+        fraction=told["fraction"],
+        reasons=told["reasons"],
+        intervals=told["intervals"],
+    )
+
+
+def _proposed(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, target: tuple[float, float]) -> Decision:
+    """The thresholds whose mean interval comes nearest: first kappa, which alone moves the start, then phi.
+
+    A fallback looks at no threshold and lies near the paper's interval, so it costs as much as missing by all steps.
+    """
+    t = trajectory.num_steps
+    starts = [_decide(adascope, trajectory, sensed, kappa, adascope.phi_e) for kappa in KAPPAS]
+    kappa = min(starts, key=lambda one: abs(one.mean_start - target[0] * t) + t * _fallbacks(one)).kappa
+    ends = [_decide(adascope, trajectory, sensed, kappa, phi) for phi in PHIS]
+    return min(ends, key=lambda one: abs(one.mean_end - target[1] * t) + t * _fallbacks(one))
+
+
+def _fallbacks(decision: Decision) -> float:
+    """Share of the decisions that fell back."""
+    fell = sum(count for reason, count in decision.reasons.items() if reason.startswith("fallback"))
+    return fell / len(decision.intervals)
+
+
+def _line(decision: Decision) -> str:
+    counted = ", ".join(f"{reason} {count}" for reason, count in sorted(decision.reasons.items()))
+    return (
+        f"[{decision.mean_start:.1f} +- {decision.std_start:.1f}, {decision.mean_end:.1f} +- {decision.std_end:.1f}), "
+        f"{decision.fraction:.0%} of the steps; {counted}"
+    )

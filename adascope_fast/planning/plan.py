@@ -1,0 +1,248 @@
+"""What a configuration will cost, before a weight is read: parameters, operations, memory, and where the time goes.
+
+Everything is counted on the meta device, from the model's JSON files. Operations are exact for the denoiser and the
+decoder, and 2 x parameters x tokens for text encoders. Memory is what tensors take; a GPU's context, its allocator's
+rounding and library workspaces come on top. Rewards and evaluations are not counted, nor what `torch.compile` saves.
+`plan_check` measures a step beside it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adascope_fast import backbones
+from adascope_fast.backbones import PipelineBackbone
+from adascope_fast.backbones.folding import Folding
+from adascope_fast.config import Config
+from adascope_fast.engine.engine import usual_microbatch
+from adascope_fast.planning.flops import Cost, measure
+
+ADASCOPE_FRACTION = 0.53  # the paper's mean, (31.8 - 5.3) of 50 steps; what a run keeps is in its log
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run. Memory is in bytes, each peak with all that is held; `flops` are of one iteration, by part."""
+
+    title: str
+    pictures: int
+    parameters: dict[str, int]
+    trained: int
+    forward_flops: float
+    """Of one row: a picture at a step, without guidance."""
+    step_flops: float
+    """Of a picture at a step, with guidance."""
+    training_flops: float
+    """Of the same, forward and backward."""
+    flops: dict[str, float]
+    fraction: float
+    weight_bytes: float
+    held_bytes: float
+    """The weights with all that goes with them, and the trajectory."""
+    rollout_bytes: float
+    decode_bytes: float
+    update_bytes: dict[int, float]
+    microbatch: int
+
+    def table(self, tflops: float | None = None) -> str:
+        """Lines for people; `tflops` is what the GPU sustains, for seconds."""
+        total = sum(self.flops.values())
+        counts = ", ".join(f"{name} {_short(count)}" for name, count in self.parameters.items())
+        lines = [
+            self.title,
+            f"parameters          {counts}; trained {_short(self.trained)}",
+            f"one forward         {_amount(self.forward_flops)}FLOP (one picture, one step, no guidance)",
+            f"one iteration       {_amount(total)}FLOP, {self.fraction:.0%} of the steps trained; expected split:",
+        ]
+        for name, flops in self.flops.items():
+            seconds = f", {flops / tflops / 1e12:.1f} s" if tflops else ""
+            lines.append(f"  {name:17} {flops / total:4.0%}, {_amount(flops)}FLOP{seconds}")
+        if tflops:
+            lines.append(f"  in all            {total / tflops / 1e12:.1f} s at {tflops:g} TFLOP/s")
+        lines.append(f"memory, weights     {in_bytes(self.weight_bytes)} with gradients and optimiser")
+        lines.append(f"        rollout     {in_bytes(self.rollout_bytes)}")
+        lines.append(f"        decoding    {in_bytes(self.decode_bytes)}")
+        for size, peak in self.update_bytes.items():
+            chosen = "  <- as configured" if size == self.microbatch else ""
+            lines.append(f"        update      {in_bytes(peak)} at microbatch {size}{chosen}")
+        return "\n".join(lines)
+
+
+def plan(config: Config) -> Plan:
+    """The plan of a configuration. ValueError where the model's JSON files cannot be had."""
+    train, steps = config.train, config.sampler.num_steps
+    options: dict[str, Any] = config.model.options() | {"offload_text_encoders": False}
+    keep_reference = config.algorithm.kl_weight > 0
+    backbone = backbones.outline(config.model.name, **options, keep_reference=keep_reference)
+    for parameter in backbone.trainable_parameters():
+        parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
+    pictures, prompts = train.prompts_per_iteration * train.samples_per_prompt, train.prompts_per_iteration
+    guided = 1 if config.sampler.guidance_scale == 1 else 2
+    fraction = fraction_trained(config)
+    autocast = torch.bfloat16 if train.mixed_precision == "bf16" else None
+    inference, training = (
+        [denoiser_cost(backbone, rows, backward=backward, autocast=autocast) for rows in (1, 2)]
+        for backward in (False, True)
+    )
+    decoded = min(pictures, train.rollout_batch, backbone.num_decoded_at_once())
+    decode = measure(lambda: backbone.decode(torch.empty(1, *backbone.latent_shape, device="meta")), backward=False)
+    inference_flops, backward_flops = inference[0].forward_flops, training[0].backward_flops
+    once = guided * inference_flops
+    pairs = fraction * pictures * steps
+    backward = guided * backward_flops
+    flops = {
+        "rollout": pictures * steps * once,
+        "update": pairs * (backward if train.update == "one_pass" else once + backward),
+        "reference policy": pairs * once if config.algorithm.kl_weight else 0.0,
+        "decoding": pictures * decode.forward_flops,
+        "text": (prompts + 1) * _text_flops(backbone),
+    }
+    weights = weight_bytes(backbone, config)
+    latents = 4.0 * pictures * (2 * steps + 1) * torch.Size(backbone.latent_shape).numel()
+    trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
+    is_one_pass = train.update == "one_pass"
+    held = weights + latents + 4.0 * pictures * trained * is_one_pass  # its gradients are kept sample by sample
+    microbatch = train.microbatch or usual_microbatch(train.rollout_batch, config.sampler.guidance_scale)
+
+    def update_peak(size: int) -> float:
+        return held + peak_of(training, guided * size) + 4.0 * size * trained * is_one_pass
+
+    return Plan(
+        title=f"{config.model.name}: {type(backbone).__name__}, {backbone.resolution} pixels, "
+        f"{pictures} pictures x {steps} steps, guidance {config.sampler.guidance_scale:g}",
+        pictures=pictures,
+        parameters=_parameters(backbone),
+        trained=trained,
+        forward_flops=inference_flops,
+        step_flops=once,
+        training_flops=once + backward,
+        flops={name: value for name, value in flops.items() if value},
+        fraction=fraction,
+        weight_bytes=weights,
+        held_bytes=held,
+        rollout_bytes=held
+        + peak_of(inference, guided * min(train.rollout_batch, pictures))
+        + _folded(backbone, config),
+        decode_bytes=held + decoded * decode.peak_bytes,
+        update_bytes={size: update_peak(size) for size in sorted({*MICROBATCHES, microbatch})},
+        microbatch=microbatch,
+    )
+
+
+def fraction_trained(config: Config) -> float:
+    """Share of the (picture, step) pairs that the selector will keep; AdaScope's is the paper's mean.
+
+    Of "threshold" it is the most, 1: the noise levels that decide are not read.
+    """
+    selector, steps = config.selector, config.sampler.num_steps
+    if config.algorithm.backfill != "interval":
+        return 1.0 if config.algorithm.backfill == "full" else 1 / steps
+    start, end = selector.range_of(steps)
+    shares = {
+        "adascope": ADASCOPE_FRACTION,
+        "complement": 1 - ADASCOPE_FRACTION,
+        "every_step": 1.0,
+        "random_fraction": selector.fraction or 1.0,
+        "static_range": (end - start) / steps,
+        "late_start": (end - start) / steps,
+        "threshold": 1.0,
+        "window": selector.window_size / steps,
+        "fast_window": selector.window_size / steps,
+    }
+    return min(1.0, shares[selector.name])
+
+
+def denoiser_cost(
+    backbone: PipelineBackbone, rows: int, *, backward: bool, autocast: torch.dtype | None = None
+) -> Cost:
+    """Of one call with `rows` samples."""
+    sample = torch.empty(rows, *backbone.latent_shape, device="meta")
+    condition = {
+        name: torch.empty(rows, *shape, dtype=backbone.dtype, device="meta")
+        for name, shape in backbone.condition_shape().items()
+    }
+    timestep = torch.empty(rows, device="meta")
+    return measure(lambda: backbone.predict(sample, timestep, condition), backward=backward, autocast=autocast)
+
+
+def peak_of(costs: list[Cost], rows: int) -> float:
+    """Peak bytes with `rows` samples, from those with 1 and 2: a part that is the same for any, a part for each."""
+    one, two = (cost.peak_bytes for cost in costs)
+    return one + (rows - 1) * (two - one)
+
+
+def _modules(backbone: PipelineBackbone) -> dict[str, nn.Module]:
+    parts: dict[str, Any] = backbone.pipeline.components
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _parameters(backbone: PipelineBackbone) -> dict[str, int]:
+    """Of every component; an adapter is not the denoiser's."""
+    counts = {}
+    for name, module in _modules(backbone).items():
+        counts[name] = sum(value.numel() for key, value in module.named_parameters() if ".lora_" not in key)
+    return counts
+
+
+def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
+    """Frozen weights as stored, trained ones with gradient, two moments and what else the configuration keeps."""
+    total = 0.0
+    for name, module in _modules(backbone).items():
+        if name.startswith("text_encoder") and config.model.offload_text_encoders:
+            continue
+        total += sum(value.numel() * value.element_size() for value in [*module.parameters(), *module.buffers()])
+    trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
+    copies = 3 + bool(config.model.average_decay) + (config.model.train == "full" and config.algorithm.kl_weight > 0)
+    if config.model.quantize != "none":
+        total -= _saved_by_quantisation(backbone, config.model.quantize)
+    return total + 4.0 * copies * trained
+
+
+def _saved_by_quantisation(backbone: PipelineBackbone, quantize: str) -> float:
+    """Bytes that bitsandbytes spares on linear layers: 4.5 bits a weight with the scales of 64, or 8 bits."""
+    bytes_each = {"nf4": 0.5625, "int8": 1.0}[quantize]
+    layers = [
+        layer
+        for name, layer in backbone.denoiser.named_modules()
+        if isinstance(layer, nn.Linear) and ".lora_" not in name
+    ]
+    return sum(layer.weight.numel() * (layer.weight.element_size() - bytes_each) for layer in layers)
+
+
+def _folded(backbone: PipelineBackbone, config: Config) -> float:
+    """Bytes of the float32 weights that the rollout has with the adapter in them, beside those without."""
+    choice = config.acceleration.fold_adapter
+    if choice == "off" or (choice == "auto" and config.acceleration.cuda_graphs):
+        return 0.0
+    return float(Folding(backbone.denoiser).num_bytes)
+
+
+def _text_flops(backbone: PipelineBackbone) -> float:
+    """Of encoding one prompt."""
+    tokens = backbone.condition_shape()["text"][0]
+    total = 0.0
+    for name, module in _modules(backbone).items():
+        if name.startswith("text_encoder"):
+            embedded = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Embedding))
+            total += 2.0 * tokens * (sum(value.numel() for value in module.parameters()) - embedded)
+    return total
+
+
+def _amount(flops: float) -> str:
+    for unit, factor in (("P", 1e15), ("T", 1e12)):
+        if flops >= 0.1 * factor:
+            return f"{flops / factor:.3g} {unit}"
+    return f"{flops / 1e9:.3g} G"
+
+
+def in_bytes(count: float) -> str:
+    """For people."""
+    return f"{count / GIB:.2f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -1,0 +1,111 @@
+"""Sampling trajectories: every step is one row of a table, every sample has its own noise.
+
+`b` samples, `t` steps. Noise is drawn into the table that the latents then overwrite, so it costs no memory, and a
+sample's noise does not depend on how many are denoised at once.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from adascope_fast.backbone import Backbone
+from adascope_fast.rollout.denoising import Advance, Denoising
+from adascope_fast.rollout.prompts import EncodedPrompts
+from adascope_fast.rollout.trajectory import Trajectory
+from adascope_fast.schedules import Schedule
+from adascope_fast.schedules.tail import Tails
+
+
+@torch.no_grad()
+def rollout(
+    backbone: Backbone,
+    schedule: Schedule,
+    encoded: EncodedPrompts,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float,
+    generator: torch.Generator,
+    batch: int,
+    initial: Float[Tensor, "b *latent"] | None = None,
+    advance: Advance | None = None,
+    tails: Tails | None = None,
+    on_step: Callable[[int], None] | None = None,
+    on_batch: Callable[[slice, Tensor], None] | None = None,
+) -> Trajectory:
+    """Sample `b = len(prompts)` trajectories.
+
+    Args:
+        schedule: on the device of the backbone.
+        encoded: must hold every prompt.
+        guidance_scale: classifier-free guidance; 1 means none.
+        generator: draws the initial latents and the noise of every step; on the device of the schedule.
+        batch: samples denoised at once.
+        initial: latents to start from in place of drawn ones.
+        advance: takes the steps; None: `Denoising`.
+        tails: where samples leave the sampler for a shorter way to the picture. The states that they skip are NaN.
+        on_step: called with the number of samples after each step of each batch.
+        on_batch: called with (rows, final latents) as soon as a batch is done.
+    """
+    device, num_steps = schedule.coef.device, schedule.num_steps
+    advance = advance or Denoising(backbone, schedule, encoded, guidance_scale)
+    prompt_index = encoded.index(prompts, device)
+    shape = (len(prompts), num_steps + 1, *backbone.latent_shape)
+    latents = torch.randn(shape, generator=generator, device=device)
+    if initial is not None:
+        latents[:, 0] = initial
+    x0 = torch.full((len(prompts), num_steps, *backbone.latent_shape), torch.nan, device=device)
+    log_prob = torch.full((len(prompts), num_steps), torch.nan, device=device)
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, min(start + batch, len(prompts)))
+        for step in range(num_steps):
+            samples, at = _walking(rows, None if tails is None else tails.start > step, device)
+            if not len(samples):
+                break
+            moved = advance(step, samples, latents[at, step], latents[at, step + 1], prompt_index[at])
+            for table, column, value in zip((latents, log_prob, x0), (step + 1, step, step), moved, strict=True):
+                table[at, column] = value.to(table.dtype)
+            if on_step is not None:
+                on_step(len(samples))
+        if tails is not None:
+            _finish(advance, tails, rows, latents, prompt_index, on_step)
+        if on_batch is not None:
+            on_batch(rows, latents[rows, -1])
+    return Trajectory(latents, x0, log_prob, schedule, list(prompts), prompt_index)
+
+
+def _walking(rows: slice, flags: Tensor | None, device: torch.device) -> tuple[Tensor, slice | Tensor]:
+    """The samples of a batch whose flag is set, on the CPU, and what picks them from a table on the device."""
+    samples = torch.arange(rows.start, rows.stop)
+    if flags is None or flags[rows].all():
+        return samples, rows
+    samples = samples[flags[rows]]
+    return samples, samples.to(device, non_blocking=True)
+
+
+def _finish(
+    advance: Advance,
+    tails: Tails,
+    rows: slice,
+    latents: Float[Tensor, "b t+1 *latent"],
+    prompt_index: Int64[Tensor, " b"],
+    on_step: Callable[[int], None] | None,
+) -> None:
+    """Take the samples of a batch from where they left the sampler to the picture, the last of the `latents`."""
+    device, last = latents.device, torch.zeros_like(latents[rows, -1])
+    for number in range(int(tails.count[rows].max())):
+        samples, at = _walking(rows, tails.count > number, device)
+        if number == 0:
+            number_of, start = (x.to(device, non_blocking=True) for x in (samples, tails.start[samples]))
+            latents[number_of, -1] = latents[number_of, start]
+        x, own = latents[at, -1], slice(None) if isinstance(at, slice) else at - rows.start
+        guess = advance.guess(tails.step[at, number], x, prompt_index[at])
+        of_x, of_guess, of_last = tails.coef[at, number].view(len(samples), 3, *[1] * (x.dim() - 1)).unbind(1)
+        latents[at, -1] = (of_x * x + of_guess * guess + of_last * last[own]).to(latents.dtype)
+        last[own] = guess.to(last.dtype)
+        if on_step is not None:
+            on_step(len(samples))
+    for step in range(1, latents.shape[1] - 1):  # the noise of the steps that were not taken
+        _, at = _walking(rows, tails.start < step, device)
+        latents[at, step] = torch.nan

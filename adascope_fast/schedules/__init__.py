@@ -1,0 +1,9 @@
+"""Every sampler as a table; the noise levels behind it; the short way from the last trained step to the image."""
+
+from adascope_fast.schedules.samplers import Schedule as Schedule
+from adascope_fast.schedules.samplers import dance_sde as dance_sde
+from adascope_fast.schedules.samplers import ddim as ddim
+from adascope_fast.schedules.samplers import ddpm as ddpm
+from adascope_fast.schedules.samplers import flow_cps as flow_cps
+from adascope_fast.schedules.samplers import flow_ode as flow_ode
+from adascope_fast.schedules.samplers import flow_sde as flow_sde

@@ -1,0 +1,283 @@
+"""Every sampler as a table: x_next ~ N(a * x + b * model_output, std^2 I), one row (a, b, std) a step.
+
+Axes: `t` denoising steps, noisiest first. Rows are computed in float64, stored in float32. std = 0 means no log_prob.
+
+diffusers keeps samplers as stateful objects, with an index search and a device transfer in every step; here DDIM, DDPM,
+Flow-SDE, Dance-SDE and Flow-CPS differ only in their numbers, so one fused kernel serves them all.
+"""
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float32, Float64
+from torch import Tensor
+
+from adascope_fast.schedules.noise import (
+    Alphas,
+    PerStep,
+    Process,
+    Sigmas,
+    per_step,
+    rectified_flow,
+    variance_exploding,
+    variance_preserving,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The steps of one sampler. The builders `ddim`, `ddpm`, `flow_*`, `dance_sde` and `from_diffusers` make it."""
+
+    timesteps: Float32[Tensor, " t"]
+    """What the network is given: the training timestep, or sigma * 1000 for flow models."""
+    coef: Float32[Tensor, "t 3"]
+    """(sample weight, output weight, std) of each step."""
+    x0_coef: Float32[Tensor, "t 2"]
+    """The model's guess of the clean latent is x0_coef[i, 0] * x + x0_coef[i, 1] * model_output."""
+    log_snr: Float32[Tensor, " t"]
+    """Log signal-to-noise ratio of the state that enters each step; -inf for pure noise."""
+    kind: str
+    ode_coef: Float32[Tensor, "t 3"] | None = None
+    """`coef` of the deterministic limit (eta or noise_level 0), for `window`."""
+
+    @property
+    def num_steps(self) -> int:
+        """Length t of the tables."""
+        return self.coef.shape[0]
+
+    @property
+    def trainable(self) -> Bool[Tensor, " t"]:
+        """Steps with std > 0: only they have a log_prob."""
+        return self.coef[:, 2] > 0
+
+    def levels(self) -> tuple[Float64[Tensor, " t"], Float64[Tensor, " t"]]:
+        """Weights (signal, sigma) of clean latent and noise in the state that enters each step; on the CPU."""
+        log_snr = self.log_snr.double().cpu()
+        if self.kind in ("ddim", "ddpm"):
+            return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        if self.kind.startswith(("flow", "dance")):
+            return torch.sigmoid(log_snr / 2), torch.sigmoid(-log_snr / 2)
+        raise ValueError(f"signal and noise are known for ddim, ddpm and flow samplers, not for {self.kind!r}")
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same tables on `device`."""
+        tables = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tables)
+
+    def window(self, start: int, end: int) -> "Schedule":
+        """This sampler in steps start..end-1 and its deterministic limit elsewhere (MixGRPO).
+
+        The mean changes too: outside the window it is the ODE's, not the SDE's without its noise.
+        """
+        if self.ode_coef is None:
+            raise ValueError("a window needs the rows of the deterministic limit, but ode_coef is None; use a builder")
+        if not 0 <= start < end <= self.num_steps:
+            raise ValueError(f"a window has 0 <= start < end <= {self.num_steps} steps, but this is [{start}, {end})")
+        coef = self.ode_coef.clone()
+        coef[start:end] = self.coef[start:end]
+        return dataclasses.replace(self, coef=coef)
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        scheduler: Any,
+        num_steps: int,
+        *,
+        eta: PerStep | None = None,
+        noise_level: PerStep | None = None,
+        kind: str | None = None,
+        mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> "Schedule":
+        """The table of a diffusers scheduler, which is left as it was.
+
+        Schedulers with betas become "ddim" (default, eta 1) or "ddpm". DDIMScheduler stands as it is; the others (DDPM,
+        PNDM, Euler, DPM and their kin) give their betas and offset, at DDIM's "leading" timesteps ("trailing" if their
+        config says so). EulerDiscreteScheduler also becomes "euler": its own deterministic steps, of unit-variance
+        latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7), "dance_sde" (eta 0.3),
+        "flow_cps" (eta 0.7) or "flow_ode".
+
+        Args:
+            mu: the shift that use_dynamic_shifting wants.
+            sigmas: of the steps before the scheduler shifts them, where a pipeline has its own (FLUX).
+        """
+        classes, name = {base.__name__ for base in type(scheduler).__mro__}, type(scheduler).__name__
+        is_flow = "FlowMatchEulerDiscreteScheduler" in classes
+        if not is_flow and not classes & _BETA_SCHEDULERS:
+            known = ", ".join(sorted(_BETA_SCHEDULERS))
+            raise ValueError(f"supported schedulers are FlowMatchEulerDiscreteScheduler, {known}, not {name}")
+        kinds = _FLOW_KINDS if is_flow else _BETA_KINDS
+        kind = kind or next(iter(kinds))
+        if kind not in kinds or (kind == "euler" and "EulerDiscreteScheduler" not in classes):
+            raise ValueError(f"kind is one of {', '.join(kinds)} for {name}, not {kind!r}")
+        build, noise = kinds[kind]
+        for given, value in (("eta", eta), ("noise_level", noise_level)):
+            if value is not None and given not in noise:
+                raise ValueError(f"{kind} has no {given}, but it is {value}; it takes {list(noise) or 'no noise'}")
+            noise = noise if value is None else {given: value}
+        if is_flow:
+            shifted = _sigmas_of(scheduler, num_steps, mu, sigmas)
+            return build(shifted, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
+        steps = _steps_of(scheduler, num_steps, "DDIMScheduler" in classes)
+        if kind == "euler":
+            return build(scheduler, num_steps)
+        if kind == "ddpm":
+            noise = {"variance_type": scheduler.config.get("variance_type", "fixed_small")}
+        return build(scheduler.alphas_cumprod, **steps, **noise)
+
+
+def ddim(
+    alphas_cumprod: Alphas,
+    timesteps: Sequence[int] | Tensor,
+    *,
+    stride: int,
+    eta: PerStep,
+    prediction_type: str = "epsilon",
+    final_alpha_cumprod: float | None = None,
+) -> Schedule:
+    """DDIM with eta (Song et al. 2021, eq. 12 and 16).
+
+    Args:
+        timesteps: indices into alphas_cumprod, noisiest first.
+        stride: each step goes from timestep to timestep - stride, as in diffusers.
+        eta: 0 deterministic, 1 ancestral.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        final_alpha_cumprod: of negative timesteps; alphas_cumprod[0] by default. 1 makes the last step deterministic.
+    """
+    process = variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod)
+    return _table(process, "ddim", process.rows(per_step(eta, process.sigma, "eta") * process.ancestral_std()))
+
+
+def ddpm(
+    alphas_cumprod: Alphas,
+    timesteps: Sequence[int] | Tensor,
+    *,
+    stride: int,
+    prediction_type: str = "epsilon",
+    final_alpha_cumprod: float | None = None,
+    variance_type: str = "fixed_small",
+) -> Schedule:
+    """DDPM's ancestral sampler (Ho et al. 2020); its mean, and "fixed_small" std, are DDIM's at eta = 1.
+
+    Args:
+        variance_type: "fixed_small" or "fixed_large"; the other arguments are those of `ddim`.
+    """
+    if variance_type not in ("fixed_small", "fixed_large"):
+        raise ValueError(f"variance_type is fixed_small or fixed_large, not {variance_type!r}; use ddim() instead")
+    process = variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod)
+    coef = process.rows(process.ancestral_std())
+    if variance_type == "fixed_large":
+        coef[:, 2] = (1 - (process.signal / process.next_signal).square()).sqrt()
+    return _table(process, "ddpm", coef)
+
+
+def flow_sde(sigmas: Sigmas, *, noise_level: PerStep, num_train_timesteps: int = 1000) -> Schedule:
+    """Flow-GRPO's SDE, sigma_t = noise_level * sqrt(t / (1 - t)) (2505.05470).
+
+    At t = 1 the 1 - t under the root is that of the next sigma, as in their code.
+
+    Args:
+        sigmas: t of x_t = (1 - t) x0 + t noise: falling, one more than there are steps, the last usually 0.
+    """
+    flow = rectified_flow(sigmas, num_train_timesteps)
+    below_one = torch.where(flow.sigma > 1 - 1e-6, flow.next_sigma, flow.sigma)
+    noise = per_step(noise_level, flow.sigma, "noise_level")
+    return _table(flow, "flow_sde", flow.sde_rows(noise * (flow.sigma / (1 - below_one)).sqrt()))
+
+
+def dance_sde(sigmas: Sigmas, *, eta: PerStep, num_train_timesteps: int = 1000) -> Schedule:
+    """DanceGRPO's SDE, sigma_t = eta at every step (2505.07818)."""
+    flow = rectified_flow(sigmas, num_train_timesteps)
+    return _table(flow, "dance_sde", flow.sde_rows(per_step(eta, flow.sigma, "eta")))
+
+
+def flow_cps(sigmas: Sigmas, *, eta: PerStep, num_train_timesteps: int = 1000) -> Schedule:
+    """Flow-CPS, which keeps the weights of x0 and noise: kept^2 + std^2 = t_next^2 (2509.05952).
+
+    Args:
+        eta: in [0, 1]; std = t_next sin(eta pi / 2). A last sigma of 0 makes the last step deterministic.
+    """
+    flow = rectified_flow(sigmas, num_train_timesteps)
+    angle = per_step(eta, flow.sigma, "eta") * (math.pi / 2)
+    if (angle > math.pi / 2).any():
+        raise ValueError(f"eta of Flow-CPS lies in [0, 1], but it is {eta}; 0.7 to 0.8 is usual")
+    return _table(flow, "flow_cps", flow.rows(flow.next_sigma * angle.sin()))
+
+
+def flow_ode(sigmas: Sigmas, *, num_train_timesteps: int = 1000) -> Schedule:
+    """Euler steps of the flow: no step is trainable."""
+    schedule = dance_sde(sigmas, eta=0.0, num_train_timesteps=num_train_timesteps)
+    return dataclasses.replace(schedule, kind="flow_ode")
+
+
+def _table(process: Process, kind: str, coef: Tensor) -> Schedule:
+    if not coef.isfinite().all():
+        step = int((~coef.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"step {step} has no finite mean (signal {process.signal[step]:g}); try v_prediction")
+    log_snr = 2 * (process.signal.log() - process.sigma.log())
+    tables = (process.timesteps, coef, torch.stack(process.x0, 1), log_snr)
+    ode_coef = process.rows(torch.zeros_like(process.sigma))
+    return Schedule(*[table.float() for table in tables], kind=kind, ode_coef=ode_coef.float())
+
+
+def _steps_of(scheduler: Any, num_steps: int, is_ddim: bool) -> dict[str, Any]:
+    config = scheduler.config
+    for option in ("clip_sample", "thresholding"):
+        if config.get(option):
+            raise ValueError(f"steps must be affine in the output, but {option} is True; set {option}=False")
+    train_steps, spacing = config["num_train_timesteps"], config.get("timestep_spacing", "leading")
+    if not 1 <= num_steps <= train_steps:
+        raise ValueError(f"num_steps lies in 1..{train_steps}, the training steps of the scheduler, not {num_steps}")
+    stride, remaining = train_steps // num_steps, torch.arange(num_steps - 1, -1, -1, dtype=torch.float64)
+    if spacing == "trailing":
+        timesteps = ((remaining + 1) * (train_steps / num_steps)).round() - 1
+    elif spacing == "linspace" and is_ddim:
+        timesteps = (remaining * ((train_steps - 1) / max(num_steps - 1, 1))).round()
+    else:
+        timesteps = remaining * stride + config.get("steps_offset", 0)
+    final = 1.0 if config.get("set_alpha_to_one", True) else None
+    return dict(
+        timesteps=timesteps, stride=stride, prediction_type=config["prediction_type"], final_alpha_cumprod=final
+    )
+
+
+def _euler(scheduler: Any, num_steps: int) -> Schedule:
+    """Euler's ODE of x0 + sigma * noise is DDIM at eta = 0 between its own levels; the last one is clean."""
+    scheduler = copy.deepcopy(scheduler)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # numpy's, on diffusers' part
+        scheduler.set_timesteps(num_steps)
+    process = variance_exploding(scheduler.sigmas, scheduler.timesteps, scheduler.config["prediction_type"])
+    return _table(process, "euler", process.rows(torch.zeros_like(process.sigma)))
+
+
+def _sigmas_of(scheduler: Any, num_steps: int, mu: float | None, sigmas: Sequence[float] | None) -> Tensor:
+    if scheduler.config.get("use_dynamic_shifting") and mu is None:
+        raise ValueError("with use_dynamic_shifting the sigmas depend on the resolution, but mu is None; pass mu=...")
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_steps, mu=mu, sigmas=sigmas)
+    return scheduler.sigmas
+
+
+_BETA_SCHEDULERS = {
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+}
+_BETA_KINDS: dict[str, Any] = {"ddim": (ddim, {"eta": 1.0}), "ddpm": (ddpm, {}), "euler": (_euler, {})}
+_FLOW_KINDS: dict[str, Any] = {"flow_sde": (flow_sde, {"noise_level": 0.7}), "dance_sde": (dance_sde, {"eta": 0.3})}
+_FLOW_KINDS |= {"flow_cps": (flow_cps, {"eta": 0.7}), "flow_ode": (flow_ode, {})}

@@ -1,0 +1,141 @@
+"""The selectors that AdaScope is compared with: every step, a range, random ones, a threshold, what another leaves out.
+
+Axes: `b` samples, `t` denoising steps, noisiest first. Intervals are half open, [start, end).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from adascope_fast.rollout import Trajectory
+from adascope_fast.schedules import Schedule
+from adascope_fast.selectors.protocol import Stateless, TimestepSelector, checked, nonempty
+from adascope_fast.theory import schedule_correlation
+
+
+@dataclass
+class EveryStep(Stateless):
+    """All steps that have a log_prob: DDPO and every other host without AdaScope."""
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        """All steps, every iteration."""
+        return self._keep_interval(prompts, schedule, 0, schedule.num_steps)
+
+
+@dataclass
+class StaticRange(Stateless):
+    """Steps start..end-1 of every sample."""
+
+    start: int
+    end: int
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        """The same steps every iteration."""
+        return self._keep_interval(prompts, schedule, *checked(self.start, self.end, schedule.num_steps))
+
+
+@dataclass
+class RandomFraction(Stateless):
+    """floor(fraction * t) random steps of each sample, as ddpo-pytorch's shuffled timesteps with timestep_fraction."""
+
+    fraction: float
+    seed: int = 0
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        """Other steps for each sample and iteration; all that have a log_prob where those are too few."""
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction lies in (0, 1], but it is {self.fraction}; 1 trains every step")
+        b, t = len(prompts), schedule.num_steps
+        trainable = schedule.trainable.cpu()
+        num_kept = max(1, int(self.fraction * t + 1e-9))
+        draw = torch.from_numpy(np.random.default_rng((self.seed, iteration)).random((b, t)))
+        chosen = draw.masked_fill(~trainable, 2).argsort(1)[:, :num_kept]
+        keep = torch.zeros(b, t, dtype=torch.bool).scatter_(1, chosen, True) & trainable
+        self._last = {"fraction": keep.double().mean().item()}
+        return nonempty(keep)
+
+
+@dataclass
+class Threshold(Stateless):
+    """Steps whose uncertainty by Theorem 2, 1 - correlation of the latents around the step, lies in [low, high).
+
+    It follows from the noise levels alone (`theory.schedule_correlation`), for data of the given variance: the same
+    steps for every sampler of the same levels, whatever the model and the reward. `high` above 1 is no bound.
+    """
+
+    low: float
+    high: float
+    variance: float = 1.0
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        """The same steps every iteration."""
+        uncertainty = 1 - schedule_correlation(schedule, self.variance)
+        keep = (uncertainty >= self.low) & (uncertainty < self.high)
+        if not keep.any():
+            raise ValueError(
+                f"no step has an uncertainty in [{self.low}, {self.high}): they reach from {uncertainty.min():.3g} to "
+                f"{uncertainty.max():.3g} on this schedule; move the bounds"
+            )
+        keep &= schedule.trainable.cpu()
+        self._last = {"fraction": keep.double().mean().item()}
+        return nonempty(keep.expand(len(prompts), -1))
+
+
+@dataclass
+class Complement:
+    """The steps that another selector leaves out: if that one is right about where RL pays, this one learns little.
+
+    `selector` senses, decides and remembers as ever, and its decision is in the telemetry; "fraction" is what this one
+    keeps.
+    """
+
+    selector: TimestepSelector
+    _fraction: float | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
+        """The steps with a log_prob that `selector` does not keep."""
+        return self._rest(self.selector(trajectory, iteration), trajectory.schedule)
+
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
+        """The same before the rollout, where `selector` knows."""
+        keep = self.selector.ahead(prompts, schedule, iteration)
+        return None if keep is None else self._rest(keep, schedule)
+
+    def sampler(self, schedule: Schedule, iteration: int) -> Schedule:
+        """That of `selector`."""
+        return self.selector.sampler(schedule, iteration)
+
+    def gains(self) -> Float64[Tensor, "b t"] | None:
+        """Those of `selector`."""
+        return self.selector.gains()
+
+    def senses(self, iteration: int) -> bool:
+        """Whether `selector` does."""
+        return self.selector.senses(iteration)
+
+    def telemetry(self) -> dict[str, Any]:
+        """That of `selector`, whose steps are the ones left out."""
+        inner = self.selector.telemetry()
+        return inner if self._fraction is None else inner | {"fraction": self._fraction, "is_complement": True}
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of `selector`."""
+        return self.selector.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.selector.load_state_dict(state)
+
+    def _rest(self, keep: Bool[Tensor, "b t"], schedule: Schedule) -> Bool[Tensor, "b t"]:
+        rest = ~keep & schedule.trainable.to(keep.device)
+        if not rest.any():
+            raise ValueError(
+                f"the complement trains what {type(self.selector).__name__} leaves out, and it leaves out no step "
+                f"that has a log_prob; choose another selector"
+            )
+        self._fraction = rest.double().mean().item()
+        return rest

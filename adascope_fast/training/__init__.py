@@ -1,0 +1,17 @@
+"""The outer loop, and what a run leaves behind."""
+
+from typing import TYPE_CHECKING
+
+from adascope_fast.lazy import lazy
+
+if TYPE_CHECKING:
+    from adascope_fast.training.trainer import Result as Result
+    from adascope_fast.training.trainer import Trainer as Trainer
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "Result": "trainer",
+        "Trainer": "trainer",
+    },
+)

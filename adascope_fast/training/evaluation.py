@@ -1,0 +1,109 @@
+"""Held-out reward on fixed seeds, before and after, with a 95 % interval; and how varied the pictures are.
+
+Pictures of one prompt resemble each other, so the interval is over prompts (means of their pictures), not pictures.
+A reward that rises while `diversity` or `contrast` falls is a policy that has found a way around the task.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from adascope_fast.backbone import Backbone
+from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.schedules import Schedule
+
+NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores [prompts, samples] and the pictures of the first prompts, row by row."""
+
+    scores: Float32[Tensor, "p s"]
+    pictures: Float[Tensor, "n 3 h w"]
+    breakdown: dict[str, float]
+    diversity: float | None
+    contrast: float
+    clip_score: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Mean with its 95 % interval, number of pictures, their variety, and the reward's parts where it has any."""
+        parts = {"attributes": self.breakdown} if self.breakdown else {}
+        variety = {"diversity": self.diversity, "contrast": self.contrast}
+        variety |= {} if self.clip_score is None else {"clip_score": self.clip_score}
+        return {**interval(self.scores), "num_images": self.scores.numel(), **variety, **parts}
+
+
+def interval(scores: Float32[Tensor, "p s"]) -> dict[str, float]:
+    """`mean`, `low` and `high`: the normal 95 % interval of the mean over prompts."""
+    means = scores.double().mean(1)
+    mean = means.mean().item()
+    reach = NORMAL_95 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
+
+def diversity(images: Float[Tensor, "p s 3 h w"]) -> float | None:
+    """Root mean square difference of two pictures of the same prompt, mean over pairs, then over prompts.
+
+    0: all pictures of a prompt are alike; black against white is 1. None with a single picture a prompt.
+    """
+    num = images.shape[1]
+    if num < 2:
+        return None
+    rows = images.flatten(2).float()
+    pairs = [rows[:, i + 1 :] - rows[:, i : i + 1] for i in range(num - 1)]  # [p, s - 1 - i, d] each
+    return torch.cat([pair.square().mean(2).sqrt() for pair in pairs], 1).mean().item()
+
+
+def contrast(images: Float[Tensor, "n 3 h w"]) -> float:
+    """Standard deviation of a picture's values, mean over pictures; 0 is a picture of one grey, 0.5 the most."""
+    return images.flatten(1).float().std(1, correction=0).mean().item()
+
+
+def evaluate(
+    backbone: Backbone,
+    schedule: Schedule,
+    score: Callable[[Tensor, list[str]], Tensor],
+    prompts: Sequence[str],
+    *,
+    samples_per_prompt: int,
+    guidance_scale: float,
+    seed: int,
+    batch: int,
+    num_pictured: int,
+    breakdown: Callable[[Tensor, list[str]], dict[str, float]] | None = None,
+    similarity: Callable[[Tensor, list[str]], Tensor] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Score `samples_per_prompt` pictures of each prompt; the same seed gives the same noise to any policy.
+
+    Args:
+        similarity: of picture and prompt, whose mean is the CLIP score.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    generator = torch.Generator(schedule.coef.device).manual_seed(seed)
+    trajectory = rollout(
+        backbone,
+        schedule,
+        EncodedPrompts.of(backbone, prompts),
+        repeated,
+        guidance_scale=guidance_scale,
+        generator=generator,
+        batch=batch,
+        on_step=on_step,
+    )
+    images = backbone.decode(trajectory.latents[:, -1])
+    scores = score(images, repeated).cpu().view(len(prompts), samples_per_prompt)
+    parts = breakdown(images, repeated) if breakdown else {}
+    return Evaluation(
+        scores,
+        images[: num_pictured * samples_per_prompt].cpu(),
+        parts,
+        diversity(images.unflatten(0, (len(prompts), samples_per_prompt))),
+        contrast(images),
+        None if similarity is None else similarity(images, repeated).double().mean().item(),
+    )

@@ -1,0 +1,151 @@
+"""A calibration: its curves against the rollout itself, its thresholds against their aim, its page and its refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adascope_fast.adascope.selector import AdaScope
+from adascope_fast.adascope.sensing import Curves, latent_curves
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.planning import calibration
+from adascope_fast.planning.calibration import PAPER, Calibration, calibrate
+from adascope_fast.reporting import write_calibration
+from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.schedules import samplers as schedules
+from adascope_fast.theory import ideal_chain, schedule_correlation
+from adascope_fast.training.trainer import Trainer
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
+CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
+
+
+def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def _made(config: Config) -> Trainer:
+    return Trainer(config, reward=redness, train_prompts=CAPTIONS, held_out_prompts=CAPTIONS, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Calibration]:
+    folder = tmp_path_factory.mktemp("calibration") / "run"
+    overrides = [f"run.folder={folder}", "sampler.num_steps=6", "train.samples_per_prompt=3", "train.update=one_pass"]
+    config = Config.load(TINY, [*overrides, "selector.mask_source=previous"])
+    result = calibrate(config, num_prompts=2, trainer=_made)
+    assert not folder.exists(), "a calibration is no run"
+    return config, result
+
+
+def test_curves_are_those_of_the_rollout(found: tuple[Config, Calibration]):
+    config, result = found
+    trainer = _made(config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_iteration": 2})}))
+    trainer.prepare()
+    prompts = trainer.prompts_of(0)
+    trajectory = rollout(
+        trainer.backbone,
+        trainer.schedule,
+        EncodedPrompts.of(trainer.backbone, prompts),
+        prompts,
+        guidance_scale=config.sampler.guidance_scale,
+        generator=torch.Generator().manual_seed(config.run.seed),
+        batch=100,
+    )
+    with torch.no_grad():
+        images = trainer.backbone.decode(trajectory.latents[:, -1])
+        first = trainer.backbone.decode(trajectory.x0[:, 0])
+    reward = result.curves["reward"]
+    assert [len(curve["mean"]) for curve in result.curves.values()] == [6, 7, 7, 6]
+    by_prompt = redness(images, prompts).view(2, 3).mean(1)
+    assert reward["mean"][-1] == pytest.approx(by_prompt.mean().item(), abs=1e-5)
+    assert reward["std"][-1] == pytest.approx(by_prompt.std(correction=0).item(), abs=1e-5)
+    assert reward["mean"][0] == pytest.approx(redness(first, prompts).mean().item(), abs=1e-5)
+    volatility, preference = latent_curves(trajectory)
+    assert result.curves["structure"]["mean"] == pytest.approx(volatility.mean(0).tolist(), abs=1e-5)
+    assert result.curves["preference"]["mean"] == pytest.approx(preference.mean(0).tolist(), abs=1e-5)
+    states = trajectory.latents.flatten(2).double().numpy()  # [6, 7, d]
+    # Pooled over the pictures of a prompt, as the mean of their means: each latent has nearly mean 0 and variance 1.
+    pearson = np.stack([np.corrcoef(rows).diagonal(1) for rows in states]).mean(0)
+    uncertainty: Any = result.curves["uncertainty"]["mean"]
+    np.testing.assert_allclose(uncertainty, 1 - pearson, atol=0.02)
+    assert result.theory == (1 - schedule_correlation(trainer.schedule)).tolist()
+    assert result.sampler == (1 - ideal_chain(trainer.schedule, 1.0).correlation).tolist() != result.theory
+    keep = AdaScope()(trajectory, 0)
+    assert result.configured.fraction == pytest.approx(keep.double().mean().item())
+    assert sum(result.configured.reasons.values()) == 2 == len(result.configured.intervals)
+
+
+def test_a_sensor_of_the_reward_decides_on_the_reward(found: tuple[Config, Calibration], tmp_path: Path):
+    overrides = ["sampler.num_steps=6", "sensing.kind=reward_only", "sensing.stride=1", "sensing.num_samples=0"]
+    overrides += ["sensing.decoder=linear", f"run.folder={tmp_path / 'out'}"]
+    result = calibrate(Config.load(TINY, overrides), num_prompts=2, trainer=_made)
+    assert not (tmp_path / "out").exists()
+    preference, reward = (np.array(result.curves[name]["mean"], float) for name in ("preference", "reward"))
+    latent = np.array(found[1].curves["preference"]["mean"], float)
+    assert result.structure == "1 - correlation of guesses"
+    assert not np.allclose(preference[:-1], latent[:-1], atol=0.01), "not the latents'"
+    np.testing.assert_allclose(preference, reward, atol=0.05)  # a linear decoder, against the model's own
+
+
+def _settling(num_prompts: int, t: int) -> Any:
+    """Volatility that falls by a factor a step from prompt to prompt a little differently, and a rising preference."""
+    i = np.arange(t + 1)
+    decay = 0.45 + 0.02 * np.arange(num_prompts)[:, None]
+    volatility = 0.001 + 0.2 * np.exp(-decay * i[:-1])
+    preference = 1 - 0.6 * np.exp(-0.3 * decay * i)
+    return Curves(torch.from_numpy(preference), volatility=torch.from_numpy(volatility))
+
+
+@pytest.mark.parametrize("target", [PAPER, (0.2, 0.5), (0.08, 0.8)])
+def test_the_proposed_thresholds_meet_their_aim_without_falling_back(target: tuple[float, float]):
+    t, curves = 50, _settling(6, 50)
+    schedule = schedules.dance_sde(torch.linspace(1, 0, t + 1), eta=0.3)
+    trajectory: Any = SimpleNamespace(schedule=schedule, num_steps=t, prompts=list("abcdef"))
+    proposed = calibration._proposed(AdaScope(), trajectory, curves, target)
+    assert abs(proposed.mean_start - target[0] * t) < 1
+    assert abs(proposed.mean_end - target[1] * t) < 1
+    assert not [reason for reason in proposed.reasons if reason.startswith("fallback")]
+    again = replace(AdaScope(), kappa_s=proposed.kappa, phi_e=proposed.phi_end)
+    again.decide(curves, trajectory.prompts, log_snr=schedule.log_snr)
+    assert again.telemetry()["intervals"] == proposed.intervals
+
+
+def test_a_fallback_near_the_aim_is_not_proposed():
+    """The paper's interval is the fallback's: thresholds that never hold would meet the aim exactly."""
+    t, curves = 20, _settling(6, 20)
+    schedule = schedules.dance_sde(torch.linspace(1, 0, t + 1), eta=0.3)
+    trajectory: Any = SimpleNamespace(schedule=schedule, num_steps=t, prompts=list("abcdef"))
+    adascope = AdaScope(fallback=PAPER)
+    assert calibration._decide(adascope, trajectory, curves, 1e-9, 0.1).mean_start == 2
+    proposed = calibration._proposed(adascope, trajectory, curves, PAPER)
+    assert calibration._fallbacks(proposed) == 0
+
+
+def test_the_page_and_its_figures(found: tuple[Config, Calibration], tmp_path: Path):
+    _, result = found
+    hostile = replace(result, reward="<script>alert(1)</script>")
+    path = write_calibration(hostile.values(), tmp_path / "new" / "folder")
+    page = path.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("<svg") == 5, "four panels and the histogram"
+    assert page.count('class="shade"') == 4
+    assert f"{result.configured.mean_start:.1f} ± {result.configured.std_start:.1f}" in page
+    assert json.loads((path.parent / "calibration.json").read_text())["theory"] == result.theory
+    with Image.open(path.parent / "calibration.png") as picture:
+        assert picture.size[0] > 1000
+    assert f"selector.kappa={result.proposed.kappa:.3g}" in result.text()
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    with pytest.raises(ConfigError, match="looks at different prompts, got 3 of 2"):
+        calibrate(Config.load(TINY), num_prompts=3, trainer=_made)
+    with pytest.raises(ConfigError, match="of 3 steps is trained whole, there is nothing to calibrate"):
+        calibrate(Config.load(TINY, ["sampler.num_steps=3"]), num_prompts=1, trainer=_made)
