@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from adascope_fast.adascope.selector import AdaScope as AdaScope
     from adascope_fast.adascope.sensing import Curves as Curves
     from adascope_fast.adascope.sensing import curves_of_guesses as curves_of_guesses
-    from adascope_fast.algorithms.policy_gradient import Algorithm as Algorithm
+    from adascope_fast.algorithms.algorithm import Algorithm as Algorithm
     from adascope_fast.algorithms.policy_gradient import ddpo as ddpo
     from adascope_fast.algorithms.policy_gradient import grpo as grpo
     from adascope_fast.backbone import Backbone as Backbone

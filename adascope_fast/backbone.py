@@ -1,10 +1,11 @@
 """What a text-to-image model is to the engine: encode, predict, decode, and the parameters that learn."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -40,8 +41,13 @@ class Backbone(Protocol):
         """Pictures in [0, 1]."""
         ...
 
-    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
-        """The table of this model's stochastic sampler: DDIM with `eta`, or Flow-SDE with `noise_level`."""
+    def schedule(
+        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+    ) -> Schedule:
+        """The table of the sampler `kind` with its noise; "auto": DDIM for diffusion models, Flow-SDE for flow models.
+
+        ValueError for a kind that this model has not, and for noise that the kind has not.
+        """
         ...
 
     def deterministic_schedule(self, num_steps: int) -> Schedule:
@@ -67,3 +73,54 @@ class Backbone(Protocol):
     def load_adapter_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `adapter_tensors` gave."""
         ...
+
+
+class Ema:
+    """Exponential moving average of trained weights, in float32: smoother than the weights of any one iteration.
+
+    As in diffusers' EMAModel the decay of update n is at most (1 + n) / (10 + n), so a short run is averaged too.
+
+    Args:
+        decay: the highest decay.
+        growth: the decay of update n is `growth` * n until it reaches `decay`; None: as in diffusers.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, *, growth: float | None = None) -> None:
+        self.decay, self.growth, self._parameters, self._num_updates = decay, growth, list(parameters), 0
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the weights as they are now."""
+        n = self._num_updates
+        decay = min(self.decay, (1 + n) / (10 + n) if self.growth is None else self.growth * n)
+        torch._foreach_lerp_(self._average, [parameter.data for parameter in self._parameters], 1 - decay)
+        self._num_updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and their averages."""
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            trained = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(trained)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages, by number, and how often they were moved."""
+        count = torch.tensor(self._num_updates)
+        return {str(number): value for number, value in enumerate(self._average)} | {"num_updates": count}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        self._num_updates = int(tensors["num_updates"])
+        for number, average in enumerate(self._average):
+            average.copy_(tensors[str(number)])

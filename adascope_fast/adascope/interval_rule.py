@@ -13,15 +13,16 @@ neither the order of the samples nor the rank they were on can matter.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 
-Rule = Literal["knee", "knee_causal", "literal", "fraction", "schedule", "fixed"]
-RULES = ("knee", "knee_causal", "literal", "fraction", "schedule", "fixed")
+from adascope_fast.adascope import settings
+from adascope_fast.adascope.settings import Rule
+
 LOG_SNR = (-4.05, 0.086)
 """SD1.5's steps 5..31 of 50, the paper's mean interval, as log signal-to-noise ratios."""
 
@@ -42,45 +43,26 @@ class Scale(NamedTuple):
     gain: float
 
 
-@dataclass(kw_only=True)
-class IntervalRule:
-    """Parameters of `select_interval`; fractions are of t and round half up."""
+class IntervalRule(settings.IntervalRule):
+    """See `settings.IntervalRule`; and what is the same in every run."""
 
-    rule: Rule = "knee"
-    kappa_s: float = 0.25
-    """Structure has formed when its volatility has fallen to this share of its peak above the floor."""
-    persist: int = 2
-    """Steps in a row for which a test must hold."""
-    phi_e: float = 0.10
-    """Reward has saturated when this share of its gain since the start is left."""
-    smooth_s: int = 3
-    smooth_g: int = 5
-    start_lo: float = 0.0
-    start_hi: float = 0.30
-    end_hi: float = 0.90
-    min_frac: float = 0.20
-    max_frac: float = 0.80
-    fallback: tuple[float, float] | None = None
-    """Interval as fractions of t; None means log-SNR in [-4.05, 0.086) where it is known, else (0.10, 0.64)."""
-    range_eps: float = 1e-6
+    smoothing_structure: int = 3
+    """Width of the moving average over volatilities, odd."""
+    smoothing_preference: int = 5
+    """Width of the moving average over preferences, odd."""
+    earliest_start: float = 0.0
+    latest_start: float = 0.30
+    latest_end: float = 0.90
+    """Bounds, as shares of t."""
+    smallest_range: float = 1e-6
     """Smaller ranges of structure and gains of preference count as none."""
-    literal_eps: float = 0.02
-    """What "literal" takes for zero, as a share of the curve's range; the paper's value is unpublished."""
-    formed: float = 0.80
-    """Share of the structure's change after which "fraction" starts."""
 
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"rule is one of {', '.join(RULES)}, not {self.rule!r}; knee is the default")
-        if min(self.smooth_s, self.smooth_g, self.persist) < 1 or self.smooth_s % 2 == 0 or self.smooth_g % 2 == 0:
-            raise ValueError(
-                f"smoothing widths are odd, but are {self.smooth_s}, {self.smooth_g}; persist is at least 1"
-            )
-
-    @property
-    def is_sensed(self) -> bool:
-        """Whether the rule looks at curves at all."""
-        return self.rule not in ("fixed", "schedule")
+    @model_validator(mode="after")
+    def _widths_are_odd(self) -> Self:
+        widths = self.smoothing_structure, self.smoothing_preference
+        if min(widths) < 1 or any(width % 2 == 0 for width in widths):
+            raise ValueError(f"smoothing widths are odd, got {widths[0]} and {widths[1]}; 3 and 5 are the defaults")
+        return self
 
     def interval(
         self,
@@ -106,17 +88,17 @@ class IntervalRule:
         q = self._volatility(s, is_volatility=volatility is not None)
         if self.rule == "knee_causal":
             return self._causal(q, mean(g), fallback, scale, lag=2 if volatility is None else 1)
-        if volatility is None and np.ptp(s, axis=1).max() < self.range_eps:
+        if volatility is None and np.ptp(s, axis=1).max() < self.smallest_range:
             return Interval(*fallback, "fallback:constant_f")
         if self.rule == "literal":
             return self._literal(s, g, fallback, is_volatility=volatility is not None)
         if self.rule == "fraction":
             start = self._formed(mean(s), is_volatility=volatility is not None)
         else:
-            start = self._start(smooth(q, self.smooth_s), t)
+            start = self._start(smooth(q, self.smoothing_structure), t)
         if start is None:
             return Interval(*fallback, "fallback:no_start")
-        return self._end(smooth(mean(g), self.smooth_g), start, t, fallback[1])
+        return self._end(smooth(mean(g), self.smoothing_preference), start, t, fallback[1])
 
     def unsensed(self, t: int, log_snr: Any) -> Interval | None:
         """The interval where no curve is needed: rollouts of fewer than 4 steps, "fixed" and "schedule"; else None."""
@@ -138,8 +120,11 @@ class IntervalRule:
         t = g.shape[1] - 1
         if not finite.any() or t < 4:
             return None
-        q, g = self._volatility(s[finite], is_volatility=volatility is not None), smooth(mean(g[finite]), self.smooth_g)
-        peak = q[: rounded(self.start_hi * t) + 1]
+        q, g = (
+            self._volatility(s[finite], is_volatility=volatility is not None),
+            smooth(mean(g[finite]), self.smoothing_preference),
+        )
+        peak = q[: rounded(self.latest_start * t) + 1]
         return Scale(float(np.median(q[t // 2 :])), float(peak.max()), float(g[t] - g[int(peak.argmax())]))
 
     def fallback_interval(self, t: int, log_snr: Any) -> tuple[int, int]:
@@ -155,41 +140,41 @@ class IntervalRule:
         return mean(s) if is_volatility else np.sqrt(mean(np.diff(s, 2) ** 2))
 
     def _bounds(self, t: int) -> tuple[int, int]:
-        return rounded(self.start_lo * t), rounded(self.start_hi * t)
+        return rounded(self.earliest_start * t), rounded(self.latest_start * t)
 
     def _start(self, q: np.ndarray, t: int) -> int | None:
         low, high = self._bounds(t)
         floor, peak = np.median(q[t // 2 :]), int(q[: high + 1].argmax())
         if q[peak] <= floor:
             return None
-        return first(q <= floor + self.kappa_s * (q[peak] - floor), max(peak, low), high, self.persist)
+        return first(q <= floor + self.kappa * (q[peak] - floor), max(peak, low), high, self.persistence)
 
     def _formed(self, s: np.ndarray, *, is_volatility: bool) -> int | None:
         """The first state with `formed` of the structure's change behind it; volatilities add up to the change."""
         f = np.concatenate([[0.0], s.cumsum()]) if is_volatility else s
-        if abs(f[-1] - f[0]) < self.range_eps:
+        if abs(f[-1] - f[0]) < self.smallest_range:
             return None
         return first((f - f[0]) / (f[-1] - f[0]) >= self.formed, *self._bounds(len(f) - 1), 1)
 
     def _shortest(self, start: int, t: int) -> int:
-        return start + max(1, rounded(self.min_frac * t))
+        return start + max(1, rounded(self.min_fraction * t))
 
     def _end(self, g: np.ndarray, start: int, t: int, fallback_end: int) -> Interval:
         gain = g[t] - g[start]
-        if gain <= self.range_eps:
+        if gain <= self.smallest_range:
             return self._no_gain(start, t, fallback_end)
-        found = first((g[t] - g) / gain <= self.phi_e, self._shortest(start, t), t, self.persist)
+        found = first((g[t] - g) / gain <= self.phi_end, self._shortest(start, t), t, self.persistence)
         return self._clamped(start, found, t)
 
     def _no_gain(self, start: int, t: int, fallback_end: int) -> Interval:
-        end = max(min(fallback_end, rounded(self.end_hi * t)), self._shortest(start, t))
+        end = max(min(fallback_end, rounded(self.latest_end * t)), self._shortest(start, t))
         return self._clamped(start, end, t, "fallback:no_gain")
 
     def _clamped(self, start: int, end: int | None, t: int, reason: str = "ok") -> Interval:
-        latest = max(rounded(self.end_hi * t), self._shortest(start, t))
+        latest = max(rounded(self.latest_end * t), self._shortest(start, t))
         if end is None:
             end, reason = latest, "clamped:no_end"
-        longest = start + rounded(self.max_frac * t)
+        longest = start + rounded(self.max_fraction * t)
         for bound, name in ((latest, "clamped:max_end"), (longest, "clamped:max_len"), (t, "clamped:max_end")):
             if end > bound > start:
                 end, reason = bound, name if reason == "ok" else reason
@@ -198,13 +183,13 @@ class IntervalRule:
     def _literal(self, s: np.ndarray, g: np.ndarray, fallback: tuple[int, int], *, is_volatility: bool) -> Interval:
         f, g = mean(s), mean(g)
         change = f if is_volatility else np.abs(np.diff(f, 2))
-        start = first(change <= self.literal_eps * np.ptp(f), 0, len(change), 1)
+        start = first(change <= self.literal_epsilon * np.ptp(f), 0, len(change), 1)
         if start is None:
             return Interval(*fallback, "fallback:no_start")
         change = np.abs(np.diff(g, 2))
-        end = first(change <= self.literal_eps * np.ptp(g), start + 1, len(change), 1)
+        end = first(change <= self.literal_epsilon * np.ptp(g), start + 1, len(change), 1)
         if end is None:
-            return Interval(start, max(rounded(self.end_hi * (len(g) - 1)), start + 1), "clamped:no_end")
+            return Interval(start, max(rounded(self.latest_end * (len(g) - 1)), start + 1), "clamped:no_end")
         return Interval(start, end, "ok")
 
     def _causal(
@@ -213,14 +198,16 @@ class IntervalRule:
         t = len(g) - 1
         if scale is None:
             return Interval(*fallback, "fallback:first")
-        start = causal_start(q, scale, *self._bounds(t), lag=lag, kappa=self.kappa_s, persist=self.persist)
+        start = causal_start(q, scale, *self._bounds(t), lag=lag, kappa=self.kappa, persistence=self.persistence)
         if start is None:  # known at the last state that may start; steps before it were not trained
             start = max(fallback[0], self._bounds(t)[1])
             return self._clamped(start, max(fallback[1], self._shortest(start, t)), t, "fallback:no_start")
-        if scale.gain <= self.range_eps:
+        if scale.gain <= self.smallest_range:
             return self._no_gain(start, t, fallback[1])
-        width = min(self.smooth_g, t) - 1 or 1
-        end = causal_end(g, start, self._shortest(start, t), scale, width=width, phi=self.phi_e, persist=self.persist)
+        width = min(self.smoothing_preference, t) - 1 or 1
+        end = causal_end(
+            g, start, self._shortest(start, t), scale, width=width, phi=self.phi_end, persistence=self.persistence
+        )
         return self._clamped(start, end, t)
 
 
@@ -237,9 +224,9 @@ def select_interval(
     """The steps worth training, from the curves of the samples that share the decision.
 
     "knee": q is the smoothed root mean square over samples of structure's second differences. `start` is the first step
-    from q's early peak on with q <= floor + kappa_s (peak - floor), the floor being the median of q's later half. `end`
-    is the first with at most phi_e of the smoothed mean preference's gain since `start` left. Both hold `persist` times
-    in a row. Then the bounds. Samples with a value that is not finite are left out; degenerate cases say their reason.
+    from q's early peak on with q <= floor + kappa (peak - floor), the floor being the median of q's later half. `end`
+    is the first with at most phi_end of the smoothed mean preference's gain since `start` left. Both hold `persistence`
+    times in a row. Then the bounds. Samples with a value that is not finite are left out; degenerate cases say why.
 
     "knee_causal" decides a step from the states up to it alone. "fraction" starts when `formed` of the structure's
     change is done. "schedule" goes by the log-SNR alone, "fixed" by `fallback`.
@@ -263,9 +250,9 @@ def _by_snr(log_snr: Any) -> tuple[int, int] | None:
 
 
 def causal_start(
-    q: np.ndarray, scale: Scale, low: int, high: int, *, lag: int, kappa: float, persist: int
+    q: np.ndarray, scale: Scale, low: int, high: int, *, lag: int, kappa: float, persistence: int
 ) -> int | None:
-    """The first state in low..high whose newest `persist` volatilities are within `kappa` of the highest one so far.
+    """The first state in low..high whose newest `persistence` volatilities are within `kappa` of the highest so far.
 
     Nothing starts before the volatility has once been above `kappa` of the earlier rollouts' peak: a curve that is calm
     because structure has not begun would start at once.
@@ -274,19 +261,19 @@ def causal_start(
         q: volatility of each step; at state i the newest one known is q[i - lag].
         low, high: first and last state that may start.
     """
-    for i in range(max(low, lag + persist), min(high, len(q) - 1 + lag) + 1):
+    for i in range(max(low, lag + persistence), min(high, len(q) - 1 + lag) + 1):
         known = q[: i - lag + 1]
         top = known.max()
         has_begun = top > scale.floor + kappa * max(scale.peak - scale.floor, 0.0)
-        if has_begun and (known[-persist:] <= scale.floor + kappa * (top - scale.floor)).all():
+        if has_begun and (known[-persistence:] <= scale.floor + kappa * (top - scale.floor)).all():
             return i
     return None
 
 
 def causal_end(
-    g: np.ndarray, start: int, shortest: int, scale: Scale, *, width: int, phi: float, persist: int
+    g: np.ndarray, start: int, shortest: int, scale: Scale, *, width: int, phi: float, persistence: int
 ) -> int | None:
-    """The first state from `shortest` on at which preference has risen slowly, `persist` states in a row.
+    """The first state from `shortest` on at which preference has risen slowly, `persistence` states in a row.
 
     Slow is at most `phi` of the steepest rise since `start`, which is taken to be at least the mean rise of the earlier
     rollouts. A rise is that over the last `width` steps.
@@ -297,7 +284,7 @@ def causal_end(
         rise = (g[i] - g[i - width]) / width
         steepest = max(steepest, rise)
         slow = slow + 1 if rise <= phi * steepest else 0
-        if i >= shortest and slow >= persist:
+        if i >= shortest and slow >= persistence:
             return i
     return None
 
@@ -323,10 +310,10 @@ def smooth(curve: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(np.pad(curve, width // 2, mode="edge"), np.full(width, 1 / width), mode="valid")
 
 
-def first(holds: np.ndarray, low: int, high: int, persist: int) -> int | None:
-    """The first index in low..high from which `holds` is true `persist` times in a row."""
-    starts = range(low, min(high, len(holds) - persist) + 1)
-    return next((i for i in starts if holds[i : i + persist].all()), None)
+def first(holds: np.ndarray, low: int, high: int, persistence: int) -> int | None:
+    """The first index in low..high from which `holds` is true `persistence` times in a row."""
+    starts = range(low, min(high, len(holds) - persistence) + 1)
+    return next((i for i in starts if holds[i : i + persistence].all()), None)
 
 
 def rounded(x: float) -> int:

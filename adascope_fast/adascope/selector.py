@@ -8,14 +8,15 @@ the values: neither the order of the samples nor the number of ranks can matter.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64
+from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from torch import Tensor
 
+from adascope_fast.adascope import settings
 from adascope_fast.adascope.interval_rule import Interval as Interval
 from adascope_fast.adascope.interval_rule import IntervalRule as IntervalRule
 from adascope_fast.adascope.interval_rule import Scale, finite_mean, host, mean, rounded
@@ -32,45 +33,35 @@ SCALE_DECAY = 0.9
 Pools = list[tuple[str, list[int]]]
 
 
-@dataclass(kw_only=True)
-class AdaScope(IntervalRule):
-    """Selects, for each prompt and iteration, the steps between structure and saturation.
-
-    A decision that falls back takes the prompt's moving average instead; one within a step of it does not move.
+class AdaScope(settings.AdaScope, IntervalRule):
+    """Selects, for each prompt and iteration, the steps between structure and saturation; see `settings.AdaScope`.
 
     >>> keep = AdaScope().decide(curves_of_guesses(x0, final), prompts)  # in a loop of your own
     """
 
-    pooling: Literal["prompt", "sample", "batch"] = "prompt"
-    """Samples that share a decision."""
-    mask_source: Literal["current", "previous"] = "current"
-    """Whether this rollout decides or the ones before it. A mask that has not seen the rollout leaves the policy
-    gradient unbiased, and lets the steps be trained while they are sampled (one-pass)."""
-    memory_decay: float = 0.7
-    """Weight of the past in the moving average of each prompt's interval; 0 remembers the last one alone."""
-    sensor: Sensor = field(default_factory=LatentSensor)
-    """Where the curves come from."""
-    sense_every: int = 1
-    """Iterations from one sensing to the next; those between take what is remembered."""
-    _memory: dict[str, tuple[float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _overall: tuple[float, float] | None = field(default=None, init=False, repr=False, compare=False)
-    _scale: Scale | None = field(default=None, init=False, repr=False, compare=False)
-    _gains: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
-    _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask_source not in ("current", "previous"):
-            raise ValueError(f"mask_source is current or previous, not {self.mask_source!r}")
-        if self.pooling not in ("prompt", "sample", "batch"):
-            raise ValueError(f"pooling is prompt, sample or batch, not {self.pooling!r}")
-        if self.sense_every < 1:
-            raise ValueError(f"sense_every is at least 1, but it is {self.sense_every}; 1 senses every iteration")
+    sensor: SkipValidation[Sensor] = Field(default_factory=LatentSensor, repr=False)
+    """Where the curves come from, and in which iterations."""
+    _memory: dict[str, tuple[float, float]] = PrivateAttr(default_factory=dict)
+    _overall: tuple[float, float] | None = PrivateAttr(default=None)
+    _scale: Scale | None = PrivateAttr(default=None)
+    _gains: np.ndarray | None = PrivateAttr(default=None)
+    _last: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sensor_suits_the_rule(self) -> Self:
         if self.rule == "knee_causal" and not self.sensor.is_causal:
             raise ValueError(
                 "knee_causal decides while sampling, so its sensor must know a state's values at that state, got "
                 f'{self.sensor}; use a DecodedSensor with stride = 1, or rule "knee"'
             )
+        return self
+
+    def fresh(self, **changes: Any) -> "AdaScope":
+        """The same settings but for `changes`, and nothing remembered."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**fields | changes)
 
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
         """The interval of each pool, less the steps without log_prob."""
@@ -138,7 +129,7 @@ class AdaScope(IntervalRule):
 
     def senses(self, iteration: int) -> bool:
         """Whether this iteration's curves are looked at."""
-        return self.is_sensed and iteration % self.sense_every == 0
+        return self.is_sensed and iteration % self.sensor.every == 0
 
     def gains(self) -> Float64[Tensor, "b t"] | None:
         """What each step of the last rollout added to the preference, averaged over its pool; None if not sensed."""

@@ -40,6 +40,11 @@ class Sensor(Protocol):
         """Whether a state's values are known when the rollout reaches it."""
         ...
 
+    @property
+    def every(self) -> int:
+        """Iterations from one that is sensed to the next."""
+        ...
+
     def __call__(self, trajectory: Trajectory) -> Curves: ...
 
 
@@ -47,7 +52,12 @@ class Sensor(Protocol):
 class LatentSensor:
     """Correlation of successive guesses, and of each guess with the final latent."""
 
-    is_causal = False
+    every: int = 1
+
+    @property
+    def is_causal(self) -> bool:
+        """False: preference is likeness to the final latent."""
+        return False
 
     def __call__(self, trajectory: Trajectory) -> Curves:
         """See `latent_curves`."""
@@ -66,7 +76,8 @@ class DecodedSensor:
         stride: states from one that is decoded to the next; the picture is always judged. Between them preference is
             linear and structure a cubic spline: its second differences are what the rule reads, and those of straight
             lines are zero but at the states that were judged.
-        num_samples: of each prompt that are decoded, those first in the batch; None: all.
+        num_samples: of each prompt that are decoded, those first in the batch; 0: all.
+        every: iterations from one that is sensed to the next.
         batch: pictures decoded at once.
         prepare: called with a rollout's final latents before its first picture is decoded.
     """
@@ -75,7 +86,8 @@ class DecodedSensor:
     reward: Judge
     similarity: Judge | None = None
     stride: int = 1
-    num_samples: int | None = None
+    num_samples: int = 0
+    every: int = 1
     batch: int = 64
     prepare: Callable[[Tensor], None] | None = None
 
@@ -85,9 +97,10 @@ class DecodedSensor:
         return self.stride == 1
 
     def __post_init__(self) -> None:
-        if min(self.stride, self.batch, 1 if self.num_samples is None else self.num_samples) < 1:
+        if min(self.stride, self.batch, self.every, self.num_samples + 1) < 1:
             raise ValueError(
-                f"stride, num_samples and batch are at least 1, got {self.stride}, {self.num_samples}, {self.batch}"
+                f"stride, batch and every are at least 1, num_samples at least 0, got {self.stride}, {self.batch}, "
+                f"{self.every} and {self.num_samples}"
             )
 
     @torch.no_grad()
@@ -124,13 +137,13 @@ class DecodedSensor:
         return scores[0], scores[1]
 
 
-def first_of_each(prompts: list[str], count: int | None) -> list[int]:
-    """Rows of the first `count` samples of each prompt, in order; all if None."""
+def first_of_each(prompts: list[str], count: int) -> list[int]:
+    """Rows of the first `count` samples of each prompt, in order; all if 0."""
     seen: dict[str, int] = {}
     rows = []
     for row, prompt in enumerate(prompts):
         seen[prompt] = seen.get(prompt, 0) + 1
-        if count is None or seen[prompt] <= count:
+        if count == 0 or seen[prompt] <= count:
             rows.append(row)
     return rows
 

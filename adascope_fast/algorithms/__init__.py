@@ -5,8 +5,35 @@ from typing import TYPE_CHECKING
 from adascope_fast.lazy import lazy
 
 if TYPE_CHECKING:
-    from adascope_fast.algorithms.policy_gradient import Algorithm as Algorithm
+    from adascope_fast.algorithms.algorithm import Algorithm as Algorithm
+    from adascope_fast.algorithms.algorithm import Context as Context
+    from adascope_fast.algorithms.algorithm import Loss as Loss
+    from adascope_fast.algorithms.algorithm import Policy as Policy
+    from adascope_fast.algorithms.algorithm import Rows as Rows
+    from adascope_fast.algorithms.algorithm import Samples as Samples
+    from adascope_fast.algorithms.critic import dpok as dpok
+    from adascope_fast.algorithms.policy_gradient import PolicyGradient as PolicyGradient
     from adascope_fast.algorithms.policy_gradient import ddpo as ddpo
     from adascope_fast.algorithms.policy_gradient import grpo as grpo
+    from adascope_fast.algorithms.policy_gradient import reinforce as reinforce
+    from adascope_fast.algorithms.preference import d3po as d3po
+    from adascope_fast.algorithms.regression import awm as awm
 
-__getattr__ = lazy(__name__, {"Algorithm": "policy_gradient", "ddpo": "policy_gradient", "grpo": "policy_gradient"})
+__getattr__ = lazy(
+    __name__,
+    {
+        "Algorithm": "algorithm",
+        "Context": "algorithm",
+        "Loss": "algorithm",
+        "Policy": "algorithm",
+        "PolicyGradient": "policy_gradient",
+        "Rows": "algorithm",
+        "Samples": "algorithm",
+        "awm": "regression",
+        "d3po": "preference",
+        "ddpo": "policy_gradient",
+        "dpok": "critic",
+        "grpo": "policy_gradient",
+        "reinforce": "policy_gradient",
+    },
+)

@@ -40,7 +40,7 @@ class PerPromptTracker:
 
     buffer_size: int = 32
     min_count: int = 16
-    clip: float = 5.0
+    advantage_clip: float = 5.0
     _buffers: dict[str, deque[float]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, rewards: Float[Tensor, " b"], prompts: list[str], num_steps: int) -> Float[Tensor, "b t"]:
@@ -54,7 +54,7 @@ class PerPromptTracker:
         owner = torch.arange(len(known)).repeat_interleave(torch.tensor([len(buffer) for buffer in known]))
         remembered = torch.tensor([value for buffer in known for value in buffer], dtype=torch.float64)
         mean, std = _mean_std(remembered, owner, correction=0)
-        return _spread((values - mean[group]) / (std[group] + 1e-6), self.clip, rewards, num_steps)
+        return _spread((values - mean[group]) / (std[group] + 1e-6), self.advantage_clip, rewards, num_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered rewards of each prompt, oldest first."""
@@ -86,35 +86,39 @@ class GroupRelative(_Stateless):
     prompt + 1e-4; "group_sample": sample std of the prompt + 1e-8 (DanceGRPO, 2505.07818; MixGRPO, 2507.21802).
     """
 
-    scale: Literal["global", "group", "group_sample"] = "global"
-    clip: float = 5.0
+    advantage_scale: Literal["global", "group", "group_sample"] = "global"
+    advantage_clip: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.scale not in ("global", "group", "group_sample"):
-            raise ValueError(f"scale is global, group or group_sample, not {self.scale!r}")
+        if self.advantage_scale not in ("global", "group", "group_sample"):
+            raise ValueError(f"advantage_scale is global, group or group_sample, not {self.advantage_scale!r}")
 
     def __call__(self, rewards: Float[Tensor, " b"], prompts: list[str], num_steps: int) -> Float[Tensor, "b t"]:
         """Compare each reward with those of the same prompt in this call."""
         values = _checked(rewards, prompts)
         _, group = _groups(prompts)
-        mean, std = _mean_std(values, group, correction=1 if self.scale == "group_sample" else 0)
-        if self.scale == "global":
+        mean, std = _mean_std(values, group, correction=1 if self.advantage_scale == "group_sample" else 0)
+        if self.advantage_scale == "global":
             _, std = _mean_std(values, torch.zeros_like(group), correction=0)
-        divisor = std[0] + 1e-4 if self.scale == "global" else std[group] + (1e-4 if self.scale == "group" else 1e-8)
-        return _spread((values - mean[group]) / divisor, self.clip, rewards, num_steps)
+        divisor = (
+            std[0] + 1e-4
+            if self.advantage_scale == "global"
+            else std[group] + (1e-4 if self.advantage_scale == "group" else 1e-8)
+        )
+        return _spread((values - mean[group]) / divisor, self.advantage_clip, rewards, num_steps)
 
 
 @dataclass
 class Whiten(_Stateless):
     """(reward - mean) / (std + 1e-8) over the whole batch, whatever the prompts; the std is the population's."""
 
-    clip: float = 5.0
+    advantage_clip: float = 5.0
 
     def __call__(self, rewards: Float[Tensor, " b"], prompts: list[str], num_steps: int) -> Float[Tensor, "b t"]:
         """Compare each reward with the whole batch."""
         values = _checked(rewards, prompts)
         mean, std = _mean_std(values, torch.zeros(len(values), dtype=torch.int64), correction=0)
-        return _spread((values - mean) / (std + 1e-8), self.clip, rewards, num_steps)
+        return _spread((values - mean) / (std + 1e-8), self.advantage_clip, rewards, num_steps)
 
 
 def _checked(rewards: Float[Tensor, " b"], prompts: list[str]) -> Float64[Tensor, " b"]:

@@ -5,47 +5,25 @@ of the rewards stay what they were; over the credited steps of a sample they add
 weighting moves credit between steps and not the size of an update.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from adascope_fast.algorithms import settings
 from adascope_fast.rollout import Trajectory
 
-Backfill = Literal["interval", "full", "sparse"]
-Weights = Literal["uniform", "discount", "gain", "similarity"]
 
+class Attribution(settings.Attribution):
+    """How a selector's choice is credited; see `settings.Attribution`.
 
-@dataclass(frozen=True)
-class Attribution:
-    """How a selector's choice is credited.
-
-    `backfill` "interval": at the chosen steps (AdaScope); "full": at every step that has a log_prob, whatever was
-    chosen (DDPO's own); "sparse": at the last of these, where the picture was finished.
-    `weights` "uniform": alike (the paper); "discount": in proportion to gamma to the power of the steps that follow;
-    "gain": in proportion to what the step adds to the sensed preference; "similarity": to what it adds to the cosine of
-    the guess and the final latent, sample by sample (after CoCA, 2505.19196). A step where that falls gets nothing; if
-    it falls at all of a sample's steps, they are credited alike.
+    If the guess falls at all of a sample's steps, or no gain is positive, they are credited alike.
     """
-
-    backfill: Backfill = "interval"
-    weights: Weights = "uniform"
-    gamma: float = 0.99
-
-    def __post_init__(self) -> None:
-        for name, choices in (("backfill", get_args(Backfill)), ("weights", get_args(Weights))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is one of {', '.join(choices)}, got {getattr(self, name)!r}; choose one")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma lies in (0, 1], but it is {self.gamma}; 1 weighs all steps alike")
 
     @property
     def is_known_ahead(self) -> bool:
         """Whether the weights follow from the chosen steps alone, so that they are known before the rollout."""
-        return self.weights in ("uniform", "discount")
+        return self.attribution in ("uniform", "discount")
 
     def steps(self, chosen: Bool[Tensor, "b t"], trainable: Bool[Tensor, " t"]) -> Bool[Tensor, "b t"]:
         """The steps to train, of those a selector has chosen."""
@@ -64,12 +42,12 @@ class Attribution:
         """
         t = steps.shape[1]
         if self.is_known_ahead:
-            gamma = self.gamma if self.weights == "discount" else 1.0
+            gamma = self.gamma if self.attribution == "discount" else 1.0
             raw = gamma ** torch.arange(t - 1, -1, -1, device=steps.device, dtype=torch.float64)
         elif gains is None:
             raise ValueError(
-                f'weights = "{self.weights}" needs a selector that has sensed the preference along this rollout, and '
-                f"this one has not; sense every rollout of 4 steps or more, or use other weights"
+                f'attribution = "{self.attribution}" needs a selector that has sensed the preference along this '
+                f"rollout, and this one has not; sense every rollout of 4 steps or more, or use another attribution"
             )
         else:
             raw = gains.to(steps.device, torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)

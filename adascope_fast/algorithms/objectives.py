@@ -1,35 +1,48 @@
-"""Policy-gradient losses of packed steps: pure and unreduced, `n` (sample, step) pairs in, `n` losses out.
+"""Policy-gradient objectives of packed steps: pure and unreduced, `n` (sample, step) pairs in, `n` losses out.
 
 ddpo-pytorch averages inside its loss; here the caller divides by a fixed count, so that microbatch size cannot matter.
 log_prob is the mean over latent elements: clip ranges such as 1e-4 are only meaningful for it.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from adascope_fast import ops
 
+Objective = Callable[
+    [Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
+]
+"""(log_prob, old_log_prob, advantage) -> (loss, ratio), all [n]; the engine averages."""
 
-def ppo_clip(
-    log_prob: Float[Tensor, " n"],
-    old_log_prob: Float[Tensor, " n"],
-    advantage: Float[Tensor, " n"],
-    *,
-    clip_range: float,
-    clip_range_high: float | None = None,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """PPO's clipped loss max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range_high)) and the ratio r.
 
-    Args:
-        log_prob: of the current policy; the gradient flows to it.
-        old_log_prob: recorded by the rollout.
-        clip_range_high: clip_range if None.
+@dataclass(frozen=True)
+class Clipped:
+    """The clipped losses, for which there is a fused operation.
+
+    "ppo": max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range_high)); "dpok": -A clip(r), so a ratio outside the range
+    has no gradient whatever the sign of A (google-research/dpok).
     """
-    return ops.clipped_policy_loss(
-        log_prob, old_log_prob, advantage, clip_range=clip_range, clip_range_high=clip_range_high
-    )
+
+    clip_range: float = 1e-4
+    clip_range_high: float | None = None
+    """`clip_range` if None."""
+    form: Literal["ppo", "dpok"] = "ppo"
+
+    def __call__(
+        self, log_prob: Float[Tensor, " n"], old_log_prob: Float[Tensor, " n"], advantage: Float[Tensor, " n"]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """The loss and the ratio r = exp(log_prob - old_log_prob)."""
+        loss = ops.clipped_policy_loss if self.form == "ppo" else ops.dpok_policy_loss
+        bounds = {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
+        return loss(log_prob, old_log_prob, advantage, **bounds)
 
 
-def reinforce(log_prob: Float[Tensor, " n"], advantage: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The score-function loss -A log_prob; right only for one update after each rollout."""
-    return -advantage.detach() * log_prob
+def score_function(
+    log_prob: Float[Tensor, " n"], old_log_prob: Float[Tensor, " n"], advantage: Float[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """REINFORCE's loss -A log_prob and the ratio; right only for one update after each rollout."""
+    return -advantage.detach() * log_prob, (log_prob.detach() - old_log_prob.detach()).exp()

@@ -1,94 +1,211 @@
-"""Reinforcement-learning algorithms as compositions of an advantage and an objective.
+"""Policy gradients over denoising steps: an advantage for each step, and an objective of its log-probability.
 
-The engine knows neither: a new algorithm is a new function here, made of parts that exist or of one new part.
+DDPO, REINFORCE, GRPO and DPOK are compositions of these two; the fused operation is inside the loss, and serves an
+objective that has one. `b` samples, `t` steps, `n` (sample, step) pairs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from adascope_fast import ops
-from adascope_fast.algorithms.advantages import Advantage, GroupRelative, PerPromptTracker
-from adascope_fast.algorithms.attribution import Attribution
-from adascope_fast.algorithms.objectives import ppo_clip
+from adascope_fast.algorithms import settings
+from adascope_fast.algorithms.advantages import Advantage, GroupRelative, PerPromptTracker, Whiten
+from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
+from adascope_fast.algorithms.attribution import Attribution, similarity_gains
+from adascope_fast.algorithms.objectives import Clipped, Objective, score_function
+from adascope_fast.reference import Kind
+from adascope_fast.rollout import StepBatch, Trajectory
 from adascope_fast.schedules import Schedule
-
-Objective = Callable[
-    [Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]], tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
-]
-"""(log_prob, old_log_prob, advantage) -> (loss, ratio), all [n]; the engine averages."""
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class Pairs:
+    """`n` (sample, step) pairs and their advantages, of which a few at a time are gathered from the trajectory."""
+
+    trajectory: Trajectory
+    pairs: Int64[Tensor, "n 2"]
+    advantage: Float[Tensor, " n"]
+    is_live: Bool[Tensor, " n"] | None
+    num_forwards: int = 1
+
+    @property
+    def sample_index(self) -> Int64[Tensor, " n"]:
+        """The sample of each pair."""
+        return self.pairs[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def take(self, rows: Int64[Tensor, " m"]) -> tuple[StepBatch, Float[Tensor, " m"]]:
+        """Dense batch and advantages of some pairs."""
+        return self.trajectory.gather(self.pairs[rows]), self.advantage[rows]
+
+
+@dataclass(kw_only=True)
+class PolicyGradient(Algorithm):
     """`advantage` turns rewards [b] into [b, t], `objective` turns log-probabilities into an unreduced loss [n].
 
-    `step_weight` turns a schedule into weights [t] that multiply the advantages; None leaves every step its own.
-    `kl_weight` (beta) adds that many times the KL of each step from the reference policy; 0 costs no reference pass.
-    `clip` names the fused operation that computes this objective, "ppo" or "dpok"; None: there is none, and the
-    objective is differentiated as it stands.
-    `attribution` says which steps the reward is credited to and how much of it each gets.
+    The objective alone says how a ratio is clipped: one with a fused operation (`Clipped`) is served by it, any other
+    callable is differentiated as it stands, in replay and in one pass.
     """
 
-    name: str
     advantage: Advantage
     objective: Objective
-    clip_range: float
-    clip_range_high: float | None = None
     step_weight: Callable[[Schedule], Float32[Tensor, " t"]] | None = None
+    """Weights [t] that multiply the advantages; None leaves every step its own."""
     kl_weight: float = 0.0
-    clip: Literal["ppo", "dpok"] | None = None
+    """Weight (beta) of the KL from the reference policy; 0 costs no reference pass."""
+    kl_form: settings.KlForm = "divergence"
+    log_prob: str = "auto"
     attribution: Attribution = field(default_factory=Attribution)
+    """Which steps the reward is credited to, and how much of it each gets."""
 
-    def training_step(
+    def __post_init__(self) -> None:
+        self.needs_reference = self.kl_weight > 0
+
+    def log_prob_kind(self, schedule: Schedule) -> Kind:
+        """See `log_prob_kind_of`."""
+        return log_prob_kind_of(self.log_prob, schedule)
+
+    def steps(self, chosen: Bool[Tensor, "b t"], trainable: Bool[Tensor, " t"]) -> Bool[Tensor, "b t"]:
+        """The steps that the reward is credited to."""
+        return self.attribution.steps(chosen, trainable)
+
+    @property
+    def is_known_ahead(self) -> bool:
+        """Whether the attribution's shares follow from the chosen steps alone."""
+        return self.attribution.is_known_ahead
+
+    def advantages(self, samples: Samples, context: Context) -> Float[Tensor, "b t"]:
+        """Of each step of each sample, before step weights and attribution."""
+        return self.advantage(samples.rewards, samples.prompts, samples.trajectory.num_steps)
+
+    def batch(self, samples: Samples, context: Context) -> Pairs:
+        """The kept pairs; those without advantage have no effect, unless a KL is asked for."""
+        trajectory, advantages = samples.trajectory, self.advantages(samples, context)
+        weights = self.weights(context.keep, trajectory.schedule, trajectory, context.gains)
+        pairs = trajectory.pairs(context.keep)
+        advantage = (advantages * weights.to(advantages.device))[pairs[:, 0], pairs[:, 1]]
+        return Pairs(trajectory, pairs, advantage, None if self.kl_weight else advantage != 0)
+
+    def loss(
+        self, policy: Policy, rows: tuple[StepBatch, Float[Tensor, " n"]], *, is_on_policy: bool, scale: float
+    ) -> Loss:
+        """The objective of each pair and its KL."""
+        pairs, advantage = rows
+        where = pairs.sample, pairs.timestep, pairs.prompt_index
+        output, without = policy.outputs(*where)
+        old_log_prob = None if is_on_policy else pairs.old_log_prob
+        inputs = pairs.sample, output, pairs.prev_sample, pairs.coef, old_log_prob
+        shared: dict[str, Any] = {
+            "output_uncond": without,
+            "guidance_scale": policy.guidance_scale,
+            "ref_output": policy.reference(*where) if self.kl_weight else None,
+            "kl_weight": self._kl_weights(policy.schedule, pairs.step_index),
+            "kind": self.log_prob_kind(policy.schedule),
+        }
+        gradients = None
+        if isinstance(self.objective, Clipped):
+            bounds = {"clip_range": self.objective.clip_range, "clip_range_high": self.objective.clip_range_high}
+            values, stats, *found = ops.transition_policy_grad(
+                *inputs, advantage, **bounds, **shared, clip=self.objective.form, scale=scale
+            )
+            gradients = [gradient for gradient in found if gradient is not None]
+            if policy.train_guidance == "conditional":
+                gradients = gradients[:1]
+        else:
+            values, stats = self._plain(inputs, advantage, shared)
+        told = {name: stats[name] for name in ("ratio", "approx_kl", "clipfrac", "kl", "nonfinite") if name in stats}
+        drift = (stats["log_prob"] - pairs.old_log_prob).abs()
+        return Loss(values, told | {"rollout_drift": drift, "step": pairs.step_index}, gradients)
+
+    def _plain(
+        self, inputs: tuple[Any, ...], advantage: Tensor, shared: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """An objective of one's own, differentiated as it stands."""
+        sample, output, prev_sample, coef, old_log_prob = inputs
+        penalty, stats = ops.transition_policy_loss(
+            sample, output, prev_sample, coef, old_log_prob, torch.zeros_like(advantage), **shared, clip_range=1.0
+        )
+        log_prob = ops.guided_transition_log_prob(
+            sample, output, shared["output_uncond"], shared["guidance_scale"], prev_sample, coef, kind=shared["kind"]
+        )
+        old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
+        loss, _ = self.objective(log_prob, old_log_prob, advantage)
+        return loss + penalty, {name: value for name, value in stats.items() if name != "clipfrac"}
+
+    def weights(
         self,
-        sample: Float[Tensor, "n *latent"],
-        output: Float[Tensor, "n *latent"],
-        prev_sample: Float[Tensor, "n *latent"],
-        coef: Float32[Tensor, "n 3"],
-        old_log_prob: Float32[Tensor, " n"] | None,
-        advantage: Float[Tensor, " n"],
-        *,
-        output_uncond: Float[Tensor, "n *latent"] | None,
-        guidance_scale: float,
-        ref_output: Float[Tensor, "n *latent"] | None,
-        scale: float,
-    ) -> tuple[Float[Tensor, " n"], dict[str, Tensor], Tensor, Tensor | None]:
-        """Loss, statistics and gradients in the model outputs, as `ops.transition_policy_grad`."""
-        shared: dict[str, Any] = {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
-        shared |= {"output_uncond": output_uncond, "guidance_scale": guidance_scale, "ref_output": ref_output}
-        rows = (sample, output, prev_sample, coef, old_log_prob, advantage)
-        if self.clip is not None:
-            return ops.transition_policy_grad(
-                *rows,
-                **shared,
-                kl_weight=self.kl_weight,
-                clip=self.clip,
-                scale=scale,
-            )
-        outputs = [value.detach().requires_grad_() for value in (output, output_uncond) if value is not None]
+        keep: Bool[Tensor, "b t"],
+        schedule: Schedule,
+        trajectory: Trajectory | None = None,
+        gains: Callable[[], Tensor | None] = lambda: None,
+    ) -> Float32[Tensor, "b t"]:
+        """What multiplies the advantages: the attribution, and the weight of each step; on the schedule's device."""
+        found = None
+        if trajectory is not None and not self.attribution.is_known_ahead:
+            found = similarity_gains(trajectory) if self.attribution.attribution == "similarity" else gains()
+        weights = self.attribution.credit(keep.to(schedule.coef.device), found)
+        return weights if self.step_weight is None else weights * self.step_weight(schedule)
+
+    def slopes(self, samples: Samples, context: Context) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """(loss, d loss / d log_prob) of each sample where no parameter has moved: what a one-pass update needs."""
+        advantage = self.advantages(samples, context)[:, 0]
+        log_prob = torch.zeros(len(advantage), device=advantage.device, requires_grad=True)
         with torch.enable_grad():
-            shared["output_uncond"] = outputs[1] if len(outputs) == 2 else None
-            rows = (sample, outputs[0], prev_sample, coef, old_log_prob, torch.zeros_like(advantage))
-            penalty, stats = ops.transition_policy_loss(*rows, **shared, kl_weight=self.kl_weight)
-            log_prob = ops.guided_transition_log_prob(
-                sample, outputs[0], shared["output_uncond"], guidance_scale, prev_sample, coef
-            )
-            old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
-            loss = self.objective(log_prob, old_log_prob, advantage)[0] + penalty
-            gradients = torch.autograd.grad(loss.sum() * scale, outputs)
-        return loss.detach(), stats, gradients[0], gradients[1] if len(gradients) == 2 else None
+            loss, _ = self.objective(log_prob, log_prob.detach(), advantage)
+            (slope,) = torch.autograd.grad(loss.sum(), log_prob)
+        return loss.detach(), slope
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the advantage."""
+        return self.advantage.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.advantage.load_state_dict(state)
+
+    def _kl_weights(self, schedule: Schedule, step: Int64[Tensor, " n"]) -> float | Float32[Tensor, " n"]:
+        if not self.kl_weight or self.kl_form == "divergence":
+            return self.kl_weight
+        return self.kl_weight * kl_factor(self.kl_form, schedule)[step]
+
+
+def kl_factor(form: settings.KlForm, schedule: Schedule) -> Float32[Tensor, " t"]:
+    """What each step's divergence b^2 (output - ref_output)^2 / (2 std^2) is multiplied by, to be another KL.
+
+    "flow_grpo": -dt, which its code leaves out of std^2; "output": 2 std^2 / b^2, DPOK's mean squared difference.
+    """
+    _, weight_output, std = schedule.coef.unbind(1)
+    if form == "divergence":
+        return torch.ones_like(std)
+    if form == "output":
+        return 2 * (std / weight_output).square()
+    if not schedule.is_flow or schedule.ode_coef is None:
+        raise ValueError(
+            f'algorithm.kl_form = "flow_grpo" is that of flow samplers, got {schedule.kind!r}; '
+            f'set algorithm.kl_form = "divergence"'
+        )
+    return -schedule.ode_coef[:, 1]  # Euler's step of the flow: x + (t_next - t) * output
+
+
+def log_prob_kind_of(choice: str, schedule: Schedule) -> Kind:
+    """The kind of log-probability that `algorithm.log_prob` names; "auto": Flow-CPS's code has no std^2 in it."""
+    if choice == "auto":
+        return "squared_error" if schedule.kind == "flow_cps" else "gaussian"
+    return choice  # type: ignore[return-value]
 
 
 def balanced(schedule: Schedule) -> Float32[Tensor, " t"]:
     """Weights proportional to std / |b|, of mean 1 over the trainable steps and 0 elsewhere.
 
     The gradient of a step's log-probability with respect to the model output has norm |b| / std (times noise), which
-    grows steeply towards the picture: without weights the last few steps make up nearly all of the gradient's variance.
+    grows steeply towards the image: without weights the last few steps make up nearly all of the gradient's variance.
     """
     _, weight_output, std = schedule.coef.unbind(1)
     weight = torch.where(std > 0, std / weight_output.abs(), 0.0)
@@ -98,57 +215,56 @@ def balanced(schedule: Schedule) -> Float32[Tensor, " t"]:
 STEP_WEIGHTS: dict[str, Callable[[Schedule], Float32[Tensor, " t"]] | None] = {"none": None, "balanced": balanced}
 
 
-def ddpo(
-    *,
-    clip_range: float = 1e-4,
-    clip_range_high: float | None = None,
-    advantage_clip: float = 5.0,
-    buffer_size: int = 32,
-    min_count: int = 16,
-    step_weight: str = "none",
-    kl_weight: float = 0.0,
-) -> Algorithm:
-    """DDPO with importance sampling (Black et al. 2023): PPO on every step's likelihood, statistics per prompt.
-
-    Differs from ddpo-pytorch: which steps are trained is the selector's business, and the loss is averaged over the
-    trained pairs in one go, so that the microbatch does not matter.
-    """
-    advantage = PerPromptTracker(buffer_size=buffer_size, min_count=min_count, clip=advantage_clip)
-    return _clipped("ddpo", advantage, clip_range, clip_range_high, step_weight, kl_weight)
+def ddpo(**keys: Any) -> PolicyGradient:
+    """DDPO with the keys of `settings.Ddpo`."""
+    return settings.Ddpo(**keys).build()
 
 
-def grpo(
-    *,
-    clip_range: float = 1e-4,
-    clip_range_high: float | None = None,
-    advantage_clip: float = 5.0,
-    scale: str = "global",
-    step_weight: str = "none",
-    kl_weight: float = 0.0,
-) -> Algorithm:
-    """GRPO for diffusion and flow models (Flow-GRPO, Liu et al. 2025): advantages relative to the prompt's group.
-
-    Differs from flow_grpo: its KL leaves out a factor -dt, ours is the divergence; selectors choose the steps.
-    `scale` is the standard deviation that divides: "global" (flow_grpo), "group", or "group_sample" (DanceGRPO).
-    """
-    advantage = GroupRelative(scale=scale, clip=advantage_clip)  # type: ignore[arg-type]
-    return _clipped("grpo", advantage, clip_range, clip_range_high, step_weight, kl_weight)
+def reinforce(**keys: Any) -> PolicyGradient:
+    """DDPO's score-function estimator with the keys of `settings.Reinforce`."""
+    return settings.Reinforce(**keys).build()
 
 
-def _clipped(
-    name: str,
-    advantage: Advantage,
-    clip_range: float,
-    clip_range_high: float | None,
-    step_weight: str,
-    kl_weight: float,
-) -> Algorithm:
-    if step_weight not in STEP_WEIGHTS:
-        raise ValueError(f"step_weight is one of {', '.join(STEP_WEIGHTS)}, got {step_weight!r}; choose one of them")
+def grpo(**keys: Any) -> PolicyGradient:
+    """GRPO with the keys of `settings.Grpo`."""
+    return settings.Grpo(**keys).build()
 
-    def objective(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        return ppo_clip(log_prob, old_log_prob, advantage, clip_range=clip_range, clip_range_high=clip_range_high)
 
-    return Algorithm(
-        name, advantage, objective, clip_range, clip_range_high, STEP_WEIGHTS[step_weight], kl_weight, "ppo"
-    )
+def ddpo_of(section: settings.Ddpo) -> PolicyGradient:
+    """The algorithm that its section describes."""
+    return PolicyGradient(**shared_by(section), advantage=_tracked(section), objective=clipped(section))
+
+
+def reinforce_of(section: settings.Reinforce) -> PolicyGradient:
+    """The algorithm that its section describes."""
+    return PolicyGradient(**shared_by(section), advantage=_tracked(section), objective=score_function)
+
+
+def grpo_of(section: settings.Grpo) -> PolicyGradient:
+    """The algorithm that its section describes."""
+    advantage = GroupRelative(section.advantage_scale, section.advantage_clip)
+    return PolicyGradient(**shared_by(section), advantage=advantage, objective=clipped(section))
+
+
+def shared_by(section: Any) -> dict[str, Any]:
+    """What every policy gradient takes from its section."""
+    return {
+        "name": section.name,
+        "train_guidance": section.train_guidance,
+        "step_weight": STEP_WEIGHTS[section.step_weight],
+        "kl_weight": section.kl_weight,
+        "kl_form": section.kl_form,
+        "log_prob": section.log_prob,
+        "attribution": Attribution(backfill=section.backfill, attribution=section.attribution, gamma=section.gamma),
+    }
+
+
+def clipped(section: Any) -> Clipped:
+    """The objective of a section with clip ranges."""
+    return Clipped(section.clip_range, section.clip_range_high)
+
+
+def _tracked(section: settings.Ddpo | settings.Reinforce) -> Advantage:
+    if section.advantage == "batch":
+        return Whiten(section.advantage_clip)
+    return PerPromptTracker(section.buffer_size, section.min_count, section.advantage_clip)

@@ -1,144 +1,31 @@
-"""Text-to-image models: the embedded ones by name, any other by its diffusers folder, file or repository.
+"""Text-to-image models: the embedded ones by name, any other by its diffusers folder, file or repository."""
 
-One file a family, imported when a model of it is loaded.
-"""
+from typing import TYPE_CHECKING
 
-from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
-from typing import Any, Literal
+from adascope_fast.lazy import lazy
 
-import torch
-from diffusers import DiffusionPipeline
+if TYPE_CHECKING:
+    from adascope_fast.backbones.base import PipelineBackbone as PipelineBackbone
+    from adascope_fast.backbones.loading import ASSETS as ASSETS
+    from adascope_fast.backbones.loading import EMBEDDED as EMBEDDED
+    from adascope_fast.backbones.loading import FAMILIES as FAMILIES
+    from adascope_fast.backbones.loading import check as check
+    from adascope_fast.backbones.loading import family_of as family_of
+    from adascope_fast.backbones.loading import folder_of as folder_of
+    from adascope_fast.backbones.loading import load as load
+    from adascope_fast.backbones.loading import outline as outline
 
-from adascope_fast.backbones.base import Options, PipelineBackbone
-from adascope_fast.backbones.sources import ASSETS as ASSETS
-from adascope_fast.backbones.sources import EMBEDDED as EMBEDDED
-from adascope_fast.backbones.sources import locate
-from adascope_fast.backbones.weights import Ema as Ema
-
-FAMILIES = {
-    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-}
-
-
-def folder_of(name: str) -> Path:
-    """The diffusers folder of an embedded model or of a path; ValueError where there is none."""
-    return Path(locate(name).place)
-
-
-def check(name: str, *, base: str | None = None, revision: str | None = None) -> None:
-    """ValueError unless `name` is a model that `load` knows how to read and RL can train; no weights are read."""
-    source = locate(name, base=base, revision=revision)
-    family = family_of(source.class_name)
-    family.refuse(source.json(f"{family.denoiser_name}/config.json"))
-
-
-def outline(
-    name: str,
-    *,
-    base: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    quantize: str = "none",
-    device: str = "meta",
-    **options: Any,
-) -> PipelineBackbone:
-    """The model from its JSON files alone, for measurements; its other arguments are those of `load`.
-
-    On the meta device it has shapes and no numbers, on any other random weights; it has no tokenizers, so it cannot
-    encode, its weights are not quantised, and text encoders that would be offloaded are on the meta device.
-    """
-    from adascope_fast.backbones.meta import outline as outline_of
-
-    found = locate(name, base=base, revision=revision, variant=variant)
-    family = family_of(found.class_name)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return _silenced(outline_of(found, family, Options(**options), wanted, device))
-
-
-def load(
-    source: str | DiffusionPipeline,
-    *,
-    base: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    train: Literal["lora", "full"] = "lora",
-    rank: int = 16,
-    alpha: int | None = None,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
-    quantize: Literal["none", "nf4", "int8"] = "none",
-    resolution: int | None = None,
-    embedded_guidance: float | None = None,
-    max_sequence_length: int | None = None,
-    gradient_checkpointing: bool = False,
-    attention: Literal["sdpa", "xformers", "flash"] = "sdpa",
-    offload_text_encoders: bool = False,
-    keep_reference: bool = False,
-) -> PipelineBackbone:
-    """The model, ready to be trained. Only safetensors are read, and no code beside them runs.
-
-    Args:
-        source: `scenes`, `scenes-flow`, a diffusers folder, a .safetensors file, a Hugging Face repository, or a loaded
-            pipeline of one of these families, whose dtype then stands.
-        base: for a single file, the folder or repository that describes it and has what it lacks.
-        revision: of a repository.
-        variant: of the weights' files, such as "fp16".
-        train: a fresh LoRA adapter, or every weight of the denoiser.
-        rank, alpha, targets: the adapter; alpha defaults to the rank, targets to the family's usual layers.
-        seed: of the adapter's initial weights.
-        dtype: of the frozen weights; trained ones are float32.
-        quantize: bitsandbytes' 4-bit or 8-bit base weights of the denoiser.
-        resolution: side of the pictures in pixels; the model's own by default.
-        embedded_guidance: FLUX' guidance input, 3.5 by default.
-        max_sequence_length: T5 tokens of SD3 and FLUX; the pipeline's own by default (256, 512).
-        gradient_checkpointing: recompute activations in the backward pass.
-        attention: the implementation; see `backbones.attention`.
-        offload_text_encoders: they are on the device only while prompts are encoded.
-        keep_reference: keep a frozen copy of a fully trained denoiser, for `reference_policy`.
-    """
-    options = Options(
-        train=train,
-        rank=rank,
-        alpha=alpha,
-        targets=targets,
-        seed=seed,
-        resolution=resolution,
-        embedded_guidance=embedded_guidance,
-        max_sequence_length=max_sequence_length,
-        gradient_checkpointing=gradient_checkpointing,
-        attention=attention,
-        offload_text_encoders=offload_text_encoders,
-        keep_reference=keep_reference,
-    )
-    if isinstance(source, DiffusionPipeline):
-        name = type(source).__name__
-        return family_of(name)(source, name, options)
-    found = locate(source, base=base, revision=revision, variant=variant)
-    family = family_of(found.class_name)
-    family.refuse(found.json(f"{family.denoiser_name}/config.json"))
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return _silenced(family(found.open(family.denoiser_name, wanted, quantize), source, options))
-
-
-def _silenced(backbone: PipelineBackbone) -> PipelineBackbone:
-    """The T5 of `scenes-flow` says nothing, which its backbone makes use of."""
-    if backbone.name == "scenes-flow":
-        backbone.is_t5_silent = True  # type: ignore[attr-defined]
-    return backbone
-
-
-def family_of(class_name: str) -> type[PipelineBackbone]:
-    """The backbone class of a diffusers pipeline class; ValueError for one that there is none for."""
-    if class_name not in FAMILIES:
-        raise ValueError(
-            f"supported pipelines are {', '.join(FAMILIES)}, got {class_name!r}; use a model of one of these families"
-        )
-    module, name = FAMILIES[class_name]
-    return getattr(import_module(f"adascope_fast.backbones.{module}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "ASSETS": "loading",
+        "EMBEDDED": "loading",
+        "FAMILIES": "loading",
+        "PipelineBackbone": "base",
+        "check": "loading",
+        "family_of": "loading",
+        "folder_of": "loading",
+        "load": "loading",
+        "outline": "loading",
+    },
+)

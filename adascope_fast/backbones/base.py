@@ -5,9 +5,8 @@ Frozen weights are in the pipeline's type; what is trained is float32. `n` sampl
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from adascope_fast.backbone import Condition
 from adascope_fast.backbones import float16_gradients as half
+from adascope_fast.backbones import settings
 from adascope_fast.backbones.attention import use_attention
 from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
 from adascope_fast.schedules import Schedule
@@ -23,22 +23,13 @@ DECODED_AT_ONCE = 64
 DECODED_PIXELS_AT_ONCE = 2**22
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a pipeline becomes a backbone; `backbones.load` describes each field."""
+class Options(settings.Options):
+    """How a pipeline becomes a backbone: the keys of `[model]`, and what a run adds to them."""
 
-    train: Literal["lora", "full"] = "lora"
-    rank: int = 16
-    alpha: int | None = None
-    targets: Sequence[str] | None = None
     seed: int = 0
-    resolution: int | None = None
-    embedded_guidance: float | None = None
-    max_sequence_length: int | None = None
-    gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
-    offload_text_encoders: bool = False
+    """Of the adapter's initial weights."""
     keep_reference: bool = False
+    """Keep a frozen copy of a fully trained denoiser, for `reference_policy`."""
 
 
 class PipelineBackbone:
@@ -72,12 +63,12 @@ class PipelineBackbone:
         if options.train == "full":
             self.weights = FullWeights(self.denoiser, self.denoiser_name, keep_reference=options.keep_reference)
         else:
-            targets = options.targets or self.default_targets
+            targets = options.lora_targets or self.default_targets
             self.weights = LoraWeights(
                 self.denoiser,
                 self.denoiser_name,
-                rank=options.rank,
-                alpha=options.alpha,
+                rank=options.lora_rank,
+                alpha=options.lora_alpha,
                 targets=targets,
                 seed=options.seed,
             )
@@ -187,7 +178,9 @@ class PipelineBackbone:
     def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         raise NotImplementedError
 
-    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
+    def schedule(
+        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+    ) -> Schedule:
         raise NotImplementedError
 
     def deterministic_schedule(self, num_steps: int) -> Schedule:

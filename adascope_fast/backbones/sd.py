@@ -31,9 +31,13 @@ class DenoisingUNet(PipelineBackbone):
                 f"steps for RL on each of them; use the model that it was distilled from"
             )
 
-    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
-        """DDIM with eta."""
-        return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, eta=eta).to(self.device)
+    def schedule(
+        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+    ) -> Schedule:
+        """DDIM with eta (1 by default), or DDPM."""
+        chosen = None if kind == "auto" else kind
+        noise: dict[str, Any] = {"eta": eta, "noise_level": noise_level}
+        return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, kind=chosen, **noise).to(self.device)
 
     def deterministic_schedule(self, num_steps: int) -> Schedule:
         """The scheduler's own steps for DDIM and Euler; DDIM at eta 0 for multi-step solvers such as PNDM and DPM."""

@@ -13,9 +13,11 @@ class FlowTransformer(PipelineBackbone):
     denoiser_name = "transformer"
     size_multiple = 2
 
-    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
-        """Flow-SDE with noise_level."""
-        return self._schedule(num_steps, noise_level=noise_level)
+    def schedule(
+        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+    ) -> Schedule:
+        """Flow-SDE with noise_level (0.7 by default), or another sampler of flows."""
+        return self._schedule(num_steps, kind=None if kind == "auto" else kind, eta=eta, noise_level=noise_level)
 
     def deterministic_schedule(self, num_steps: int) -> Schedule:
         """The scheduler's own Euler steps."""

@@ -1,6 +1,6 @@
 """From a TOML file and command-line overrides to plain values, and from a failed validation to one line of advice.
 
-Works on any two-level pydantic model (sections of fields); knows nothing of what the fields mean.
+Works on any two-level pydantic model: sections of fields, some of them with a choice of classes.
 """
 
 import difflib
@@ -11,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from adascope_fast.settings import OWN, choices_of, key_of
+
+SENSED = ("adascope", "complement")
+"""The selectors that sense."""
+RENAMED = {
+    "algorithm.per_prompt_buffer": "algorithm.buffer_size",
+    "algorithm.per_prompt_min_count": "algorithm.min_count",
+}
+"""Keys of earlier versions, with what they are called now."""
 
 # pydantic's kind of error: what the value must be, and an example for a field without a default.
 WANTED = {
@@ -51,47 +61,97 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(_malformed(path, str(error))) from None
 
 
-def apply_overrides(model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `section.field=value` set; later ones win. A value is TOML, else bare text."""
+def apply_overrides(
+    model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """A copy of `values` with each `section.field=value` set; later ones win. A value is TOML, else bare text.
+
+    Where an override makes another choice (`selector.name=every_step`), the keys of `values` that the new choice has
+    not are left out; the second result is the override and these keys, in words.
+    """
     result = {section: dict(fields) if isinstance(fields, dict) else fields for section, fields in values.items()}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(
-                f"an override is section.field=value, got {_show(override)} without '='; "
-                f"write for example {_example_key(model, key)}=..."
-            )
-        key, text = key.strip(), text.strip()
-        section, _, field = key.partition(".")
-        if key in _sections(model):
-            raise ConfigError(_not_a_field(model, key, _value(text, as_text=False)))
-        known = _sections(model).get(section, {}).get(field)
-        if known is None:
-            raise ConfigError(_unknown(model, key, _value(text, as_text=False)))
+    given = [_split(model, override) for override in overrides]
+    choices = [(section, field, value) for section, field, value in given if field == _key(model, section)]
+    left_out: list[str] = []
+    for section, field, value in choices:
+        left_out += _leave_out(model, result, section, field, value)
+    is_set = {section for section, *_ in given}
+    senses = not isinstance(result.get("selector"), dict) or result["selector"].get("name", "adascope") in SENSED
+    if "selector" in is_set and "sensing" not in is_set and not senses and isinstance(result.get("sensing"), dict):
+        left_out += [f"sensing.{name}" for name in result.pop("sensing")]
+    for section, field, value in given:
         fields = result.setdefault(section, {})
         if isinstance(fields, dict):  # else the file has a value where a section belongs, which validation reports
-            fields[field] = _value(text, as_text=known.annotation is str)
-    return result
+            fields[field] = value
+    by = ", ".join(f"{section}.{field} = {_show(value)}" for section, field, value in choices)
+    return result, (by, ", ".join(left_out) + (" is" if len(left_out) == 1 else " are")) if left_out else None
+
+
+def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(
+            f"an override is section.field=value, got {_show(override)} without '='; "
+            f"write for example {_example_key(model, key)}=..."
+        )
+    key, text = key.strip(), text.strip()
+    section, _, field = key.partition(".")
+    if key in _sections(model):
+        raise ConfigError(_not_a_field(model, key, _value(text, as_text=False)))
+    known = _sections(model).get(section, {}).get(field)
+    if known is None and not (OWN in _choices(model, section) and field):
+        raise ConfigError(_unknown(model, key, _value(text, as_text=False)))
+    return section, field, _value(text, as_text=known is not None and known.annotation is str)
+
+
+def _leave_out(model: type[BaseModel], result: dict[str, Any], section: str, field: str, value: Any) -> list[str]:
+    """Take from `result` the keys of a section that its new choice has not; their names."""
+    fields, classes = result.get(section, {}), _choices(model, section)
+    chosen = classes.get(OWN if isinstance(value, str) and ":" in value else value)
+    if not isinstance(fields, dict) or chosen is None:
+        return []
+    before = fields.pop(field, None)
+    gone = [name for name in fields if before != value and name not in chosen.model_fields]
+    for name in gone:
+        del fields[name]
+    fields[field] = value
+    return [f"{section}.{name}" for name in gone]
 
 
 def explain(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:
     """The first thing wrong with `values`, in one line; unknown keys before wrong values."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    line = _explain_one(model, problems[0])
+    line = _explain_one(model, problems[0], values)
     more = len(problems) - 1
     return line + (f" (and {more} more)" if more else "")
 
 
-def _explain_one(model: type[BaseModel], problem: Any) -> str:
+def _explain_one(model: type[BaseModel], problem: Any, values: Mapping[str, Any]) -> str:
     kind, received, context = problem["type"], problem["input"], problem.get("ctx", {})
     names = [part for part in problem["loc"] if isinstance(part, str)]
+    choice = ""
+    if len(names) > 1 and names[1] in _choices(model, names[0]):
+        choice = names.pop(1)
     key = ".".join(names)
     if kind == "extra_forbidden":
-        return _unknown(model, key, received)
+        return _not_of_this_choice(model, names, choice, received) or _unknown(model, key, received)
     if kind == "value_error":
         return str(context["error"])
     if kind in ("model_type", "model_attributes_type"):
         return _not_a_field(model, key, received)
+    if kind == "only_with":
+        wanted = " or ".join(_show(value) for value in context["wanted"])
+        other = f"{names[0]}.{context['other']}"
+        return (
+            f"{names[0]}.{context['field']} has a meaning with {other} = {wanted} alone, got {_show(context['value'])} "
+            f"with {_show(context['has'])}; remove it, or change {other}"
+        )
+    if kind == "choice":
+        return _unknown_choice(model, names[0], received)
+    if kind == "missing":
+        info = _choices(model, names[0])[choice].model_fields[names[-1]]
+        example = (info.examples or [1])[0]
+        return f"{choice} needs {key}, got none; set for example {key} = {_show(example)}"
     if kind in BOUNDS:
         limit, rule, step = BOUNDS[kind]
         bound = f"{context[limit]:g}"
@@ -105,11 +165,37 @@ def _explain_one(model: type[BaseModel], problem: Any) -> str:
     if kind not in WANTED:
         return f"{key} is not valid, got {_show(received)}: {problem['msg']}; remove {key} to take its default"
     wanted, example = WANTED[kind]
-    inside_list = len(names) < len(problem["loc"])
-    default = _sections(model)[names[0]][names[1]].default
-    example = default if default is not None else [example] if inside_list else example
+    inside_list = len(names) < len(problem["loc"]) - bool(choice)
+    info = _choices(model, names[0])[choice].model_fields[names[1]]
+    default = None if info.is_required() else info.default
+    example = default if default is not None else [example] if inside_list else (info.examples or [example])[0]
     rule = f"each item of {key} must be {wanted}" if inside_list else f"{key} must be {wanted}"
     return f"{rule}, got {_show(received)}{_kind(received)}; write for example {key} = {_show(example)}"
+
+
+def _unknown_choice(model: type[BaseModel], section: str, received: Any) -> str:
+    if not isinstance(received, dict):
+        return _not_a_field(model, section, received)
+    choices, key = list(_choices(model, section)), _key(model, section)
+    name = received.get(key)
+    near = (difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5) or choices)[0]
+    return (
+        f"{section}.{key} must be one of {', '.join(choices)}, got {_show(name)}; "
+        f"set for example {section}.{key} = {_show(near)}"
+    )
+
+
+def _not_of_this_choice(model: type[BaseModel], names: list[str], choice: str, received: Any) -> str | None:
+    """What to say of a key that another choice of the section has; None where no other has it."""
+    section, field = names[0], names[-1]
+    owners = [name for name, part in _choices(model, section).items() if name != OWN and field in part.model_fields]
+    if not choice or not owners:
+        return None
+    key = f"{section}.{_key(model, section)}"
+    return (
+        f"{section}.{field} belongs to {key} = {' or '.join(_show(owner) for owner in owners)}, got "
+        f"{section}.{field} = {_show(received)} with {_show(choice)}; remove it, or change {key}"
+    )
 
 
 def _missing(path: Path) -> str:
@@ -139,13 +225,24 @@ def _malformed(path: Path, message: str) -> str:
     return f"{path} line {number} is not TOML: {rule}, got {_show(content)}; {step}"
 
 
+def _choices(model: type[BaseModel], section: str) -> dict[str, type[BaseModel]]:
+    """The classes of a section by choice; one class called "" where there is no choice, none for an unknown section."""
+    info = model.model_fields.get(section)
+    return {} if info is None else dict(choices_of(info.annotation))
+
+
+def _key(model: type[BaseModel], section: str) -> str:
+    """The key that makes the choice, "" where there is none."""
+    info = model.model_fields.get(section)
+    return "" if info is None else key_of(info.annotation)
+
+
 def _sections(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    fields = {}
-    for section, info in model.model_fields.items():
-        assert isinstance(info.annotation, type)
-        assert issubclass(info.annotation, BaseModel)
-        fields[section] = dict(info.annotation.model_fields)
-    return fields
+    """Every field of every section, whatever its choice."""
+    return {
+        section: {name: info for part in _choices(model, section).values() for name, info in part.model_fields.items()}
+        for section in model.model_fields
+    }
 
 
 def _nearest_key(model: type[BaseModel], key: str) -> str | None:
@@ -172,6 +269,8 @@ def _example_key(model: type[BaseModel], key: str) -> str:
 
 
 def _unknown(model: type[BaseModel], key: str, received: Any) -> str:
+    if key in RENAMED:
+        return f"{key} is called {RENAMED[key]} now, got {key} = {_show(received)}; rename it"
     near = _nearest_key(model, key)
     section = key.partition(".")[0]
     known = _sections(model).get(section)
@@ -223,3 +322,9 @@ def _kind(value: Any) -> str:
         dict: "a section",
     }
     return f" ({names[type(value)]})" if type(value) in names else ""
+
+
+def closest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that `name` most likely meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return near[0] if near else None

@@ -1,34 +1,77 @@
-"""The configuration of a run: typed sections with defaults, read from TOML and checked before anything is loaded.
+"""The configuration of a run: a tree of sections, read from TOML and checked before anything is loaded.
 
 `Config()` is a valid small run. A file sets what differs from it, `section.field=value` overrides set what differs from
 the file, and `to_toml` writes the result in full. Whatever is wrong raises `ConfigError` with one line: the rule, the
-value, the next step. The keys and their meaning are in `config_sections` and `config_selection`.
+value, the next step. Each section is declared by the component that it configures; a section that offers a choice has
+the keys of what was chosen and no others.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import tomli_w
-from pydantic import ValidationError, model_validator
+from pydantic import Field, Tag, ValidationError, model_validator
 
-from adascope_fast.config.sections import (
-    AccelerationChoice,
-    AlgorithmChoice,
-    Evaluation,
-    Log,
-    Model,
-    Prompts,
-    RewardChoice,
-    Run,
-    Sampler,
-    Train,
+from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
+from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, Reinforce
+from adascope_fast.backbones.settings import Model
+from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
+from adascope_fast.engine.settings import Acceleration
+from adascope_fast.prompts.settings import Prompts
+from adascope_fast.rewards.settings import ClipSimilarity, JpegCompressibility, JpegIncompressibility, SceneAttributes
+from adascope_fast.schedules.settings import Sampler
+from adascope_fast.selectors.settings import (
+    EveryStep,
+    FastWindow,
+    LateStart,
+    RandomFraction,
+    StaticRange,
+    Threshold,
+    Window,
 )
-from adascope_fast.config.selection import SelectorChoice as SelectorChoice
-from adascope_fast.config.selection import Sensing
-from adascope_fast.config.sources import ConfigError as ConfigError
-from adascope_fast.config.sources import apply_overrides, explain, read_toml
-from adascope_fast.config.types import Section, or_none
+from adascope_fast.settings import OWN, Own, Section, chosen_by, or_none
+from adascope_fast.training.settings import Evaluation, Log, Run, Train
+
+# The registries: a choice of each section is one line.
+AnyReward = Annotated[
+    Annotated[SceneAttributes, Tag("scene_attributes")]
+    | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
+    | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
+    | Annotated[ClipSimilarity, Tag("clip_similarity")]
+    | Annotated[Own, Tag(OWN)],
+    chosen_by("name", "scene_attributes"),
+]
+AnyAlgorithm = Annotated[
+    Annotated[Ddpo, Tag("ddpo")]
+    | Annotated[Reinforce, Tag("reinforce")]
+    | Annotated[Grpo, Tag("grpo")]
+    | Annotated[Dpok, Tag("dpok")]
+    | Annotated[D3po, Tag("d3po")]
+    | Annotated[Awm, Tag("awm")]
+    | Annotated[Own, Tag(OWN)],
+    chosen_by("name", "ddpo"),
+]
+AnySelector = Annotated[
+    Annotated[AdaScope, Tag("adascope")]
+    | Annotated[Complement, Tag("complement")]
+    | Annotated[EveryStep, Tag("every_step")]
+    | Annotated[RandomFraction, Tag("random_fraction")]
+    | Annotated[StaticRange, Tag("static_range")]
+    | Annotated[LateStart, Tag("late_start")]
+    | Annotated[Threshold, Tag("threshold")]
+    | Annotated[Window, Tag("window")]
+    | Annotated[FastWindow, Tag("fast_window")]
+    | Annotated[Own, Tag(OWN)],
+    chosen_by("name", "adascope"),
+]
+AnySensing = Annotated[
+    Annotated[Latent, Tag("latent")] | Annotated[Semantic, Tag("semantic")] | Annotated[RewardOnly, Tag("reward_only")],
+    chosen_by("kind", "latent"),
+]
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -37,92 +80,113 @@ class Config(Section):
     run: Run = Run()
     model: Model = Model()
     prompts: Prompts = Prompts()
-    reward: RewardChoice = RewardChoice()
+    reward: AnyReward = SceneAttributes()
     sampler: Sampler = Sampler()
-    algorithm: AlgorithmChoice = AlgorithmChoice()
-    selector: SelectorChoice = SelectorChoice()
-    sensing: Sensing = Sensing()
+    algorithm: AnyAlgorithm = Ddpo()
+    selector: AnySelector = AdaScope()
+    sensing: AnySensing | None = Field(default=None, validate_default=False)
+    """Absent where the selector senses nothing."""
     train: Train = Train()
-    acceleration: AccelerationChoice = AccelerationChoice()
+    acceleration: Acceleration = Acceleration()
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _senses_what_the_selector_needs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "sensing" not in values and _senses(values.get("selector", {})):
+            return values | {"sensing": {}}
+        return values
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        last = max(self.selector.start or 0, (self.selector.end or 1) - 1)
-        if last >= self.sampler.num_steps:
+        steps, start, end = self.sampler.num_steps, _of(self.selector, "start"), _of(self.selector, "end")
+        if max(start or 0, (end or 1) - 1) >= steps:
             raise ValueError(
-                f"selector.start and selector.end must lie within the {self.sampler.num_steps} steps of a rollout, "
-                f"got start = {or_none(self.selector.start)} and end = {or_none(self.selector.end)}; "
-                f"set selector.end to {self.sampler.num_steps} or less, or raise sampler.num_steps"
+                f"selector.start and selector.end must lie within the {steps} steps of a rollout, "
+                f"got start = {or_none(start)} and end = {or_none(end)}; "
+                f"set selector.end to {steps} or less, or raise sampler.num_steps"
             )
-        if self.algorithm.name == "grpo" and self.train.samples_per_prompt < 2:
+        smallest = _of(self.algorithm, "smallest_group") or 1
+        if self.train.samples_per_prompt < smallest:
             raise ValueError(
-                "grpo compares the pictures of one prompt, so train.samples_per_prompt must be at least 2, "
-                f'got {self.train.samples_per_prompt}; raise it, or set algorithm.name = "ddpo"'
+                f"{self.algorithm.name} compares the images of one prompt, so train.samples_per_prompt must be at "
+                f'least {smallest}, got {self.train.samples_per_prompt}; raise it, or set algorithm.name = "ddpo"'
             )
-        if self.algorithm.attribution == "gain" and self.selector.name not in ("adascope", "complement"):
+        if self.sensing is not None and not isinstance(self.selector, AdaScope):
             raise ValueError(
-                'algorithm.attribution = "gain" needs a selector that senses the preference, got selector.name = '
-                f'"{self.selector.name}"; set it to "adascope", or algorithm.attribution to "similarity"'
+                f'[sensing] is what AdaScope sees of a rollout, got selector.name = "{self.selector.name}"; '
+                f'remove sensing.{next(iter(self.sensing.model_fields_set), "kind")}, or set selector.name = "adascope"'
             )
-        if self.train.update == "one_pass":
-            self._can_be_one_pass()
+        if _of(self.algorithm, "attribution") == "gain":
+            self._every_rollout_is_sensed()
+        if isinstance(self.selector, AdaScope) and self.sensing is not None:
+            self._can_be_sensed(self.selector, self.sensing)
+        self._updates_suit_the_algorithm()
         if self.sampler.tail_share < 1:
             self._knows_the_steps_beforehand(
                 f"sampler.tail_share = {self.sampler.tail_share}", "sampler.tail_share = 1.0"
             )
-        if self.selector.name in ("adascope", "complement"):
-            self._can_be_sensed()
         return self
 
-    def _can_be_sensed(self) -> None:
-        selector, sensing = self.selector, self.sensing
-        is_always = sensing.sense_every == 1 and selector.rule not in ("fixed", "schedule")
-        if self.algorithm.attribution == "gain" and not is_always:
+    def _every_rollout_is_sensed(self) -> None:
+        if not isinstance(self.selector, AdaScope) or self.sensing is None:
+            raise ValueError(
+                'algorithm.attribution = "gain" needs a selector that senses the preference, got selector.name = '
+                f'"{self.selector.name}"; set it to "adascope", or algorithm.attribution to "similarity"'
+            )
+        if self.sensing.every != 1 or not self.selector.is_sensed:
             raise ValueError(
                 'algorithm.attribution = "gain" needs every rollout sensed, got sensing.every = '
-                f'{sensing.sense_every} and selector.rule = "{selector.rule}"; set sensing.every = 1 and a rule that '
-                f'senses, or algorithm.attribution to "similarity"'
-            )
-        if selector.rule == "knee_causal" and (sensing.kind == "latent" or sensing.stride > 1):
-            raise ValueError(
-                "knee_causal decides while sampling, so it needs sensing.kind semantic or reward_only and "
-                f"sensing.stride = 1, got {sensing.kind} and {sensing.stride}; the latent mode compares with the final "
-                f'latent, and values between strides with later ones; set them so, or selector.rule = "knee"'
-            )
-        if selector.pooling == "sample" and sensing.kind != "latent" and sensing.num_samples != 0:
-            raise ValueError(
-                f"selector.pooling = sample decides for each picture, so sensing.num_samples must be 0 (all), got "
-                f'{sensing.num_samples}; set it so, or selector.pooling = "prompt"'
-            )
-        if selector.min_fraction > selector.max_fraction:
-            raise ValueError(
-                "selector.min_fraction must not exceed selector.max_fraction, got "
-                f"{selector.min_fraction} and {selector.max_fraction}; raise the latter"
-            )
-        if selector.fallback is not None and selector.fallback[0] >= selector.fallback[1]:
-            raise ValueError(
-                f"selector.fallback is [start, end] with start below end, got {selector.fallback}; "
-                f"set for example selector.fallback = [0.1, 0.64]"
+                f'{self.sensing.every} and selector.rule = "{self.selector.rule}"; set sensing.every = 1 and a rule '
+                f'that senses, or algorithm.attribution to "similarity"'
             )
 
-    def _can_be_one_pass(self) -> None:
-        if self.train.updates_per_iteration != 1 or self.algorithm.kl_weight:
+    def _can_be_sensed(self, selector: AdaScope, sensing: Latent | RewardOnly) -> None:
+        if selector.rule == "knee_causal" and not sensing.is_causal:
             raise ValueError(
-                "one_pass needs train.updates_per_iteration = 1 and algorithm.kl_weight = 0, got "
-                f"{self.train.updates_per_iteration} and {self.algorithm.kl_weight}; "
+                "knee_causal decides while sampling, so it needs sensing.kind semantic or reward_only and "
+                f"sensing.stride = 1, got {sensing.kind} and {_of(sensing, 'stride') or 'no stride'}; the latent mode "
+                "compares with the final latent, and values between strides with later ones; set them so, or "
+                'selector.rule = "knee"'
+            )
+        if selector.pooling == "sample" and isinstance(sensing, RewardOnly) and sensing.num_samples != 0:
+            raise ValueError(
+                f"selector.pooling = sample decides for each image, so sensing.num_samples must be 0 (all), got "
+                f'{sensing.num_samples}; set it so, or selector.pooling = "prompt"'
+            )
+
+    def _updates_suit_the_algorithm(self) -> None:
+        train, name = self.train, self.algorithm.name
+        if name == "reinforce" and train.num_updates != 1:
+            raise ValueError(
+                "reinforce is right for one update after each rollout, got train.updates_per_iteration = "
+                f"{train.updates_per_iteration} and train.inner_epochs = {train.inner_epochs}; set both to 1, or "
+                'algorithm.name = "ddpo"'
+            )
+        if train.update != "one_pass":
+            return
+        if train.num_updates != 1 or _of(self.algorithm, "kl_weight"):
+            raise ValueError(
+                "one_pass needs train.updates_per_iteration = 1, train.inner_epochs = 1 and algorithm.kl_weight = 0, "
+                f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
+            )
+        if name in ("dpok", "d3po", "awm"):
+            raise ValueError(
+                f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
+                f'set train.update = "replay"'
             )
         self._knows_the_steps_beforehand("one_pass", 'train.update = "replay"')
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:
-        if self.algorithm.attribution in ("gain", "similarity"):
+        attribution = _of(self.algorithm, "attribution")
+        if attribution in ("gain", "similarity"):
             raise ValueError(
-                f"{what} needs the weights before the rollout, got algorithm.attribution = "
-                f'"{self.algorithm.attribution}"; set it to "uniform" or "discount", or {otherwise}'
+                f'{what} needs the weights before the rollout, got algorithm.attribution = "{attribution}"; '
+                f'set it to "uniform" or "discount", or {otherwise}'
             )
-        if self.selector.name in ("adascope", "complement") and self.selector.mask_source != "previous":
+        if isinstance(self.selector, AdaScope) and self.selector.mask_source != "previous":
             raise ValueError(
                 f"{what} needs the steps before the rollout, got selector.mask_source = "
                 f'{self.selector.mask_source!r}; set it to "previous", or set {otherwise}'
@@ -130,9 +194,20 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:
-        """The validated configuration of a TOML file (None: no file) with `section.field=value` overrides on top."""
+        """The validated configuration of a TOML file (None: no file) with `section.field=value` overrides on top.
+
+        An override that makes another choice (`selector.name=every_step`) drops the file's keys of the choice that it
+        replaces; a warning says which.
+        """
         values: dict[str, Any] = {} if path is None else read_toml(Path(path))
-        values = apply_overrides(cls, values, overrides)
+        values, dropped = apply_overrides(cls, values, overrides)
+        if dropped:
+            logger.warning("%s: the file's %s left out", *dropped)
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The validated configuration of nested plain values; `ConfigError` where they are wrong."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -141,3 +216,13 @@ class Config(Section):
     def to_toml(self) -> str:
         """The resolved configuration as TOML, every field written out; fields that are None are left out."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def _senses(selector: Any) -> bool:
+    name = selector.get("name", "adascope") if isinstance(selector, dict) else getattr(selector, "name", None)
+    return name in SENSED
+
+
+def _of(section: Section, key: str) -> Any:
+    """A key that not every choice of a section has; None where it has not."""
+    return getattr(section, key, None)

@@ -4,27 +4,15 @@ Each is a key of the configuration's `acceleration` section; "auto" turns on wha
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from adascope_fast.engine.settings import Acceleration as Acceleration
+from adascope_fast.engine.settings import Switch
+
 T = TypeVar("T")
-Switch = Literal["auto", "on", "off"]
-
-
-@dataclass(frozen=True)
-class Acceleration:
-    """Which means to use. None of them may change a result beyond rounding."""
-
-    compile: Literal["auto", "off", "regional", "full"] = "auto"
-    cuda_graphs: bool = False
-    compile_backend: str = "inductor"
-    channels_last: Switch = "auto"
-    fused_optimizer: Switch = "auto"
-    fold_adapter: Switch = "auto"
-    matmul_precision: Literal["highest", "high"] = "highest"
 
 
 def accelerate(
@@ -42,20 +30,10 @@ def accelerate(
     return {
         "channels_last": _channels_last((denoiser, decoder), acceleration.channels_last),
         "compile": _compile(denoiser, acceleration, device),
-        "fused_optimizer": "on" if is_fused(acceleration) else "off",
-        "fold_adapter": "on" if folds(acceleration) else "off",
+        "fused_optimizer": "on" if acceleration.is_fused else "off",
+        "fold_adapter": "on" if acceleration.folds else "off",
         "matmul_precision": acceleration.matmul_precision,
     }
-
-
-def is_fused(acceleration: Acceleration) -> bool:
-    """Whether the optimiser updates all parameters in one kernel; it also skips a step without asking the host."""
-    return acceleration.fused_optimizer != "off"
-
-
-def folds(acceleration: Acceleration) -> bool:
-    """Whether the rollout runs on weights that have the adapter in them, see `backbones.folding`."""
-    return acceleration.fold_adapter == "on" or (acceleration.fold_adapter == "auto" and not acceleration.cuda_graphs)
 
 
 def _channels_last(models: tuple[nn.Module | None, ...], choice: Switch) -> str:

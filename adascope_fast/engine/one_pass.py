@@ -33,6 +33,7 @@ class OnePass:
     gradients: PerSampleGradients
     microbatch: int
     folding: Folding | None = None
+    train_guidance: str = "both"
 
     def __call__(
         self,
@@ -81,10 +82,13 @@ class OnePass:
         it = self.denoising
         timestep, coef = it.row(step, len(sample))
         with torch.enable_grad(), self.gradients.leaves(len(sample)) as leaves:
-            output, without = predict(it.backbone, it.encoded, sample, timestep, prompt_index, it.guidance_scale)
+            where = sample, timestep, prompt_index
+            output, without = predict(
+                it.backbone, it.encoded, *where, it.guidance_scale, train_guidance=self.train_guidance
+            )
             moved = it.move(step, sample, noise, output.detach(), None if without is None else without.detach())
             log_prob = ops.guided_transition_log_prob(
-                sample, output, without, it.guidance_scale, moved.prev_sample, coef
+                sample, output, without, it.guidance_scale, moved.prev_sample, coef, kind=it.kind
             )
             gradients = torch.autograd.grad((log_prob * self.weight[samples, step]).sum(), leaves)
         self.gradients.add(samples, gradients)

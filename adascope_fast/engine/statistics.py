@@ -23,15 +23,28 @@ class UpdateStatistics:
     _deviations: list[Tensor] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _by_step: list[Tensor] = field(default_factory=list)
+    _num_trained: int = 0
+    _num_skipped: int = 0
 
-    def add(self, microbatches: list[dict[str, Float32[Tensor, " n"]]], norm: Float32[Tensor, ""]) -> None:
-        """One update: of each pair of its microbatches what `transition_policy_loss` tells, and the gradient's norm.
+    def add(
+        self,
+        microbatches: list[dict[str, Float32[Tensor, " n"]]],
+        norm: Float32[Tensor, ""],
+        *,
+        num_skipped: int = 0,
+    ) -> None:
+        """One update: of each row of its microbatches what the algorithm's loss tells, and the gradient's norm.
 
-        "step" is the denoising step of each pair, "output_gradient" the norm of the loss' gradient in the model output.
+        "step" is the denoising step of each row, "output_gradient" the norm of the loss' gradient in the model output.
+
+        Args:
+            num_skipped: rows that were not trained, since their loss has no gradient.
         """
+        self._num_skipped += num_skipped
         for stats in microbatches:
             zero, nonfinite = torch.zeros_like(stats["loss"]), ~stats["loss"].isfinite()
             values = [*(stats.get(name, zero) for name in MEANS), nonfinite]
+            self._num_trained += len(zero)
             self._sums.append(torch.stack([value.float().sum() for value in values]))
             deviation = (stats["ratio"] - 1).abs() if "ratio" in stats else zero
             self._deviations.append(deviation.max())
@@ -41,21 +54,28 @@ class UpdateStatistics:
             self._by_step.append(torch.stack([row.float().nan_to_num(0.0, 0.0, 0.0) for row in rows]) @ where)
         self._norms.append(norm)
 
-    def read(self, num_pairs: int) -> dict[str, Any]:
-        """Means over pairs, counts, the largest |ratio - 1| and the mean norm; waits for the device."""
+    def read(self) -> dict[str, Any]:
+        """Means over trained rows (the loss: over all), counts, the largest |ratio - 1|, the mean norm; waits."""
         norms = torch.stack(self._norms)
         good = norms.isfinite()
         norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
-        deviation = torch.stack(self._deviations).max()
+        deviation = torch.stack(self._deviations or [torch.zeros_like(norm)]).max()
         rest = torch.stack([deviation, norm, (~good).sum()]).float()
-        *means, nonfinite, deviation, norm, skipped = torch.cat([torch.stack(self._sums).sum(0), rest]).tolist()
+        nothing = torch.zeros(len(MEANS) + 1, device=norm.device)
+        sums = torch.stack(self._sums).sum(0) if self._sums else nothing
+        *means, nonfinite, deviation, norm, skipped = torch.cat([sums, rest]).tolist()
+        count = {"loss": max(1, self._num_trained + self._num_skipped)}
         return {
-            **{name: value / num_pairs for name, value in zip(MEANS, means, strict=True)},
+            **{
+                name: value / count.get(name, max(1, self._num_trained))
+                for name, value in zip(MEANS, means, strict=True)
+            },
             "nonfinite": round(nonfinite),
             "ratio_max_deviation": deviation,
             "grad_norm": norm,
             "updates_skipped": round(skipped),
-            "pairs_trained": num_pairs,
+            "pairs_trained": self._num_trained,
+            "pairs_skipped": self._num_skipped,
         }
 
     def by_step(self) -> dict[str, list[float | None]]:
@@ -63,7 +83,9 @@ class UpdateStatistics:
 
         None where a step had no pair, or no gradient was seen; waits for the device.
         """
-        pairs, deviation, clipped, gradient = torch.stack(self._by_step).sum(0).double().cpu()
+        nothing = torch.zeros(4, self.num_steps)
+        parts = torch.stack(self._by_step).sum(0) if self._by_step else nothing
+        pairs, deviation, clipped, gradient = parts.double().cpu()
         total = gradient.sum().item()
         return {
             "pairs": [float(count) for count in pairs.tolist()],

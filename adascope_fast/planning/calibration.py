@@ -9,7 +9,7 @@ uncertainty of each step, measured (1 - correlation of the latents around it) an
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def calibrate(
     )
     judged = judge(trajectory)
     found = _curves(trajectory, sensed, judged)
-    configured = _decide(adascope, trajectory, sensed, adascope.kappa_s, adascope.phi_e)
+    configured = _decide(adascope, trajectory, sensed, adascope.kappa, adascope.phi_end)
     return Calibration(
         num_steps=trajectory.num_steps,
         num_prompts=num_prompts,
@@ -184,7 +184,7 @@ def _summary(prompts: np.ndarray) -> dict[str, list[float | None]]:
 
 
 def _decide(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, kappa: float, phi: float) -> Decision:
-    fresh = replace(adascope, kappa_s=float(kappa), phi_e=float(phi))
+    fresh = adascope.fresh(kappa=float(kappa), phi_end=float(phi))
     given: dict[str, Any] = {"log_snr": trajectory.schedule.log_snr, "trainable": trajectory.schedule.trainable}
     if fresh.rule == "knee_causal":
         fresh.decide(sensed, trajectory.prompts, **given)  # the scale of the curves is known from then on
@@ -210,7 +210,7 @@ def _proposed(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, target
     A fallback looks at no threshold and lies near the paper's interval, so it costs as much as missing by all steps.
     """
     t = trajectory.num_steps
-    starts = [_decide(adascope, trajectory, sensed, kappa, adascope.phi_e) for kappa in KAPPAS]
+    starts = [_decide(adascope, trajectory, sensed, kappa, adascope.phi_end) for kappa in KAPPAS]
     kappa = min(starts, key=lambda one: abs(one.mean_start - target[0] * t) + t * _fallbacks(one)).kappa
     ends = [_decide(adascope, trajectory, sensed, kappa, phi) for phi in PHIS]
     return min(ends, key=lambda one: abs(one.mean_end - target[1] * t) + t * _fallbacks(one))

@@ -105,7 +105,7 @@ def check(config: Config, plan: Plan, gauge: Gauge | None = None) -> Check:
     backbone = backbones.outline(
         config.model.name,
         **config.model.options(),
-        keep_reference=config.algorithm.kl_weight > 0,
+        keep_reference=bool(getattr(config.algorithm, "needs_reference", False)),
         device=gauge.device,
     )
     step = _Step(config, backbone, gauge.device)

@@ -3,7 +3,7 @@
 Everything is counted on the meta device, from the model's JSON files. Operations are exact for the denoiser and the
 decoder, and 2 x parameters x tokens for text encoders. Memory is what tensors take; a GPU's context, its allocator's
 rounding and library workspaces come on top. Rewards and evaluations are not counted, nor what `torch.compile` saves.
-`plan_check` measures a step beside it.
+`planning.measured` measures a step beside it.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from adascope_fast import backbones
+from adascope_fast.algorithms.settings import Awm
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
-from adascope_fast.engine.engine import usual_microbatch
 from adascope_fast.planning.flops import Cost, measure
 
-ADASCOPE_FRACTION = 0.53  # the paper's mean, (31.8 - 5.3) of 50 steps; what a run keeps is in its log
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 GIB = 2**30
 
@@ -76,8 +75,8 @@ def plan(config: Config) -> Plan:
     """The plan of a configuration. ValueError where the model's JSON files cannot be had."""
     train, steps = config.train, config.sampler.num_steps
     options: dict[str, Any] = config.model.options() | {"offload_text_encoders": False}
-    keep_reference = config.algorithm.kl_weight > 0
-    backbone = backbones.outline(config.model.name, **options, keep_reference=keep_reference)
+    has_reference = bool(getattr(config.algorithm, "needs_reference", False))
+    backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
     pictures, prompts = train.prompts_per_iteration * train.samples_per_prompt, train.prompts_per_iteration
@@ -97,7 +96,7 @@ def plan(config: Config) -> Plan:
     flops = {
         "rollout": pictures * steps * once,
         "update": pairs * (backward if train.update == "one_pass" else once + backward),
-        "reference policy": pairs * once if config.algorithm.kl_weight else 0.0,
+        "reference policy": pairs * once if has_reference else 0.0,
         "decoding": pictures * decode.forward_flops,
         "text": (prompts + 1) * _text_flops(backbone),
     }
@@ -106,7 +105,7 @@ def plan(config: Config) -> Plan:
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
     is_one_pass = train.update == "one_pass"
     held = weights + latents + 4.0 * pictures * trained * is_one_pass  # its gradients are kept sample by sample
-    microbatch = train.microbatch or usual_microbatch(train.rollout_batch, config.sampler.guidance_scale)
+    microbatch = train.usual_microbatch(config.sampler.guidance_scale)
 
     def update_peak(size: int) -> float:
         return held + peak_of(training, guided * size) + 4.0 * size * trained * is_one_pass
@@ -134,26 +133,18 @@ def plan(config: Config) -> Plan:
 
 
 def fraction_trained(config: Config) -> float:
-    """Share of the (picture, step) pairs that the selector will keep; AdaScope's is the paper's mean.
+    """Share of the (image, step) pairs that a plan takes to be trained: the selector's, as the algorithm credits it.
 
-    Of "threshold" it is the most, 1: the noise levels that decide are not read.
+    A selector of your own counts as every step; AWM trains `num_draws` noise levels of each image.
     """
-    selector, steps = config.selector, config.sampler.num_steps
-    if config.algorithm.backfill != "interval":
-        return 1.0 if config.algorithm.backfill == "full" else 1 / steps
-    start, end = selector.range_of(steps)
-    shares = {
-        "adascope": ADASCOPE_FRACTION,
-        "complement": 1 - ADASCOPE_FRACTION,
-        "every_step": 1.0,
-        "random_fraction": selector.fraction or 1.0,
-        "static_range": (end - start) / steps,
-        "late_start": (end - start) / steps,
-        "threshold": 1.0,
-        "window": selector.window_size / steps,
-        "fast_window": selector.window_size / steps,
-    }
-    return min(1.0, shares[selector.name])
+    algorithm, steps = config.algorithm, config.sampler.num_steps
+    if isinstance(algorithm, Awm):
+        return min(1.0, algorithm.num_draws / steps)
+    backfill = getattr(algorithm, "backfill", "interval")
+    if backfill != "interval":
+        return 1.0 if backfill == "full" else 1 / steps
+    share = getattr(config.selector, "share", None)
+    return 1.0 if share is None else min(1.0, share(steps))
 
 
 def denoiser_cost(
@@ -196,7 +187,11 @@ def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
             continue
         total += sum(value.numel() * value.element_size() for value in [*module.parameters(), *module.buffers()])
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
-    copies = 3 + bool(config.model.average_decay) + (config.model.train == "full" and config.algorithm.kl_weight > 0)
+    copies = (
+        3
+        + bool(config.model.average_decay)
+        + (config.model.train == "full" and bool(getattr(config.algorithm, "needs_reference", False)))
+    )
     if config.model.quantize != "none":
         total -= _saved_by_quantisation(backbone, config.model.quantize)
     return total + 4.0 * copies * trained
@@ -215,8 +210,7 @@ def _saved_by_quantisation(backbone: PipelineBackbone, quantize: str) -> float:
 
 def _folded(backbone: PipelineBackbone, config: Config) -> float:
     """Bytes of the float32 weights that the rollout has with the adapter in them, beside those without."""
-    choice = config.acceleration.fold_adapter
-    if choice == "off" or (choice == "auto" and config.acceleration.cuda_graphs):
+    if not config.acceleration.folds:
         return 0.0
     return float(Folding(backbone.denoiser).num_bytes)
 

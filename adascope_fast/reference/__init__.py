@@ -24,6 +24,7 @@ from adascope_fast.reference.step import transition_step as transition_step
 from adascope_fast.reference.step import transition_step_with_x0 as transition_step_with_x0
 from adascope_fast.reference.training_step import transition_policy_grad as transition_policy_grad
 from adascope_fast.reference.training_step import transition_policy_loss as transition_policy_loss
+from adascope_fast.reference.transition import Kind as Kind
 from adascope_fast.reference.transition import guide as guide
 from adascope_fast.reference.transition import guided_transition_log_prob as guided_transition_log_prob
 from adascope_fast.reference.transition import transition_log_prob as transition_log_prob

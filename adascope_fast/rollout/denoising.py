@@ -4,7 +4,7 @@ Axes: `n` rows of a denoiser call, `m` samples of a step.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.backbone import Backbone, take
+from adascope_fast.reference import Kind
 from adascope_fast.rollout.prompts import EncodedPrompts
 from adascope_fast.schedules import Schedule
 
@@ -23,11 +24,22 @@ def predict(
     timestep: Float[Tensor, " n"],
     prompt_index: Int64[Tensor, " n"],
     guidance_scale: float,
+    *,
+    train_guidance: str = "both",
 ) -> tuple[Float[Tensor, "n *latent"], Float[Tensor, "n *latent"] | None]:
-    """(conditional, unconditional) model output, both in one forward; the second is None without guidance (scale 1)."""
+    """(conditional, unconditional) model output, both in one forward; the second is None without guidance (scale 1).
+
+    Args:
+        train_guidance: "conditional" makes the unconditional output apart, without gradient and without its cost.
+    """
     condition = take(encoded.condition, prompt_index)
     if guidance_scale == 1.0:
         return backbone.predict(sample, timestep, condition), None
+    if train_guidance == "conditional" and torch.is_grad_enabled():
+        with torch.no_grad():
+            nothing = {name: encoded.negative[name].expand_as(value) for name, value in condition.items()}
+            without = backbone.predict(sample, timestep, nothing)
+        return backbone.predict(sample, timestep, condition), without
     both = {name: torch.cat([value, encoded.negative[name].expand_as(value)]) for name, value in condition.items()}
     output = backbone.predict(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both)
     with_prompt, without = output.chunk(2)
@@ -50,6 +62,8 @@ class Denoising:
     schedule: Schedule
     encoded: EncodedPrompts
     guidance_scale: float
+    kind: Kind = "gaussian"
+    """Of the log-probability that is recorded."""
 
     def __call__(
         self,
@@ -72,8 +86,10 @@ class Denoising:
         """The step itself, from the model outputs with and without the prompt."""
         _, coef = self.row(step, len(sample))
         x0_coef = self.schedule.x0_coef[step].expand(len(sample), 2)
-        guidance = {"output_uncond": without, "guidance_scale": self.guidance_scale}
-        prev_sample, log_prob, x0, _ = ops.transition_step_with_x0(sample, output, noise, coef, x0_coef, **guidance)
+        guidance: dict[str, Any] = {"output_uncond": without, "guidance_scale": self.guidance_scale}
+        prev_sample, log_prob, x0, _ = ops.transition_step_with_x0(
+            sample, output, noise, coef, x0_coef, **guidance, kind=self.kind
+        )
         return Moved(prev_sample, log_prob, x0)
 
     def guess(

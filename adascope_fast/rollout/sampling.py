@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone
+from adascope_fast.reference import Kind
 from adascope_fast.rollout.denoising import Advance, Denoising
 from adascope_fast.rollout.prompts import EncodedPrompts
 from adascope_fast.rollout.trajectory import Trajectory
@@ -29,6 +30,7 @@ def rollout(
     generator: torch.Generator,
     batch: int,
     initial: Float[Tensor, "b *latent"] | None = None,
+    kind: Kind = "gaussian",
     advance: Advance | None = None,
     tails: Tails | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -43,13 +45,14 @@ def rollout(
         generator: draws the initial latents and the noise of every step; on the device of the schedule.
         batch: samples denoised at once.
         initial: latents to start from in place of drawn ones.
+        kind: of the log-probability that is recorded; an `advance` of one's own has its own.
         advance: takes the steps; None: `Denoising`.
         tails: where samples leave the sampler for a shorter way to the picture. The states that they skip are NaN.
         on_step: called with the number of samples after each step of each batch.
         on_batch: called with (rows, final latents) as soon as a batch is done.
     """
     device, num_steps = schedule.coef.device, schedule.num_steps
-    advance = advance or Denoising(backbone, schedule, encoded, guidance_scale)
+    advance = advance or Denoising(backbone, schedule, encoded, guidance_scale, kind)
     prompt_index = encoded.index(prompts, device)
     shape = (len(prompts), num_steps + 1, *backbone.latent_shape)
     latents = torch.randn(shape, generator=generator, device=device)

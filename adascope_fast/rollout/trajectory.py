@@ -3,7 +3,6 @@
 `b` samples, `t` steps, `n` packed pairs; latents keep their own trailing shape.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Float32, Int64
@@ -30,11 +29,6 @@ class StepBatch:
 
     def __getitem__(self, rows: Tensor | slice) -> "StepBatch":
         return StepBatch(**{name: value[rows] for name, value in self.__dict__.items()})
-
-    def split(self, size: int) -> Iterator["StepBatch"]:
-        """Consecutive parts of at most `size` pairs."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -68,10 +62,6 @@ class Trajectory:
                 f"raise eta or noise_level, or keep the selector to steps {span}"
             )
         return keep.nonzero()
-
-    def pack(self, keep: Bool[Tensor, "b t"]) -> StepBatch:
-        """One dense batch of the chosen pairs."""
-        return self.gather(self.pairs(keep))
 
     def gather(self, pairs: Int64[Tensor, "n 2"]) -> StepBatch:
         """The batch of the given (sample, step) pairs, in their order."""

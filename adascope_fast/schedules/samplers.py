@@ -45,6 +45,8 @@ class Schedule:
     kind: str
     ode_coef: Float32[Tensor, "t 3"] | None = None
     """`coef` of the deterministic limit (eta or noise_level 0), for `window`."""
+    is_noised: bool = False
+    """Whether training noises the clean latents anew, so that a step needs no log_prob to be trained."""
 
     @property
     def num_steps(self) -> int:
@@ -52,16 +54,21 @@ class Schedule:
         return self.coef.shape[0]
 
     @property
+    def is_flow(self) -> bool:
+        """Whether the steps are those of a rectified flow."""
+        return self.kind.startswith(("flow", "dance"))
+
+    @property
     def trainable(self) -> Bool[Tensor, " t"]:
-        """Steps with std > 0: only they have a log_prob."""
-        return self.coef[:, 2] > 0
+        """Steps with std > 0: only they have a log_prob. All steps where training noises the clean latents anew."""
+        return (self.coef[:, 2] > 0) | self.is_noised
 
     def levels(self) -> tuple[Float64[Tensor, " t"], Float64[Tensor, " t"]]:
         """Weights (signal, sigma) of clean latent and noise in the state that enters each step; on the CPU."""
         log_snr = self.log_snr.double().cpu()
         if self.kind in ("ddim", "ddpm"):
             return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-        if self.kind.startswith(("flow", "dance")):
+        if self.is_flow:
             return torch.sigmoid(log_snr / 2), torch.sigmoid(-log_snr / 2)
         raise ValueError(f"signal and noise are known for ddim, ddpm and flow samplers, not for {self.kind!r}")
 
@@ -103,6 +110,9 @@ class Schedule:
         latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7), "dance_sde" (eta 0.3),
         "flow_cps" (eta 0.7) or "flow_ode".
 
+        With noise, "ddim" ends at alphas_cumprod[0] whatever `set_alpha_to_one` says, as in ddpo-pytorch and TRL: the
+        last step then has noise and can be trained. Without noise it ends as diffusers' own sampler does.
+
         Args:
             mu: the shift that use_dynamic_shifting wants.
             sigmas: of the steps before the scheduler shifts them, where a pipeline has its own (FLUX).
@@ -115,11 +125,12 @@ class Schedule:
         kinds = _FLOW_KINDS if is_flow else _BETA_KINDS
         kind = kind or next(iter(kinds))
         if kind not in kinds or (kind == "euler" and "EulerDiscreteScheduler" not in classes):
-            raise ValueError(f"kind is one of {', '.join(kinds)} for {name}, not {kind!r}")
+            raise ValueError(f"sampler.kind is one of {', '.join(kinds)} for {name}, got {kind!r}; choose one of them")
         build, noise = kinds[kind]
         for given, value in (("eta", eta), ("noise_level", noise_level)):
             if value is not None and given not in noise:
-                raise ValueError(f"{kind} has no {given}, but it is {value}; it takes {list(noise) or 'no noise'}")
+                takes = ", ".join(f"sampler.{own}" for own in noise) or "no noise"
+                raise ValueError(f"the sampler {kind} takes {takes}, got sampler.{given} = {value}; remove it")
             noise = noise if value is None else {given: value}
         if is_flow:
             shifted = _sigmas_of(scheduler, num_steps, mu, sigmas)
@@ -127,6 +138,8 @@ class Schedule:
         steps = _steps_of(scheduler, num_steps, "DDIMScheduler" in classes)
         if kind == "euler":
             return build(scheduler, num_steps)
+        if kind == "ddim" and bool((torch.as_tensor(noise["eta"]) > 0).any()):
+            steps["final_alpha_cumprod"] = None
         if kind == "ddpm":
             noise = {"variance_type": scheduler.config.get("variance_type", "fixed_small")}
         return build(scheduler.alphas_cumprod, **steps, **noise)

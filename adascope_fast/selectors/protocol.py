@@ -6,8 +6,7 @@ flow_grpo, MixGRPO and ddpo-pytorch build this choice into their loops; here it 
 it keeps. A step with std = 0 has no log_prob and is never kept. Random choices depend on (seed, iteration) alone.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float64
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from adascope_fast.rollout import Trajectory
 from adascope_fast.schedules import Schedule
+from adascope_fast.selectors.settings import LastStep
 
 
 class TimestepSelector(Protocol):
@@ -53,11 +53,11 @@ class TimestepSelector(Protocol):
         ...
 
 
-@dataclass
 class Stateless:
     """A selector whose decision depends on the iteration alone: `ahead` is all that it has to say."""
 
-    _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _last: ClassVar[dict[str, Any]] = {}
+    """The last decision, replaced on the instance by each."""
 
     def sampler(self, schedule: Schedule, iteration: int) -> Schedule:
         """The schedule as it is."""
@@ -94,11 +94,14 @@ class Stateless:
         """The steps of this iteration; they depend on nothing else."""
         raise NotImplementedError
 
+    def _tell(self, decision: dict[str, Any]) -> None:
+        object.__setattr__(self, "_last", decision)
+
     def _keep_interval(self, prompts: list[str], schedule: Schedule, start: int, end: int) -> Bool[Tensor, "b t"]:
         keep = torch.zeros(schedule.num_steps, dtype=torch.bool)
         keep[start:end] = True
         keep &= schedule.trainable.cpu()
-        self._last = {"start": start, "end": end, "fraction": keep.sum().item() / schedule.num_steps}
+        self._tell({"start": start, "end": end, "fraction": keep.sum().item() / schedule.num_steps})
         return nonempty(keep.expand(len(prompts), -1))
 
 
@@ -116,3 +119,9 @@ def checked(start: int, end: int, num_steps: int) -> tuple[int, int]:
     if not 0 <= start < end <= num_steps:
         raise ValueError(f"an interval has 0 <= start < end <= {num_steps} steps, but this is [{start}, {end})")
     return start, end
+
+
+def num_usable(schedule: Schedule, last_step: LastStep) -> int:
+    """Steps from the first on that a selector may keep: all but the last where that is left out."""
+    is_skipped = last_step == "skip" or (last_step == "auto" and schedule.is_flow)
+    return max(1, schedule.num_steps - is_skipped)

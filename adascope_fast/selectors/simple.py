@@ -13,75 +13,69 @@ from torch import Tensor
 
 from adascope_fast.rollout import Trajectory
 from adascope_fast.schedules import Schedule
-from adascope_fast.selectors.protocol import Stateless, TimestepSelector, checked, nonempty
+from adascope_fast.selectors import settings
+from adascope_fast.selectors.protocol import Stateless, TimestepSelector, checked, nonempty, num_usable
+from adascope_fast.selectors.settings import LastStep
 from adascope_fast.theory import schedule_correlation
 
 
-@dataclass
-class EveryStep(Stateless):
-    """All steps that have a log_prob: DDPO and every other host without AdaScope."""
+class EveryStep(settings.EveryStep, Stateless):
+    """See `settings.EveryStep`."""
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
-        """All steps, every iteration."""
-        return self._keep_interval(prompts, schedule, 0, schedule.num_steps)
+        """All steps, every iteration; the last one as `last_step` says."""
+        return self._keep_interval(prompts, schedule, 0, num_usable(schedule, self.last_step))
 
 
-@dataclass
-class StaticRange(Stateless):
-    """Steps start..end-1 of every sample."""
-
-    start: int
-    end: int
+class StaticRange(settings.StaticRange, Stateless):
+    """See `settings.StaticRange`."""
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """The same steps every iteration."""
         return self._keep_interval(prompts, schedule, *checked(self.start, self.end, schedule.num_steps))
 
 
-@dataclass
-class RandomFraction(Stateless):
-    """floor(fraction * t) random steps of each sample, as ddpo-pytorch's shuffled timesteps with timestep_fraction."""
+class LateStart(settings.LateStart, Stateless):
+    """See `settings.LateStart`."""
 
-    fraction: float
+    def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
+        """The same steps every iteration."""
+        steps = schedule.num_steps
+        return self._keep_interval(prompts, schedule, *checked(*self.range_of(steps), steps))
+
+
+class RandomFraction(settings.RandomFraction, Stateless):
+    """See `settings.RandomFraction`."""
+
     seed: int = 0
+    """Of the draws, with the iteration."""
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """Other steps for each sample and iteration; all that have a log_prob where those are too few."""
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction lies in (0, 1], but it is {self.fraction}; 1 trains every step")
         b, t = len(prompts), schedule.num_steps
-        trainable = schedule.trainable.cpu()
+        usable = schedule.trainable.cpu() & (torch.arange(t) < num_usable(schedule, self.last_step))
         num_kept = max(1, int(self.fraction * t + 1e-9))
         draw = torch.from_numpy(np.random.default_rng((self.seed, iteration)).random((b, t)))
-        chosen = draw.masked_fill(~trainable, 2).argsort(1)[:, :num_kept]
-        keep = torch.zeros(b, t, dtype=torch.bool).scatter_(1, chosen, True) & trainable
-        self._last = {"fraction": keep.double().mean().item()}
+        chosen = draw.masked_fill(~usable, 2).argsort(1)[:, :num_kept]
+        keep = torch.zeros(b, t, dtype=torch.bool).scatter_(1, chosen, True) & usable
+        self._tell({"fraction": keep.double().mean().item()})
         return nonempty(keep)
 
 
-@dataclass
-class Threshold(Stateless):
-    """Steps whose uncertainty by Theorem 2, 1 - correlation of the latents around the step, lies in [low, high).
-
-    It follows from the noise levels alone (`theory.schedule_correlation`), for data of the given variance: the same
-    steps for every sampler of the same levels, whatever the model and the reward. `high` above 1 is no bound.
-    """
-
-    low: float
-    high: float
-    variance: float = 1.0
+class Threshold(settings.Threshold, Stateless):
+    """See `settings.Threshold`."""
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"]:
         """The same steps every iteration."""
         uncertainty = 1 - schedule_correlation(schedule, self.variance)
-        keep = (uncertainty >= self.low) & (uncertainty < self.high)
+        keep = (uncertainty >= self.uncertainty_low) & (uncertainty < self.uncertainty_high)
         if not keep.any():
             raise ValueError(
-                f"no step has an uncertainty in [{self.low}, {self.high}): they reach from {uncertainty.min():.3g} to "
-                f"{uncertainty.max():.3g} on this schedule; move the bounds"
+                f"no step has an uncertainty in [{self.uncertainty_low}, {self.uncertainty_high}): they reach from "
+                f"{uncertainty.min():.3g} to {uncertainty.max():.3g} on this schedule; move the bounds"
             )
         keep &= schedule.trainable.cpu()
-        self._last = {"fraction": keep.double().mean().item()}
+        self._tell({"fraction": keep.double().mean().item()})
         return nonempty(keep.expand(len(prompts), -1))
 
 
@@ -94,6 +88,8 @@ class Complement:
     """
 
     selector: TimestepSelector
+    last_step: LastStep = "auto"
+    """`auto` leaves out the last step of flow samplers, too."""
     _fraction: float | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self, trajectory: Trajectory, iteration: int) -> Bool[Tensor, "b t"]:
@@ -131,7 +127,8 @@ class Complement:
         self.selector.load_state_dict(state)
 
     def _rest(self, keep: Bool[Tensor, "b t"], schedule: Schedule) -> Bool[Tensor, "b t"]:
-        rest = ~keep & schedule.trainable.to(keep.device)
+        usable = torch.arange(schedule.num_steps, device=keep.device) < num_usable(schedule, self.last_step)
+        rest = ~keep & usable & schedule.trainable.to(keep.device)
         if not rest.any():
             raise ValueError(
                 f"the complement trains what {type(self.selector).__name__} leaves out, and it leaves out no step "

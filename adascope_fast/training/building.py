@@ -1,8 +1,5 @@
-"""What a configuration names, built: device and optimiser, the algorithm, the sensor and the selector."""
+"""What a configuration names, built: device and optimiser, the sensor and the selector."""
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,14 @@ from torch import nn
 
 from adascope_fast import rewards
 from adascope_fast.adascope.decoders import LinearDecoder, TinyDecoder
-from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.adascope.sensing import DecodedSensor, LatentSensor, Sensor
-from adascope_fast.algorithms.attribution import Attribution
-from adascope_fast.algorithms.policy_gradient import Algorithm, ddpo, grpo
+from adascope_fast.adascope.settings import Semantic
+from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
 from adascope_fast.backbones import EMBEDDED
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.engine.acceleration import Acceleration, is_fused
-from adascope_fast.rewards import Reward
-from adascope_fast.rewards.clip import ClipSimilarity
+from adascope_fast.rewards import ClipSimilarity, Reward
 from adascope_fast.selectors.protocol import TimestepSelector
-from adascope_fast.selectors.simple import Complement, EveryStep, RandomFraction, StaticRange, Threshold
-from adascope_fast.selectors.windows import FastWindow, Window
 
 
 def accelerator_of(config: Config) -> Accelerator:
@@ -59,29 +51,12 @@ def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.
     train = config.train
     return torch.optim.AdamW(
         parameters,
-        fused=is_fused(Acceleration(**config.acceleration.model_dump())),
+        fused=config.acceleration.is_fused,
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         weight_decay=train.weight_decay,
         eps=train.adam_epsilon,
     )
-
-
-def algorithm_of(config: Config) -> Algorithm:
-    """The algorithm that a configuration names."""
-    settings = config.algorithm
-    shared: dict[str, Any] = {
-        "clip_range": settings.clip_range,
-        "clip_range_high": settings.clip_range_high,
-        "advantage_clip": settings.advantage_clip,
-        "step_weight": settings.step_weight,
-        "kl_weight": settings.kl_weight,
-    }
-    if settings.name == "grpo":
-        algorithm = grpo(**shared, scale=settings.advantage_scale)
-    else:
-        algorithm = ddpo(**shared, buffer_size=settings.per_prompt_buffer, min_count=settings.per_prompt_min_count)
-    return replace(algorithm, attribution=Attribution(settings.backfill, settings.attribution, settings.gamma))
 
 
 def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path | None = None) -> Sensor:
@@ -92,8 +67,8 @@ def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path |
         folder: of the run, which keeps the linear decoder; None: it is fitted again in every process.
     """
     sensing = config.sensing
-    if sensing.kind == "latent":
-        return LatentSensor()
+    if sensing is None or sensing.kind == "latent":
+        return LatentSensor() if sensing is None else LatentSensor(sensing.every)
     decode, prepare = backbone.decode, None
     if sensing.decoder == "tiny":
         decode = TinyDecoder(sensing.tiny or "")
@@ -103,73 +78,48 @@ def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path |
     return DecodedSensor(
         decode,
         lambda images, texts: rewards.score_guesses(reward, images, texts),
-        ClipSimilarity.load(clip_of(config, backbone.name)) if sensing.kind == "semantic" else None,
+        ClipSimilarity.load(clip_of(sensing, backbone.name)) if isinstance(sensing, Semantic) else None,
         stride=sensing.stride,
-        num_samples=sensing.num_samples or None,
+        num_samples=sensing.num_samples,
+        every=sensing.every,
         prepare=prepare,
     )
 
 
-def clip_of(config: Config, model: str) -> str:
+def clip_of(sensing: Semantic, model: str) -> str:
     """The CLIP of semantic sensing; ConfigError if none is named and none is shipped for `model`."""
-    if config.sensing.clip is not None:
-        return config.sensing.clip
+    if sensing.clip is not None:
+        return sensing.clip
     if model not in EMBEDDED:
         raise ConfigError(
-            f"sensing.kind = semantic needs a CLIP that knows the pictures of {model!r}, got none; set sensing.clip to "
+            f"sensing.kind = semantic needs a CLIP that knows the images of {model!r}, got none; set sensing.clip to "
             'a folder or repository, for example "openai/clip-vit-large-patch14"'
         )
     return "scenes-clip"
 
 
-def selector_of(config: Config, sensor: Sensor | None = None) -> TimestepSelector:
-    """The selector that a configuration names; `sensor` None is the latent mode."""
-    settings = config.selector
-    low, high = settings.range_of(config.sampler.num_steps)
-
-    def adascope() -> AdaScope:
-        return AdaScope(
-            pooling=settings.pooling,
-            kappa_s=settings.kappa,
-            phi_e=settings.phi_end,
-            persist=settings.persistence,
-            rule=settings.rule,
-            min_frac=settings.min_fraction,
-            max_frac=settings.max_fraction,
-            formed=settings.formed,
-            literal_eps=settings.literal_epsilon,
-            fallback=None if settings.fallback is None else (settings.fallback[0], settings.fallback[1]),
-            memory_decay=settings.memory_decay,
-            sensor=sensor or LatentSensor(),
-            sense_every=config.sensing.sense_every,
-            mask_source=settings.mask_source,
+def algorithm_of(config: Config) -> Algorithm:
+    """The algorithm that a configuration names; ValueError where one of your own is none."""
+    algorithm = config.algorithm.build()
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(
+            f"algorithm {config.algorithm.name!r} must be an instance of adascope_fast.Algorithm, got "
+            f"{type(algorithm).__name__}; docs/extend has a complete one to start from"
         )
+    return algorithm
 
-    makers: dict[str, Callable[[], TimestepSelector]] = {
-        "adascope": adascope,
-        "complement": lambda: Complement(adascope()),
-        "every_step": EveryStep,
-        "random_fraction": lambda: RandomFraction(settings.fraction or 1.0, seed=config.run.seed),
-        "static_range": lambda: StaticRange(low, high),
-        "late_start": lambda: StaticRange(low, high),
-        "threshold": lambda: Threshold(settings.uncertainty_low or 0.0, settings.uncertainty_high or math.inf),
-        "window": lambda: Window(
-            size=settings.window_size,
-            period=settings.shift_every,
-            shift=settings.window_shift,
-            start=low,
-            limit=high,
-            order=settings.window_order,
-            at_limit=settings.at_limit,
-            seed=config.run.seed,
-            decay=settings.shift_decay,
-            min_period=settings.shift_every_min,
-            decay_rate=settings.decay_rate,
-            decay_from=settings.decay_from,
-            ode_outside=settings.ode_outside,
-        ),
-        "fast_window": lambda: FastWindow(
-            settings.window_size, low, high, seed=config.run.seed, ode_outside=settings.ode_outside
-        ),
-    }
-    return makers[settings.name]()
+
+def selector_of(config: Config, sensor: Sensor) -> TimestepSelector:
+    """The selector that a configuration names; ValueError where one of your own lacks what a selector has."""
+    selector: Any = config.selector.build(seed=config.run.seed, sensor=sensor)
+    return complete(selector, TimestepSelector, "selector", config.selector.name)
+
+
+def complete(made: Any, protocol: type, what: str, name: str) -> Any:
+    """`made` as it is; ValueError where it lacks a method of the protocol."""
+    wanted = [method for method in vars(protocol) if not method.startswith("_") or method == "__call__"]
+    missing = [method for method in wanted if not hasattr(made, method)]
+    if isinstance(made, type) or missing:
+        lacks = "an instance, not a class" if isinstance(made, type) else f"the methods {', '.join(missing)}"
+        raise ValueError(f"{what} {name!r} lacks {lacks}; docs/extend has a complete one to start from")
+    return made

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adascope_fast import backbones
-from adascope_fast.backbone import Backbone
+from adascope_fast.backbone import Backbone, Ema
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.training import checkpoint
@@ -62,7 +62,7 @@ def load_run(folder: Path, **changes: Any) -> tuple[Config, backbones.PipelineBa
     tensors, _ = checkpoint.load(found[-1])
     backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
     if config.model.average_decay:
-        ema = backbones.Ema(backbone.trainable_parameters(), config.model.average_decay)
+        ema = Ema(backbone.trainable_parameters(), config.model.average_decay)
         ema.load(checkpoint.select(tensors, "ema"))
         ema.swap()
     if torch.cuda.is_available() and config.train.device != "cpu":

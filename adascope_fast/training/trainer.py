@@ -19,12 +19,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from adascope_fast import backbones, prompts, reporting, rewards
+from adascope_fast.adascope.settings import Semantic
+from adascope_fast.algorithms.algorithm import Algorithm
+from adascope_fast.backbone import Ema
 from adascope_fast.config import Config
-from adascope_fast.engine.acceleration import Acceleration, accelerate, folds
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.acceleration import accelerate
+from adascope_fast.engine.engine import Engine
 from adascope_fast.reporting.images import save_grid
 from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
+from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.training import checkpoint
 from adascope_fast.training.building import accelerator_of, algorithm_of, clip_of, optimizer_of, selector_of, sensor_of
 from adascope_fast.training.evaluation import Evaluation, evaluate, interval
@@ -46,7 +50,7 @@ class Result:
 
 
 class Trainer:
-    """RL fine-tuning of one model as a `Config` says; `reward`, prompts and `pipeline` replace what it names.
+    """RL fine-tuning of one model as a `Config` says; the other arguments replace what it names.
 
     >>> Trainer(Config.load("configs/quickstart.toml"), reward=my_reward).train()
 
@@ -55,6 +59,8 @@ class Trainer:
         reward: (pictures [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
         train_prompts, held_out_prompts: lists in place of `config.prompts`.
         pipeline: a loaded diffusers pipeline in place of `config.model.name`.
+        algorithm: in place of `config.algorithm`.
+        selector: in place of `config.selector`.
         quiet: no progress bars.
     """
 
@@ -66,18 +72,20 @@ class Trainer:
         train_prompts: Sequence[str] | None = None,
         held_out_prompts: Sequence[str] | None = None,
         pipeline: DiffusionPipeline | None = None,
+        algorithm: Algorithm | None = None,
+        selector: TimestepSelector | None = None,
         quiet: bool = False,
     ) -> None:
         self.config = config
-        self.reward = reward or rewards.load(config.reward.name, clip=config.reward.clip)
+        self.reward = reward or rewards.load(config.reward)
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts = _given(train_prompts, config.prompts.train, "train_prompts")
         held_out = _given(held_out_prompts, config.prompts.held_out, "held_out_prompts")
         self.held_out = held_out[: config.evaluation.num_prompts]
-        self._pipeline = pipeline
+        self._pipeline, self._algorithm, self._selector = pipeline, algorithm, selector
         self._progress = Progress(quiet=quiet)
-        if config.sensing.kind == "semantic":  # a missing CLIP is told before a large model is loaded
-            clip_of(config, config.model.name if pipeline is None else type(pipeline).__name__)
+        if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
+            clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
             backbones.check(config.model.name, base=config.model.base, revision=config.model.revision)
 
@@ -117,24 +125,27 @@ class Trainer:
         config, train = self.config, self.config.train
         self.accelerator = accelerator_of(config)
         set_seed(config.run.seed)
+        self.algorithm = self._algorithm or algorithm_of(config)
         self.backbone = backbones.load(
             self._pipeline if self._pipeline is not None else config.model.name,
             **config.model.options(),
             seed=_seed(config.run.seed, "adapter"),
-            keep_reference=config.algorithm.kl_weight > 0,
+            keep_reference=self.algorithm.needs_reference,
         )
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
-        self.ema = backbones.Ema(self.backbone.trainable_parameters(), decay) if decay else None
+        self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler = config.sampler
-        self.schedule = self.backbone.schedule(sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level)
-        acceleration = Acceleration(**config.acceleration.model_dump())
+        self.schedule = self.backbone.schedule(
+            sampler.num_steps, kind=sampler.kind, eta=sampler.eta, noise_level=sampler.noise_level
+        )
+        acceleration = config.acceleration
         device, vae = self.accelerator.device, self.backbone.vae
         chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)
         self.acceleration = {"attention": self.backbone.attention, **chosen}
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
         sensor = sensor_of(config, self.backbone, self.reward, Path(config.run.folder))
-        self.algorithm, self.selector = algorithm_of(config), selector_of(config, sensor)
+        self.selector = self._selector or selector_of(config, sensor)
         self.engine = Engine(
             self.backbone,
             self.schedule,
@@ -142,16 +153,9 @@ class Trainer:
             self.selector,
             self.score,
             self.optimizer,
-            Settings(
-                guidance_scale=sampler.guidance_scale,
-                rollout_batch=train.rollout_batch,
-                microbatch=train.microbatch,
-                updates_per_iteration=train.updates_per_iteration,
-                max_grad_norm=train.max_grad_norm,
-                update=train.update,
-                fold_adapter=folds(acceleration),
-                tail_share=sampler.tail_share,
-            ),
+            train,
+            sampler=sampler,
+            folds_adapter=acceleration.folds,
             autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
         )
@@ -203,7 +207,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.load(checkpoint.select(tensors, "ema"))
         checkpoint.load_optimizer_tensors(self.optimizer, checkpoint.select(tensors, "optimizer"))
-        self.algorithm.advantage.load_state_dict(state["advantage"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.algorithm.load_tensors(checkpoint.select(tensors, "algorithm"))
         self.selector.load_state_dict(state["selector"])
         return state["next_iteration"]
 
@@ -211,7 +216,8 @@ class Trainer:
         tensors = checkpoint.prefixed(self.backbone.adapter_tensors(), "adapter")
         tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(self.optimizer), "optimizer")
         tensors |= checkpoint.prefixed(self.ema.tensors() if self.ema else {}, "ema")
-        state = {"advantage": self.algorithm.advantage.state_dict(), "selector": self.selector.state_dict()}
+        tensors |= checkpoint.prefixed(self.algorithm.tensors(), "algorithm")
+        state = {"algorithm": self.algorithm.state_dict(), "selector": self.selector.state_dict()}
         folder.save_checkpoint(next_iteration, tensors, state, self.config.train.keep_checkpoints)
 
     def prompts_of(self, iteration: int) -> list[str]:
@@ -226,7 +232,10 @@ class Trainer:
         """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
         settings, sampler = self.config.evaluation, self.config.sampler
         schedule = self.backbone.schedule(
-            settings.num_steps or sampler.num_steps, eta=sampler.eta, noise_level=sampler.noise_level
+            settings.num_steps or sampler.num_steps,
+            kind=sampler.kind,
+            eta=sampler.eta,
+            noise_level=sampler.noise_level,
         )
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale

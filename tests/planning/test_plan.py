@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from adascope_fast.config.selection import SelectorChoice
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,6 @@ from adascope_fast import backbones
 from adascope_fast.algorithms.policy_gradient import ddpo
 from adascope_fast.backbones import ASSETS
 from adascope_fast.config import Config
-from adascope_fast.config.selection import SelectorChoice
 from adascope_fast.engine.engine import Engine, Settings
 from adascope_fast.planning.flops import Cost, measure
 from adascope_fast.planning.measured import check, checked

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from adascope_fast.config.selection import SelectorChoice
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,7 +17,6 @@ from torch import Tensor
 from adascope_fast import backbones
 from adascope_fast.algorithms.attribution import Attribution
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.config.selection import SelectorChoice
 from adascope_fast.selectors.simple import StaticRange, Threshold
 from adascope_fast.selectors.windows import FastWindow, Window
 from adascope_fast.training.building import algorithm_of, selector_of

@@ -1,0 +1,203 @@
+"""The seam between an algorithm and the engine: three small things that an algorithm owns, and what it is given.
+
+1. `collect`: how samples come about. The default is a trajectory for each prompt that is asked for (repeat a prompt for
+   a group); one that needs pairs, branches or an offline set asks for other ones or makes them.
+2. `batch`: what of the samples an update trains on, as rows that can be drawn one by one, some of them without effect.
+3. `loss`: the loss of some rows, unreduced, with what is worth telling of each.
+
+Axes: `b` samples, `t` steps, `n` rows. The selector is not the algorithm's business: it says which steps of which
+samples are kept, and an algorithm trains these, or draws its noise levels among them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor, nn
+
+from adascope_fast.reference import Kind
+from adascope_fast.rollout import Trajectory
+from adascope_fast.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What an iteration has collected."""
+
+    trajectory: Trajectory
+    rewards: Float32[Tensor, " b"]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each sample."""
+        return self.trajectory.prompts
+
+
+class Collector(Protocol):
+    """What the engine offers to `collect`: rollouts with its batches, its memory and its accelerations."""
+
+    prompts: list[str]
+    """The iteration's prompts, one a sample."""
+
+    def __call__(self, prompts: list[str] | None = None) -> Samples:
+        """A trajectory and a reward for each prompt; None: for `prompts`."""
+        ...
+
+
+class Policy(Protocol):
+    """The model under training, as a loss sees it. Rows are samples with a timestep and a prompt each."""
+
+    schedule: Schedule
+    guidance_scale: float
+    train_guidance: str
+    """Outputs that carry gradient: "both", or the "conditional" one alone."""
+
+    def outputs(
+        self, sample: Float[Tensor, "n *latent"], timestep: Float[Tensor, " n"], prompt_index: Int64[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n *latent"], Float[Tensor, "n *latent"] | None]:
+        """(conditional, unconditional) model output, which the loss may differentiate; None without guidance."""
+        ...
+
+    def output(
+        self, sample: Float[Tensor, "n *latent"], timestep: Float[Tensor, " n"], prompt_index: Int64[Tensor, " n"]
+    ) -> Float[Tensor, "n *latent"]:
+        """The conditional output alone, which the loss may differentiate."""
+        ...
+
+    def reference(
+        self,
+        sample: Float[Tensor, "n *latent"],
+        timestep: Float[Tensor, " n"],
+        prompt_index: Int64[Tensor, " n"],
+        *,
+        is_guided: bool = True,
+    ) -> Float[Tensor, "n *latent"]:
+        """The reference policy's output, without gradient; guided as the sampler is, or the conditional one."""
+        ...
+
+    def frozen(
+        self, sample: Float[Tensor, "n *latent"], timestep: Float[Tensor, " n"], prompt_index: Int64[Tensor, " n"]
+    ) -> Float[Tensor, "n *latent"]:
+        """The conditional output with the weights as they are now, without gradient."""
+        ...
+
+    def condition(self) -> dict[str, Tensor]:
+        """The encoded prompts, a row for each distinct one; `Trajectory.prompt_index` counts them."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `batch` is given besides the samples."""
+
+    policy: Policy
+    keep: Bool[Tensor, "b t"]
+    """The steps that are trained, or among which noise levels are drawn; on the device."""
+    generator: torch.Generator
+    gains: Callable[[], Tensor | None] = lambda: None
+    """What each step added to the sensed preference, [b, t]; None if it was not sensed."""
+    num_updates: int = 1
+    """Updates that will be made of the rows; before all but the first the policy has moved."""
+    microbatch: int = 64
+    """Rows of a denoiser call."""
+
+
+class Rows(Protocol):
+    """What an iteration's updates train on: `n` rows, drawn in any order."""
+
+    sample_index: Int64[Tensor, " n"]
+    """The sample that a row belongs to, for minibatches of whole samples."""
+    is_live: Bool[Tensor, " n"] | None
+    """Rows whose loss has a gradient; the others count in the mean and cost nothing. None: all of them."""
+    num_forwards: int
+    """Denoiser rows of a row."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Int64[Tensor, " m"]) -> Any:
+        """What `loss` is given of these rows, on the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of `n` rows: what is minimised, unreduced, and what is told of each.
+
+    Statistics are [n] without gradient: "step" (the denoising step of each row), and of "ratio", "approx_kl",
+    "clipfrac", "kl", "nonfinite" and "rollout_drift" those that the algorithm has.
+    """
+
+    values: Float[Tensor, " n"]
+    statistics: dict[str, Tensor]
+    gradients: Sequence[Tensor] | None = None
+    """Of `scale * values.sum()` in the policy's outputs, in their order, where an operation gave them with the loss."""
+
+
+@dataclass(kw_only=True)
+class Algorithm(ABC):
+    """Base of all algorithms; a subclass has `batch` and `loss`, and overrides what it does otherwise."""
+
+    name: str
+    needs_reference: bool = False
+    """Whether the model as it was before training has to be there."""
+    train_guidance: str = "both"
+    """Outputs that carry gradient under guidance: "both", or the "conditional" one alone."""
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        """The sampler that samples are collected with, from the one that was configured."""
+        return schedule
+
+    def log_prob_kind(self, schedule: Schedule) -> Kind:
+        """Which log-probability the rollout records."""
+        return "gaussian"
+
+    def collect(self, collector: Collector) -> Samples:
+        """The samples of an iteration."""
+        return collector()
+
+    def steps(self, chosen: Bool[Tensor, "b t"], trainable: Bool[Tensor, " t"]) -> Bool[Tensor, "b t"]:
+        """The steps to train, of those that the selector has chosen."""
+        return chosen
+
+    @property
+    def is_known_ahead(self) -> bool:
+        """Whether what multiplies a step's gradient, but for the sample's reward, is known before the rollout."""
+        return True
+
+    @abstractmethod
+    def batch(self, samples: Samples, context: Context) -> Rows:
+        """The rows of the iteration's updates."""
+
+    @abstractmethod
+    def loss(self, policy: Policy, rows: Any, *, is_on_policy: bool, scale: float) -> Loss:
+        """The loss of what `Rows.take` gave.
+
+        Args:
+            is_on_policy: no parameter has moved since the rollout, so ratios are 1 exactly.
+            scale: what the sum of the loss will be multiplied by.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next iteration depends on, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        if state:
+            raise ValueError(f"{self.name} has no state, but is given {sorted(state)}; the checkpoint is another's")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same, of tensors."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `tensors`."""
+        if tensors:
+            raise ValueError(f"{self.name} has no tensors, but is given {sorted(tensors)}; the checkpoint is another's")

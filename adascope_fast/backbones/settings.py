@@ -1,0 +1,76 @@
+"""The section `[model]`: the pipeline to train, and what of it. Nothing here imports torch."""
+
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from adascope_fast.settings import Count, Decay, PositiveOrZero, Section, Text
+
+
+class Options(Section):
+    """How a pipeline becomes a backbone."""
+
+    train: Literal["lora", "full"] = "lora"
+    """A LoRA adapter, or every weight of the denoiser."""
+    lora_rank: Count = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: Count | None = None
+    """LoRA scale is alpha / rank; absent: the rank, so the scale is 1."""
+    lora_targets: list[Text] | None = None
+    """Names of the layers to adapt; absent: those that diffusers' training script of the family adapts."""
+    resolution: Count | None = None
+    """Side of the images in pixels; absent: the model's own."""
+    embedded_guidance: PositiveOrZero | None = None
+    """FLUX' guidance input, at no cost; absent: 3.5. (`sampler.guidance_scale` is a second forward there too.)"""
+    max_sequence_length: Count | None = None
+    """T5 tokens of a prompt; absent: the pipeline's own, 256 for SD3 and 512 for FLUX."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's activations in the backward pass: less memory, more time."""
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    """Attention: PyTorch's, xformers' or flash-attn's (FLUX only); what cannot serve falls back to sdpa with a
+    warning."""
+    offload_text_encoders: bool = False
+    """Text encoders are on the GPU only while prompts are encoded."""
+
+
+class Model(Options):
+    """The pipeline to train, and what of it."""
+
+    name: Text = "scenes"
+    """`scenes` or `scenes-flow` (embedded), a diffusers folder, a .safetensors file or a Hugging Face repository."""
+    base: Text | None = None
+    """For a .safetensors file: folder or repository that describes it; absent: the one that diffusers knows it by."""
+    revision: Text | None = None
+    """Branch, tag or commit of a repository."""
+    variant: Text | None = None
+    """Which of several files of the same weights: `fp16` for `diffusion_pytorch_model.fp16.safetensors`."""
+    ema_decay: Decay | None = None
+    """Decay of the trained weights' average, which is judged and exported; absent: 0.8 for LoRA, else 0 (none)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights; what is trained is always float32."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """bitsandbytes' 4-bit or 8-bit base weights of the denoiser under a LoRA adapter; needs a GPU."""
+
+    @model_validator(mode="after")
+    def _only_adapters_go_over_quantised_weights(self) -> Self:
+        if self.train == "full" and self.quantize != "none":
+            raise ValueError(
+                f'model.train = "full" trains every weight, so model.quantize must be "none", got "{self.quantize}"; '
+                f'set it to "none", or model.train = "lora"'
+            )
+        given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
+        if self.train == "full" and given:
+            raise ValueError(
+                f'model.train = "full" trains every weight and has no adapter, got model.{given[0]}; remove it, or set '
+                f'model.train = "lora"'
+            )
+        return self
+
+    @property
+    def average_decay(self) -> float:
+        """`ema_decay`, or what stands for it."""
+        return (0.8 if self.train == "lora" else 0.0) if self.ema_decay is None else self.ema_decay
+
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `backbones.load`, but for the name and the average."""
+        return {name: value for name, value in self if name not in ("name", "ema_decay")}

@@ -1,0 +1,47 @@
+"""The section `[sampler]`: how rollouts walk from noise to an image. Nothing here imports torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from adascope_fast.settings import Count, Positive, PositiveOrZero, Section, Share
+
+Kind = Literal["auto", "ddim", "ddpm", "flow_sde", "dance_sde", "flow_cps", "flow_ode"]
+NOISE = {"ddim": ("eta",), "ddpm": (), "flow_sde": ("noise_level",), "dance_sde": ("eta",), "flow_cps": ("eta",)}
+NOISE |= {"flow_ode": (), "auto": ("eta", "noise_level")}
+
+
+class Sampler(Section):
+    """How rollouts walk from noise to an image."""
+
+    kind: Kind = "auto"
+    """`auto`: `ddim` for diffusion models (also `ddpm`), `flow_sde` for flow models (also `dance_sde`, `flow_cps`, and
+    `flow_ode` without noise, which only algorithms that need no log-probability can train)."""
+    num_steps: Count = 20
+    """Denoising steps of a rollout, T."""
+    guidance_scale: PositiveOrZero = 1.0
+    """Classifier-free guidance in rollout and training; 1 means none, at half the cost."""
+    train_guidance: Literal["both", "conditional"] | None = None
+    """Outputs that carry gradient under guidance: both (TRL, ddpo-pytorch), or only the conditional one (flow_grpo);
+    absent: the algorithm's own."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Noise of ddim (absent: 1), dance_sde (absent: 0.3) or flow_cps (absent: 0.7); 0 is deterministic."""
+    noise_level: Positive | None = None
+    """Noise of flow_sde; absent: 0.7."""
+    tail_share: Share = 1.0
+    """Below 1: the steps after the last trained one become this share of them, of a second-order ODE solver."""
+
+    @model_validator(mode="after")
+    def _noise_is_the_kinds_own(self) -> Self:
+        for name in ("eta", "noise_level"):
+            if getattr(self, name) is not None and name not in NOISE[self.kind]:
+                takes = ", ".join(f"sampler.{own}" for own in NOISE[self.kind]) or "no noise"
+                raise ValueError(
+                    f'sampler.kind = "{self.kind}" takes {takes}, got sampler.{name} = {getattr(self, name)}; remove it'
+                )
+        if self.train_guidance is not None and self.guidance_scale == 1:
+            raise ValueError(
+                f'sampler.train_guidance = "{self.train_guidance}" says which outputs carry gradient under guidance, '
+                "got sampler.guidance_scale = 1, which is none; remove it, or raise the scale"
+            )
+        return self

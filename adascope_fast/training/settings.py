@@ -1,0 +1,74 @@
+"""Sections of the trainer: `[run]`, `[train]`, `[evaluation]` and `[log]`. Nothing here imports torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from adascope_fast.engine.settings import Updates
+from adascope_fast.settings import Count, CountOrZero, Decay, Positive, PositiveOrZero, Section, Text
+
+
+class Run(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    folder: Text = "runs/run"
+    """Folder for everything the run writes; never overwritten unasked."""
+    seed: CountOrZero = 0
+    """Seed of every random draw of the training."""
+
+
+class Train(Updates):
+    """How much is sampled and how it is learned from."""
+
+    iterations: CountOrZero = 20
+    """Rounds of rollout, reward and update."""
+    prompts_per_iteration: Count = 8
+    """Different prompts in a rollout."""
+    samples_per_prompt: Count = 4
+    """Images drawn for each of them."""
+    learning_rate: Positive = 3e-4
+    """AdamW learning rate."""
+    weight_decay: PositiveOrZero = 1e-4
+    """AdamW weight decay."""
+    adam_beta1: Decay = 0.9
+    """AdamW decay of the first moment."""
+    adam_beta2: Decay = 0.999
+    """AdamW decay of the second moment."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW epsilon."""
+    checkpoint_every: Count = 1
+    """Iterations between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of the denoiser; log-probabilities stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+
+
+class Evaluation(Section):
+    """How the held-out reward is measured; the same seeds before and after."""
+
+    num_prompts: Count = 48
+    """Held-out prompts."""
+    samples_per_prompt: Count = 4
+    """Images for each of them."""
+    num_steps: Count | None = None
+    """Denoising steps; absent: those of the sampler."""
+    guidance_scale: PositiveOrZero | None = None
+    """Guidance; absent: that of the sampler."""
+    seed: CountOrZero = 12345
+    """Seed of the evaluation's noise, apart from `run.seed`."""
+    grid_prompts: Count = 8
+    """Prompts shown in the before/after images."""
+    clip: Text | None = None
+    """CLIP whose mean similarity is reported beside the reward, as `reward.clip`; absent: none."""
+    every: CountOrZero = 0
+    """Iterations between evaluations in the course of training; 0: only before and after."""
+
+
+class Log(Section):
+    """Where the numbers go besides the run folder."""
+
+    trackers: list[Text] = Field(default=["tensorboard"])
+    """accelerate's trackers by name; empty: none."""
