@@ -101,11 +101,8 @@ def call_operations(kernels: Any, n: int, shape: tuple[int, ...], dtype: Any) ->
     for loss in (kernels.clipped_policy_loss, kernels.dpok_policy_loss):
         loss(row().requires_grad_(), row(), row(), clip_range=0.1)[0].sum().backward()
     kernels.gaussian_kl(output(), plain, coef).sum().backward()
-    history = torch.empty(n, 8, *shape, dtype=dtype)
     kernels.correlation(plain, noise, center="channel", num_channels=shape[0])
     kernels.correlation_update(row(6), plain, noise)
-    kernels.correlation_lags(plain, history, lags=(1, 2, 4, 8))
-    kernels.correlation_lags_update(row(8, 6), plain, history, lags=tuple(range(1, 9)))
 
 
 def specialise(launch: Any, is_hip: bool) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:

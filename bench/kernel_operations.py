@@ -14,7 +14,6 @@ from torch import Tensor
 from adascope_fast import reference
 
 GUIDANCE = 5.0
-LAGS = (1, 2, 4, 8)
 CLIP = {"clip_range": 1e-4}
 Outputs = tuple[Tensor, ...]
 
@@ -45,12 +44,10 @@ def inputs(n: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> S
     """Random inputs of every operation, made on the CPU in small pieces so that they do not depend on the device."""
     generator = torch.Generator(device=device).manual_seed(n)
 
-    def latents(*steps: int) -> Tensor:
-        return torch.randn(n, *steps, *shape, generator=generator, device=device, dtype=dtype)
+    def latents() -> Tensor:
+        return torch.randn(n, *shape, generator=generator, device=device, dtype=dtype)
 
-    data = SimpleNamespace(
-        sample=latents(), output=latents(), output_uncond=latents(), noise=latents(), history=latents(max(LAGS))
-    )
+    data = SimpleNamespace(sample=latents(), output=latents(), output_uncond=latents(), noise=latents())
     data.coef = torch.tensor([1.01, -0.2, 0.3], device=device) + 0.01 * torch.rand(
         n, 3, generator=generator, device=device
     )
@@ -106,10 +103,6 @@ def _correlation(provider: Any, data: SimpleNamespace) -> Outputs:
     return (provider.correlation(data.sample, data.prev_sample),)
 
 
-def _lags(provider: Any, data: SimpleNamespace) -> Outputs:
-    return (provider.correlation_lags(data.sample, data.history, lags=LAGS),)
-
-
 def _exactly(call: Callable[[Any, SimpleNamespace], Outputs]) -> Callable[[SimpleNamespace, Outputs], Outputs]:
     return lambda data, _: call(reference, data)
 
@@ -139,5 +132,4 @@ OPERATIONS = [
     ),
     Operation("KL, forward + backward", "gaussian_kl", _kl, _exactly(_kl), 5, ("kl",)),
     Operation("correlation", "correlation", _correlation, _exactly(_correlation), 2, ("correlation",)),
-    Operation("correlation, 4 lags", "correlation_lags", _lags, _exactly(_lags), 1 + len(LAGS), ("correlation",)),
 ]

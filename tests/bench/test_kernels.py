@@ -54,8 +54,8 @@ def test_a_failed_test_silences_its_operation_or_all_if_it_names_none() -> None:
     names = ("correlation",), ("kl",)
     every = [name for group in names for name in group]
     assert not kernels.is_red(names[0], [], every)
-    assert kernels.is_red(names[0], ["test_gpu.test_value[correlation_lags]"], every)
-    assert not kernels.is_red(names[1], ["test_gpu.test_value[correlation_lags]"], every)
+    assert kernels.is_red(names[0], ["test_gpu.test_value[correlation_update]"], every)
+    assert not kernels.is_red(names[1], ["test_gpu.test_value[correlation_update]"], every)
     assert kernels.is_red(names[1], ["test_gpu.test_offsets"], every)
 
 
@@ -105,4 +105,4 @@ def test_what_the_time_did_not_reach_is_listed() -> None:
 def test_the_operations_that_a_rollout_and_an_update_make_are_timed() -> None:
     functions = {operation.function for operation in operations}
     assert functions >= {"transition_step", "transition_log_prob", "transition_policy_loss", "transition_policy_grad"}
-    assert functions >= {"gaussian_kl", "correlation", "correlation_lags"}
+    assert functions >= {"gaussian_kl", "correlation"}
