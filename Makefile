@@ -45,7 +45,7 @@ types: $(READY)
 
 # Time and traffic of each operation, on a GPU if there is one. `make bench PYTHON=python3` uses that Python as it is.
 bench: $(MEASURE_READY)
-	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels.py $(ARGS)
+	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels/run.py $(ARGS)
 
 # The quickstart and its control that trains every step, over three seeds, two runs of one thread at a time.
 bench-quickstart: $(READY)

@@ -1,6 +1,6 @@
 """What only a GPU can show: compiled kernels against float64, exact equalities, graphs, no waiting, and 64-bit offsets.
 
-Needs torch and triton alone, but for the last test. The names of the tests name the operation, and `bench/kernels.py`
+Needs torch and triton alone, but for the last test. The names of the tests name the operation, and `bench/kernels`
 reports no figure of an operation whose test fails.
 """
 

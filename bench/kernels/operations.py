@@ -1,4 +1,4 @@
-"""The operations that `bench/kernels.py` times: their inputs, what is called, the traffic, and the exact answer.
+"""The operations that `run.py` times: their inputs, what is called, the traffic, and the exact answer.
 
 Axes: `n` rows of latents of one shape, `d` elements each. A provider is a namespace with the functions of `reference`.
 """
@@ -23,7 +23,8 @@ class Operation:
     """One row of the table, for each shape, number of rows, type and provider.
 
     Args:
-        function: of `reference`; what `torch.compile` is given is this, or `compiled_function`.
+        name: of the kernel and of its twin in `reference`; `torch.compile` is given that twin, or `compiled_name`.
+        timed: what of it, in words.
         call: the timed call; its results start with the rows, so that the first few can be checked.
         exact: the same results from float64 inputs; it is given what `call` returned, for what depends on rounding.
         num_latents: latents read and written by the kernels, as kernels/README.md counts them.
@@ -31,12 +32,12 @@ class Operation:
     """
 
     name: str
-    function: str
+    timed: str
     call: Callable[[Any, SimpleNamespace], Outputs]
     exact: Callable[[SimpleNamespace, Outputs], Outputs]
     num_latents: int
     test_names: tuple[str, ...]
-    compiled_function: str = ""
+    compiled_name: str = ""
     compiled_call: Callable[[Any, SimpleNamespace], Outputs] | None = None
 
 
@@ -108,28 +109,26 @@ def _exactly(call: Callable[[Any, SimpleNamespace], Outputs]) -> Callable[[Simpl
 
 
 OPERATIONS = [
-    Operation("rollout step, guided", "transition_step", _step, _exact_step, 5, ("transition", "step")),
+    Operation("transition_step", "guided", _step, _exact_step, 5, ("transition", "step")),
+    Operation("transition_log_prob", "forward", _log_prob, _exactly(_log_prob), 3, ("transition", "log_prob")),
     Operation(
-        "log-prob, forward", "transition_log_prob", _log_prob, _exactly(_log_prob), 3, ("transition", "log_prob")
-    ),
-    Operation(
-        "policy loss, forward + backward",
         "transition_policy_loss",
+        "forward and backward",
         _policy_loss,
         _exactly(_policy_loss),
         7,
         ("policy", "training_step"),
     ),
     Operation(
-        "policy loss with its gradient",
         "transition_policy_grad",
+        "loss with its gradient",
         _policy_grad,
         _exactly(_policy_grad),
         7,
         ("policy", "training_step"),
-        compiled_function="transition_policy_loss",  # torch.compile cannot hold the gradient inside
+        compiled_name="transition_policy_loss",  # torch.compile cannot hold the gradient inside
         compiled_call=_policy_loss,
     ),
-    Operation("KL, forward + backward", "gaussian_kl", _kl, _exactly(_kl), 5, ("kl",)),
-    Operation("correlation", "correlation", _correlation, _exactly(_correlation), 2, ("correlation",)),
+    Operation("gaussian_kl", "forward and backward", _kl, _exactly(_kl), 5, ("kl",)),
+    Operation("correlation", "at once", _correlation, _exactly(_correlation), 2, ("correlation",)),
 ]
