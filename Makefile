@@ -11,7 +11,7 @@ TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-all lint types bench bench-quickstart bench-cpu gpu wheel
+.PHONY: quickstart test test-all lint types bench bench-cpu experiment-quickstart gpu wheel
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -45,12 +45,12 @@ types: $(READY)
 
 # Time and traffic of each operation, on a GPU if there is one. `make bench PYTHON=python3` uses that Python as it is.
 bench: $(MEASURE_READY)
-	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels.py $(ARGS)
+	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels/run.py $(ARGS)
 
 # The quickstart and its control that trains every step, over three seeds, two runs of one thread at a time.
-bench-quickstart: $(READY)
-	$(OFFLINE) $(VENV)/python bench/adascope.py --rewards scene_attributes --arms adascope every_step --iterations 20 \
-	    --jobs 2 --work runs/bench_quickstart --out bench/results/quickstart.json $(ARGS)
+experiment-quickstart: $(READY)
+	$(OFFLINE) $(VENV)/python experiments/interval/interval.py --rewards scene_attributes --arms adascope every_step \
+	    --iterations 20 --jobs 2 --work runs/experiment_quickstart --out experiments/interval/results/quickstart.json $(ARGS)
 
 # TRL's last release with a DDPOTrainer needs transformers 4, so it has an environment of its own, with the same torch.
 $(TRL_READY): $(READY)

@@ -135,5 +135,3 @@ transition_policy_grad = _door(reference.transition_policy_grad, "training_gradi
 gaussian_kl = _door(reference.gaussian_kl, "gaussian_kl")
 correlation = _door(reference.correlation, "correlation")
 correlation_update = _door(reference.correlation_update, "correlation")
-correlation_lags = _door(reference.correlation_lags, "correlation")
-correlation_lags_update = _door(reference.correlation_lags_update, "correlation")

@@ -51,7 +51,7 @@ def main() -> int:
         if report.exists():
             arguments = ["--device", "cuda", "--seconds", str(TABLE_S), "--tested", str(report)]
             out = ["--out", str(results / f"kernels_{gpu}.json")]
-            codes.append(run([python, "bench/kernels.py", *arguments, *out], TABLE_S + TABLE_MARGIN_S))
+            codes.append(run([python, "bench/kernels/run.py", *arguments, *out], TABLE_S + TABLE_MARGIN_S))
     if importlib.util.find_spec("diffusers") is None:
         print("\nmodels were not measured: that needs diffusers, which is not installed")
     else:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .correlation import load_row, merge, store_moments
+from .correlation import load_row, merge_block, store_moments
 from .library import launch, register
 from .rows import BLOCK, NUM_STAGES, aligned, cdiv, check, load, load_output, ordered_sum, split, vector
 from .transition import FINISH_ROWS, is_gaussian, log_prob_of, residual_of
@@ -25,19 +25,6 @@ from .transition import FINISH_ROWS, is_gaussian, log_prob_of, residual_of
 def x0_of(sample, output, weight_sample, weight_output, TYPE: tl.constexpr):
     """c0 * sample + c1 * output, as stored."""
     return (weight_sample * sample + weight_output * output).to(TYPE)
-
-
-@triton.jit
-def merge_block(count, mean_x, mean_y, sxx, syy, sxy, x, y, block_count, mask):
-    """The moments with a block's merged in; centred on the block's own means first."""
-    divisor = tl.where(block_count > 0, block_count, 1.0)
-    x, y = tl.where(mask, x, 0.0), tl.where(mask, y, 0.0)
-    block_mean_x, block_mean_y = tl.sum(x) / divisor, tl.sum(y) / divisor
-    x, y = tl.where(mask, x - block_mean_x, 0.0), tl.where(mask, y - block_mean_y, 0.0)
-    return merge(
-        count, mean_x, mean_y, sxx, syy, sxy,
-        block_count, block_mean_x, block_mean_y, tl.sum(x * x), tl.sum(y * y), tl.sum(x * y),
-    )  # fmt: skip
 
 
 @triton.jit

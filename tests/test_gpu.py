@@ -1,6 +1,6 @@
 """What only a GPU can show: compiled kernels against float64, exact equalities, graphs, no waiting, and 64-bit offsets.
 
-Needs torch and triton alone, but for the last test. The names of the tests name the operation, and `bench/kernels.py`
+Needs torch and triton alone, but for the last test. The names of the tests name the operation, and `bench/kernels`
 reports no figure of an operation whose test fails.
 """
 
@@ -30,14 +30,14 @@ Outputs = dict[str, Tensor]
 def _data(n: int, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
     generator = torch.Generator("cuda").manual_seed(n)
 
-    def latents(*steps: int) -> Tensor:
-        return torch.randn(n, *steps, *shape, generator=generator, device="cuda", dtype=dtype)
+    def latents() -> Tensor:
+        return torch.randn(n, *shape, generator=generator, device="cuda", dtype=dtype)
 
     def rows(*width: int) -> Tensor:
         return torch.rand(n, *width, generator=generator, device="cuda")
 
     data = SimpleNamespace(sample=latents(), output=latents(), uncond=latents(), noise=latents(), ref=latents())
-    data.walk, data.prev_x0, data.x0_coef = latents(6).cumsum(1), latents(), rows(2)
+    data.prev_x0, data.x0_coef = latents(), rows(2)
     data.coef = torch.tensor([1.01, -0.2, 0.3], device="cuda") + 0.1 * rows(3)
     data.prev_sample, data.log_prob = reference.transition_step(
         data.sample, data.output, data.noise, data.coef, output_uncond=data.uncond, guidance_scale=GUIDANCE
@@ -113,15 +113,11 @@ def _correlation(provider: Any, data: SimpleNamespace) -> Outputs:
     shifted = data.sample + 100 if data.sample.dtype in (torch.float32, torch.float64) else data.sample
     state = torch.zeros(len(shifted), 6, device="cuda", dtype=torch.promote_types(shifted.dtype, torch.float32))
     streamed = reference.correlation_from_state(provider.correlation_update(state, shifted, data.prev_sample))
-    channels = {"center": "channel", "num_channels": data.sample.shape[1]}
+    channels = {"center": "channel", "num_channels": math.gcd(data.sample.shape[1], 64)}
     return {
         "correlation": provider.correlation(shifted, data.prev_sample, **channels),
         "streamed": streamed,
     }
-
-
-def _lags(provider: Any, data: SimpleNamespace) -> Outputs:
-    return {"lags": provider.correlation_lags(data.walk[:, 5], data.walk[:, :5], lags=(1, 2, 5))}
 
 
 OPERATIONS: dict[str, Callable[[Any, SimpleNamespace], Outputs]] = {
@@ -133,7 +129,6 @@ OPERATIONS: dict[str, Callable[[Any, SimpleNamespace], Outputs]] = {
     "clipped_policy_loss": _clipped,
     "gaussian_kl": _kl,
     "correlation": _correlation,
-    "correlation_lags": _lags,
 }
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -225,29 +220,24 @@ def test_replays_from_a_graph_and_never_waits_for_the_device(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "name", ["transition_step", "transition_log_prob", "transition_policy_loss", "correlation_lags"]
-)
+@pytest.mark.parametrize("name", ["transition_step", "transition_log_prob", "transition_policy_loss", "correlation"])
 def test_compiles_with_inductor_without_a_graph_break(name: str) -> None:
     data = _data(8, (4, 64, 64))
     names = {"transition_log_prob": "guided_transition_log_prob"}
     function = names.get(name, name)
-    provider = SimpleNamespace(**{function: torch.compile(getattr(ops, function), fullgraph=True)})
+    provider = SimpleNamespace(**vars(ops) | {function: torch.compile(getattr(ops, function), fullgraph=True)})
     _assert_equal(OPERATIONS[name](provider, data), OPERATIONS[name](ops, data))
 
 
-@pytest.mark.parametrize(
-    "name", ["transition_step", "transition_log_prob", "transition_policy_grad", "correlation_lags"]
-)
+@pytest.mark.parametrize("name", ["transition_step", "transition_log_prob", "transition_policy_grad", "correlation"])
 def test_rows_beyond_two_to_the_31_elements(name: str) -> None:
     n, d = 8200, 262144  # 2.1e9 elements, 4.3 GB
     if torch.cuda.mem_get_info()[0] < 60e9:
         pytest.skip("needs 60 GB of memory on the device")
     small = _data(8, (d,))
-    latents = {"walk"} if name == "correlation_lags" else {"sample", "output", "uncond", "noise", "prev_sample", "ref"}
+    latents = {"sample", "output", "uncond", "noise", "prev_sample", "ref"}
     used = {key: value for key, value in vars(small).items() if value.shape[-1] != d or key in latents}
-    repeats = n // 8 if name != "correlation_lags" else n // 32
-    big = SimpleNamespace(**{key: value.repeat(repeats, *[1] * (value.dim() - 1)) for key, value in used.items()})
+    big = SimpleNamespace(**{key: value.repeat(n // 8, *[1] * (value.dim() - 1)) for key, value in used.items()})
     got = OPERATIONS[name](ops, big)
     want = OPERATIONS[name](ops, small)
     _assert_equal({key: value[-8:] for key, value in got.items()}, want)

@@ -1,4 +1,9 @@
-"""The import rule: a module sees only what lies below it, so that it can be read, and replaced, on its own."""
+"""The architecture: which room of the package may import which, so that each can be read, and replaced, on its own.
+
+A room is a folder of the package or a module in its root. Arrows point downward only. A folder's `settings.py`, its
+section of the configuration, is a room of its own below all others: the configuration imports it, and it imports
+nothing but the root module `settings`.
+"""
 
 import ast
 import re
@@ -13,165 +18,170 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGE = CHECKOUT / "adascope_fast"
+MOST_IN_ROOT, MOST_IN_FOLDER = 8, 12  # Python files; `__init__.py` of a folder not counted
 
-_TABLES = {"trajectory", "schedules", "ops"}
-_ENGINE = {
-    "acceleration",
-    "settings",
-    "update_statistics",
-    "ode_tail",
-    "one_pass",
-    "per_sample",
-    "scoring",
+_LATENTS = {"backbone", "ops", "rollout", "schedules"}
+_ITERATION = _LATENTS | {
     "adascope",
     "algorithms",
-    "attribution",
     "backbones",
-    "rewards",
-    "rollout",
-    "sensing",
-    "theory",
-    "timesteps",
-} | _TABLES
-_TRAIN = _ENGINE | {
-    "advantages",
-    "building",
-    "checkpoint",
-    "config",
+    "distributed",
     "engine",
-    "evaluation",
-    "metrics",
-    "objectives",
-    "progress",
-    "prompts",
-    "reporting",
-    "runs",
+    "rewards",
+    "selectors",
+    "theory",
 }
-# What each module or folder of the package may import from the package, whether at its top or inside a function.
+_TRAINING = _ITERATION | {"config", "metrics", "prompts", "reporting"}
+# What each room may import from the package, in any line of any of its files. Everyone may import what is in GROUND.
+GROUND = {"lazy", "settings"}
 BELOW: dict[str, set[str]] = {
-    "config_source": set(),
-    "config_types": set(),
-    "config_sections": {"config_types"},
-    "config_selection": {"config_types"},
-    "config": {"config_sections", "config_selection", "config_source", "config_types"},
-    "building": _ENGINE | {"attribution", "config", "decoders", "windows"},
-    "decoders": set(),
-    "checkpoint": set(),
+    "settings": set(),
+    "lazy": set(),
     "kernels": set(),
-    "reference_rows": set(),
-    "reference_correlation": {"reference_rows"},
-    "reference_transition": {"reference_correlation", "reference_rows"},
-    "reference_policy": {"reference_transition"},
-    "reference": {"reference_correlation", "reference_policy", "reference_transition"},
-    "processes": set(),
-    "schedules": {"processes"},
-    "ode_tail": {"schedules"},
-    "prompts": set(),
-    "trajectory": {"schedules"},
+    "reference": set(),
     "ops": {"kernels", "reference"},
-    "backbones": {"ops", "schedules", "trajectory"},
+    "schedules": set(),
+    "backbone": {"schedules"},
+    "distributed": set(),
+    "prompts": set(),
+    "reporting": set(),
+    "rollout": {"backbone", "ops", "schedules"},
+    "theory": {"ops", "rollout", "schedules"},
+    "selectors": _LATENTS | {"theory"},
+    "adascope": _LATENTS | {"distributed", "selectors", "theory"},
+    "algorithms": _LATENTS,
+    "backbones": {"backbone", "ops", "schedules"},
     "rewards": {"prompts"},
     "metrics": {"prompts", "rewards"},
-    "reporting": set(),
-    "acceleration": set(),
-    "settings": {"algorithms"},
-    "update_statistics": set(),
-    "per_sample": {"backbones"},
-    "scoring": {"backbones"},
-    "one_pass": {"backbones", "ops", "per_sample", "rollout"},
-    "objectives": _TABLES,
-    "advantages": _TABLES,
-    "attribution": {"trajectory"},
-    "timesteps": _TABLES | {"theory"},
-    "windows": _TABLES | {"timesteps"},
-    "sensing": _TABLES,
-    "theory": _TABLES,
-    "curves": set(),
-    "causal": set(),
-    "ranks": set(),
-    "interval_rule": {"causal", "curves"},
-    "rollout": _TABLES | {"backbones", "ode_tail"},
-    "adascope": _TABLES | {"causal", "curves", "interval_rule", "ranks", "sensing", "theory", "timesteps"},
-    "algorithms": _TABLES | {"advantages", "attribution", "backbones", "objectives", "rollout"},
-    "engine": _ENGINE,
-    "evaluation": {"backbones", "rollout", "schedules"},
-    "progress": set(),
-    "runs": {"checkpoint", "config"},
-    "sampling": {"backbones", "checkpoint", "config", "rollout"},
-    "export": {"backbones", "config", "sampling"},
-    "metering": set(),
-    "plan": {"backbones", "config", "engine", "metering"},
-    "plan_check": {"backbones", "config", "plan"},
-    "train": _TRAIN,
-    "calibration": _TRAIN | {"curves", "theory", "train"},
-    "pretraining": {"backbones", "checkpoint", "prompts", "rewards"},
+    "engine": _LATENTS | {"adascope", "algorithms", "backbones", "distributed", "selectors", "theory"},
+    "config": set(),
+    "training": _TRAINING,
+    "planning": _TRAINING | {"training"},
+    "pretraining": {"backbones", "prompts", "rewards", "training"},
+    "commands": _TRAINING | {"planning", "pretraining", "training"},
+    "cli": {"commands"},
+    "__init__": _TRAINING | {"training"},
 }
-ENTRANCES = {"__init__", "__main__", "cli"}  # these may import anything but compat
+# What these rooms may import besides; the others take what they need.
 THIRD_PARTIES = {
-    "config": {"pydantic", "tomli_w"},
-    "config_sections": {"pydantic"},
-    "config_selection": {"pydantic"},
-    "config_types": {"pydantic"},
-    "config_source": {"pydantic"},
+    "settings": {"pydantic"},
+    "lazy": set(),
     "kernels": {"torch", "triton"},
-    "reference_correlation": {"torch", "jaxtyping"},
-    "reference_policy": {"torch", "jaxtyping"},
-    "reference_rows": {"torch"},
-    "reference_transition": {"torch", "jaxtyping"},
-    "processes": {"torch", "jaxtyping"},
-    "schedules": {"torch", "jaxtyping"},
-    "trajectory": {"torch", "jaxtyping"},
+    "reference": {"jaxtyping", "torch"},
+    "schedules": {"jaxtyping", "torch"},
+    "ops": {"torch"},
+    "backbone": {"jaxtyping", "torch"},
+    "rollout": {"jaxtyping", "torch"},
+    "config": {"pydantic", "tomli_w"},
 }
+
+
+def _files() -> list[Path]:
+    return [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]  # rglob does not enter a symlink
+
+
+def _room(path: Path) -> str:
+    """`folder`, `folder.settings`, or the name of a module in the root."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts) if len(parts) == 2 and parts[1] == "settings" else parts[0]
+
+
+def _room_of_name(name: str) -> str:
+    """The room of `adascope_fast.folder.module.anything`."""
+    first, *rest = name.split(".")[1:]
+    return f"{first}.settings" if rest[:1] == ["settings"] and (PACKAGE / first / "settings.py").exists() else first
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports anywhere in it; relative ones in full; names given to `import_module` too."""
+    """Dotted names that a file imports anywhere in it, relative ones in full, and those given to `lazy`."""
     parts = path.relative_to(CHECKOUT).with_suffix("").parts
-    parents = parts if path.name != "__init__.py" else (*parts[:-1], "")
+    package = parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(parents[: -node.level]) if node.level else ""
-            module = ".".join(filter(None, (base, node.module)))
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join(filter(None, (*base, node.module)))
             yield from (f"{module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"adascope_fast(\.\w+)+\.?", str(node.value)):
-            yield str(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "lazy":
+            assert isinstance(node.args[1], ast.Dict), f"{path}: this test reads only a dict written into the call"
+            homes = ast.literal_eval(node.args[1])
+            yield from (f"{'.'.join(package)}.{home}" for home in homes.values())
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"adascope_fast(\.\w+)+(\.|:\w+)?", str(node.value)):
+            yield re.sub(r"(\.|:\w+)$", "", str(node.value))  # for `import_module`: the last name may be yet to come
 
 
-def _modules() -> dict[str, set[str]]:
-    """Every module or folder directly in the package, and all names imported by its files."""
-    found: dict[str, set[str]] = {}
-    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]:  # rglob does not enter a symlink
-        name = Path(path.relative_to(PACKAGE).parts[0]).stem
-        found.setdefault(name, set()).update(_imports(path))
+def _arrows() -> dict[str, dict[str, set[str]]]:
+    """For each room, each room that it imports, and the files that do."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for path in _files():
+        arrows = found.setdefault(_room(path), {})
+        for name in _imports(path):
+            if name.split(".")[0] == "adascope_fast":
+                target = _room_of_name(name) if "." in name else "adascope_fast"
+                arrows.setdefault(target, set()).add(path.relative_to(PACKAGE).as_posix())
+        arrows.pop(_room(path), None)
     return found
 
 
-MODULES = _modules()
+ARROWS = _arrows()
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - ENTRANCES - {"compat"}))
-def test_imports_point_downward(module: str):
-    assert module in BELOW, f"adascope_fast.{module} is new: say in BELOW what it may import"
-    ours = {name.split(".")[1] for name in MODULES[module] if name.startswith("adascope_fast.")}
-    assert ours - {module} <= BELOW[module], f"adascope_fast.{module} imports what is not below it"
+def _allowed(room: str) -> set[str]:
+    if room.endswith(".settings"):
+        return {"settings"}
+    folders = BELOW[room] | {room}
+    sections = {
+        one for one in ARROWS if one.endswith(".settings") and (one.split(".")[0] in folders or room == "config")
+    }
+    return BELOW[room] | GROUND | sections if room not in GROUND else BELOW[room]
+
+
+@pytest.mark.parametrize("room", sorted(ARROWS.keys() - {"compat"}))
+def test_imports_point_downward(room: str):
+    assert room in BELOW or room.endswith(".settings"), f"adascope_fast.{room} is new: say in BELOW what it may import"
+    upward = {target: sorted(files) for target, files in ARROWS[room].items() if target not in _allowed(room)}
+    assert not upward, f"adascope_fast.{room} imports what is not below it"
 
 
 def test_the_rule_has_no_cycle_and_one_door_to_the_kernels():
-    TopologicalSorter(BELOW).prepare()
-    assert [module for module, below in BELOW.items() if "kernels" in below] == ["ops"]
+    TopologicalSorter({room: _allowed(room) for room in BELOW}).prepare()
+    assert [room for room, below in BELOW.items() if "kernels" in below] == ["ops"]
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_nothing_imports_compat(module: str):
-    assert module == "compat" or not [name for name in MODULES[module] if name.startswith("adascope_fast.compat")]
+def test_there_is_no_cycle():
+    TopologicalSorter(ARROWS).prepare()
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() & THIRD_PARTIES.keys()))
-def test_foundations_need_little(module: str):
-    others = {name.split(".")[0] for name in MODULES[module]} - set(sys.stdlib_module_names) - {"adascope_fast"}
-    assert others <= THIRD_PARTIES[module]
+def test_nothing_imports_compat():
+    assert not [files for room, arrows in ARROWS.items() if room != "compat" for files in arrows.get("compat", ())]
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_foundations_need_little(path: Path):
+    room = _room(path)
+    allowed = {"pydantic"} if room.endswith(".settings") else THIRD_PARTIES.get(room)
+    if allowed is not None:
+        others = {name.split(".")[0] for name in _imports(path)} - set(sys.stdlib_module_names) - {"adascope_fast"}
+        assert others <= allowed
+
+
+def test_the_configuration_and_every_section_are_read_without_torch():
+    modules = [f"adascope_fast.{room}" for room in ARROWS if room == "config" or room.endswith("settings")]
+    program = (
+        "import sys\nfrom importlib import import_module\n"
+        f"for module in {modules!r}:\n    import_module(module)\n"
+        "    heavy = {'torch', 'diffusers', 'transformers'} & sys.modules.keys()\n    assert not heavy, (module, heavy)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_room_is_small_enough_to_look_around_in():
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_IN_ROOT
+    for folder in (folder for folder in PACKAGE.iterdir() if folder.is_dir()):
+        files = sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
+        assert len(files) <= MOST_IN_FOLDER, (folder.name, files)
 
 
 def test_the_folder_of_kernels_hides_no_package():

@@ -22,8 +22,6 @@ SHARED = (
     "gaussian_kl",
     "correlation",
     "correlation_update",
-    "correlation_lags",
-    "correlation_lags_update",
     "correlation_from_state",
 )
 

@@ -14,8 +14,6 @@ Flow-CPS's code trains on: no division by std^2 and no constant, so it is define
 
 from adascope_fast.reference.correlation import correlation as correlation
 from adascope_fast.reference.correlation import correlation_from_state as correlation_from_state
-from adascope_fast.reference.correlation import correlation_lags as correlation_lags
-from adascope_fast.reference.correlation import correlation_lags_update as correlation_lags_update
 from adascope_fast.reference.correlation import correlation_update as correlation_update
 from adascope_fast.reference.gaussian_kl import gaussian_kl as gaussian_kl
 from adascope_fast.reference.policy_loss import clipped_policy_loss as clipped_policy_loss

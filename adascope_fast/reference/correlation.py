@@ -4,7 +4,6 @@ Axes: `n` rows of `d` elements. A state is (count, mean_x, mean_y, sxx, syy, sxy
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -68,61 +67,9 @@ def correlation_update(
 
 
 @torch.no_grad()
-def correlation_lags(
-    x: Float[Tensor, "n *latent"],
-    history: Float[Tensor, "n t *latent"],
-    *,
-    lags: Sequence[int],
-    center: Literal["sample", "channel"] = "sample",
-    num_channels: int | None = None,
-) -> Float[Tensor, "n k"]:
-    """`correlation` of each row of x with the same row some steps back, one column for each lag.
-
-    Args:
-        x: the latents now.
-        history: those before, oldest first: a slice of a trajectory will do. A lag of 1 is its last step.
-        lags: steps back, 1 to t.
-        center, num_channels: as in `correlation`.
-    """
-    _check_lags(x, history, lags)
-    columns = [correlation(x, history[:, -lag], center=center, num_channels=num_channels) for lag in lags]
-    return torch.stack(columns, dim=1)
-
-
-@torch.no_grad()
-def correlation_lags_update(
-    state: Float[Tensor, "n k 6"],
-    x: Float[Tensor, "n *latent"],
-    history: Float[Tensor, "n t *latent"],
-    *,
-    lags: Sequence[int],
-) -> Float[Tensor, "n k 6"]:
-    """`correlation_update` of one state for each row and lag; `correlation_from_state(state.flatten(0, 1))` reads it.
-
-    Args:
-        state: zeros at first.
-        x, history, lags: as in `correlation_lags`.
-    """
-    _check_lags(x, history, lags)
-    if state.shape != (len(x), len(lags), 6):
-        raise ValueError(f"state must be [{len(x)}, {len(lags)}, 6], one row and lag each, not {list(state.shape)}")
-    columns = [correlation_update(state[:, k], x, history[:, -lag]) for k, lag in enumerate(lags)]
-    return torch.stack(columns, dim=1)
-
-
-@torch.no_grad()
 def correlation_from_state(state: Float[Tensor, "n 6"]) -> Float[Tensor, " n"]:
     """Pearson correlation of each row of a streaming state, in [-1, 1]; NaN where degenerate."""
     return _pearson(state.unsqueeze(1))
-
-
-def _check_lags(x: Tensor, history: Tensor, lags: Sequence[int]) -> None:
-    if history.dim() != x.dim() + 1 or x.dim() < 2 or (history.shape[0], *history.shape[2:]) != tuple(x.shape):
-        raise ValueError(
-            f"history must be [n, t, *latent] for x of shape [n, *latent] {list(x.shape)}, not {list(history.shape)}"
-        )
-    if not lags or min(lags) < 1 or max(lags) > history.shape[1]:
-        raise ValueError(f"lags must be of the {history.shape[1]} steps back that history holds, not {list(lags)}")
 
 
 def _moments(x: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from types import ModuleType
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
+from adascope_fast import ops
+
+BENCH = Path(__file__).parents[2] / "bench" / "kernels"
 
 
 def _load(name: str) -> ModuleType:
@@ -21,8 +23,8 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-kernels = _load("kernels")
-operations = _load("kernel_operations").OPERATIONS
+kernels = _load("run")
+operations = _load("operations").OPERATIONS
 SETTINGS = {
     "device": "cpu",
     "dtypes": ["float32"],
@@ -30,7 +32,7 @@ SETTINGS = {
     "rows": [2],
     "rounds": 2,
     "providers": ["eager", "kernels"],
-    "operations": ["rollout step, guided", "policy loss, forward + backward"],
+    "operations": ["transition_step", "transition_policy_loss"],
 }
 
 
@@ -54,23 +56,23 @@ def test_a_failed_test_silences_its_operation_or_all_if_it_names_none() -> None:
     names = ("correlation",), ("kl",)
     every = [name for group in names for name in group]
     assert not kernels.is_red(names[0], [], every)
-    assert kernels.is_red(names[0], ["test_gpu.test_value[correlation_lags]"], every)
-    assert not kernels.is_red(names[1], ["test_gpu.test_value[correlation_lags]"], every)
+    assert kernels.is_red(names[0], ["test_gpu.test_value[correlation_update]"], every)
+    assert not kernels.is_red(names[1], ["test_gpu.test_value[correlation_update]"], every)
     assert kernels.is_red(names[1], ["test_gpu.test_offsets"], every)
 
 
 def test_red_operations_get_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    report = _write_report(tmp_path / "tests.xml", good="", **{operations[0].function: "<failure/>"})
+    report = _write_report(tmp_path / "tests.xml", good="", **{operations[0].name: "<failure/>"})
     asked = {}
     monkeypatch.setattr(kernels, "measure", lambda settings: asked.update(settings) or [])
     monkeypatch.setattr(kernels.sys, "path", [str(BENCH), *kernels.sys.path])
     out = tmp_path / "out.json"
-    monkeypatch.setattr(kernels.sys, "argv", ["kernels.py", "--device=cpu", f"--tested={report}", f"--out={out}"])
+    monkeypatch.setattr(kernels.sys, "argv", ["run.py", "--device=cpu", f"--tested={report}", f"--out={out}"])
     assert kernels.main() == 1
     assert operations[0].name not in asked["operations"]
     assert "correlation" in asked["operations"]
     assert f"{operations[0].name}: no figures, its tests fail" in capsys.readouterr().out
-    assert json.loads(out.read_text())["failed_tests"] == [f"tests.test_gpu.{operations[0].function}"]
+    assert json.loads(out.read_text())["failed_tests"] == [f"tests.test_gpu.{operations[0].name}"]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -88,7 +90,7 @@ def test_a_run_on_the_cpu_measures_the_reference_and_the_host_alone(tmp_path: Pa
     assert [row["bytes_moved"] for row in rows] == [5 * 2 * 30 * 4] * 2 + [7 * 2 * 30 * 4] * 2
     result = kernels.facts("cpu") | {"rows": rows, "notes": [kernels.CPU_NOTE], "dtypes": ["float32"]}
     shown = kernels.table(result)
-    assert "| rollout step, guided | 2x3x5 | 2 | float32 | eager |" in shown
+    assert "| transition_step | guided | 2x3x5 | 2 | float32 | eager |" in shown
     assert "No GPU" in shown
     kernels.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -102,7 +104,17 @@ def test_what_the_time_did_not_reach_is_listed() -> None:
     assert kernels.table(result).count("the time allowed had passed") == 2
 
 
-def test_the_operations_that_a_rollout_and_an_update_make_are_timed() -> None:
-    functions = {operation.function for operation in operations}
-    assert functions >= {"transition_step", "transition_log_prob", "transition_policy_loss", "transition_policy_grad"}
-    assert functions >= {"gaussian_kl", "correlation", "correlation_lags"}
+def test_a_case_has_its_operations_name_and_those_of_a_rollout_and_an_update_are_timed() -> None:
+    names = [operation.name for operation in operations]
+    assert len(set(names)) == len(names)
+    assert set(names) <= ops.explain("cpu").keys() - {"correlation_from_state"}
+    assert {"transition_step", "transition_log_prob", "transition_policy_loss", "transition_policy_grad"} <= set(names)
+    assert {"gaussian_kl", "correlation"} <= set(names)
+
+
+def test_the_readme_of_the_kernels_says_what_of_each_operation_is_timed() -> None:
+    """In the row that begins with the operation's name, its last cell."""
+    lines = (BENCH.parents[1] / "kernels" / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = {line.split("`")[1]: line.split("|")[-2].strip() for line in lines if line.startswith("| `")}
+    for operation in operations:
+        assert shown[operation.name] == operation.timed

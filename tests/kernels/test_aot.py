@@ -1,7 +1,7 @@
 """Every kernel compiled, without a GPU, for the GPUs it is meant for: what the compiler made of it. Nothing runs here.
 
-`bench/aot.py` holds the rules: no spills, no double arithmetic, no float atomics (sums have one order), no fused
-multiply-adds, wide loads, little shared memory. It runs as a program, since it registers the operators in its own way.
+`bench/kernels/aot.py` holds the rules: no spills, no double arithmetic, no float atomics (sums have one order), no
+fused multiply-adds, wide loads, little shared memory. It runs as a program, since it registers the operators its way.
 """
 
 import copy
@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def _load_aot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_aot", CHECKOUT / "bench" / "aot.py")
+    spec = importlib.util.spec_from_file_location("bench_aot", CHECKOUT / "bench" / "kernels" / "aot.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,7 +41,7 @@ COMMITTED = json.loads(aot.RESULTS.read_text(encoding="utf-8"))
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the compiler makes of the kernels as they are now."""
     out = tmp_path_factory.mktemp("aot") / "aot.json"
-    command = [sys.executable, str(CHECKOUT / "bench" / "aot.py"), "--quick", "--out", str(out)]
+    command = [sys.executable, str(CHECKOUT / "bench" / "kernels" / "aot.py"), "--quick", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert out.exists(), done.stderr
     assert "problems" in done.stdout
@@ -74,7 +74,9 @@ def test_the_committed_table_is_of_the_kernels_as_they_are(compiled: dict) -> No
     committed = {(row["kernel"], row["dtype"], row["target"]): row for row in COMMITTED["rows"]}
     for row in compiled["rows"]:
         if row["dtype"] == "bf16":
-            assert row == committed[row["kernel"], row["dtype"], row["target"]], "run `python bench/aot.py` again"
+            assert row == committed[row["kernel"], row["dtype"], row["target"]], (
+                "run `python bench/kernels/aot.py` again"
+            )
 
 
 def test_the_readme_shows_the_committed_table() -> None:

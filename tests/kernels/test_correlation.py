@@ -102,90 +102,16 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_its_layout():
     pairs = torch.stack([x, y], 1).view(6, 2, 4, 20, 20)
     moved = pairs[:, 1].to(memory_format=torch.channels_last)
     assert torch.equal(correlation.correlation(pairs[:, 0], moved), together)
-
-
-def _trajectory(n, t, d, dtype=torch.float32, offset=0.0):
-    """A random walk [n, t, d] of unit spread: neighbours correlate."""
-    generator = torch.Generator().manual_seed(n * 1000 + d)
-    steps = torch.randn(n, t, d, generator=generator).cumsum(1) / torch.arange(1, t + 1).sqrt()[:, None]
-    return (steps + offset).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", ATOL)
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize(("n", "d", "lags"), [(0, 4, (1,)), (2, 1030, (1, 2, 5)), (1, 8208, (3,))])
-def test_lags_equal_the_reference(n, d, lags, dtype, offset):
-    trajectory = _trajectory(n, 6, d, dtype, offset if dtype == torch.float32 else 0.0)
-    x, history = trajectory[:, 5], trajectory[:, :5]
-    got = correlation.correlation_lags(x, history, lags=lags)
-    assert got.shape == (n, len(lags))
-    want = reference.correlation_lags(x.double(), history.double(), lags=lags)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
-
-
-def test_lags_by_hand():
-    # x = (1, 2, 3, 4). One step back (1, 3, 2, 4): sxy = 4 of sqrt(5 * 5), 0.8. Two back (4, 3, 2, 1): -1.
-    history = torch.tensor([[[4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 2.0, 4.0]]])
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    for operations in (reference, correlation):
-        got = operations.correlation_lags(x, history, lags=(1, 2))
-        assert got[0].tolist() == pytest.approx([0.8, -1.0], abs=1e-6)
-        state = torch.zeros(1, 2, 6)
-        for half in (slice(0, 2), slice(2, 4)):
-            state = operations.correlation_lags_update(state, x[:, half], history[:, :, half], lags=(2, 1))
-        assert state[0].tolist() == [
-            pytest.approx([4, 2.5, 2.5, 5, 5, -5], abs=1e-5),
-            pytest.approx([4, 2.5, 2.5, 5, 5, 4], abs=1e-5),
-        ]
-
-
-def test_more_lags_than_one_launch_holds_and_each_equals_its_pair():
-    trajectory = _trajectory(2, 10, 48)
-    x, history, lags = trajectory[:, 9], trajectory[:, :9], tuple(range(9, 0, -1))
-    assert len(lags) > correlation.MAX_LAGS
-    got = correlation.correlation_lags(x, history, lags=lags)
-    assert torch.equal(got, torch.stack([correlation.correlation(x, history[:, -lag]) for lag in lags], 1))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, inside the interpreter
-def test_a_step_that_is_not_finite_spoils_its_own_row_and_lag():
-    trajectory = _trajectory(3, 4, 40)
-    trajectory[0, 3, 5] = math.nan  # x itself
-    trajectory[1, 1, 7] = math.inf  # two steps back
-    is_nan = correlation.correlation_lags(trajectory[:, 3], trajectory[:, :3], lags=(1, 2)).isnan()
-    assert is_nan.tolist() == [[True, True], [False, True], [False, False]]
-
-
-def test_lags_do_not_depend_on_the_batch_nor_on_the_layout():
-    trajectory = _trajectory(5, 5, 4 * 6 * 8).view(5, 5, 4, 6, 8)
-    x, history = trajectory[:, 4], trajectory[:, :4]
-    settings = {"lags": (1, 4), "center": "channel", "num_channels": 4}
-    together = correlation.correlation_lags(x, history, **settings)
-    assert torch.equal(correlation.correlation_lags(x[3:4], history[3:4], **settings), together[3:4])
-    moved = history.transpose(0, 1).contiguous().transpose(0, 1)  # time first
-    last = history.movedim(2, -1).contiguous().movedim(-1, 2)  # channels last
-    for layout in (moved, last):
-        assert torch.equal(correlation.correlation_lags(x, layout, **settings), together)
-    want = reference.correlation_lags(x.double(), history.double(), **settings)
-    torch.testing.assert_close(together.double(), want, rtol=0, atol=1e-6)
-
-
-def test_history_is_copied_only_where_its_layout_needs_it():
-    trajectory = torch.randn(3, 5, 32)
-    history, steps = correlation.aligned_steps(trajectory[:, 1:4], (0, 2))
-    assert (history.data_ptr(), history.stride(), steps) == (trajectory[:, 1:4].data_ptr(), (160, 32, 1), (0, 2))
-    for awkward in (torch.randn(3, 3, 33), trajectory[:, :, 1:17], trajectory[:, :, ::2]):
-        copied, steps = correlation.aligned_steps(awkward[:, :2] if awkward.shape[2] == 33 else awkward, (1,))
-        assert steps == (0,)
-        assert copied.is_contiguous()
-        assert torch.equal(copied[:, 0], awkward[:, 1])
+    channels = {"center": "channel", "num_channels": 4}
+    together = correlation.correlation(x, y, **channels)
+    assert torch.equal(correlation.correlation(x[4:5], y[4:5], **channels), together[4:5])
+    assert torch.equal(correlation.correlation(pairs[:, 0], moved, **channels), together)
 
 
 def test_operators_pass_torch_opcheck():
     x, y = _random(2, 12)
-    history = torch.stack([x, y, x + y], 1)
-    torch.library.opcheck(correlation.lags_op, (x, history, [1, 3], 3))
-    torch.library.opcheck(correlation.update_op, (torch.zeros(2, 2, 6), x, history, [2, 1]))
+    torch.library.opcheck(correlation.correlation_op, (x, y, 3))
+    torch.library.opcheck(correlation.update_op, (torch.zeros(2, 6), x, y))
 
 
 def test_wrong_input_is_refused():
@@ -198,12 +124,3 @@ def test_wrong_input_is_refused():
         correlation.correlation_update(torch.zeros(2, 6), x, y)
     with pytest.raises(ValueError, match=r"y \[3, 7\]"):
         correlation.correlation(x, y[:, :7])
-    history = torch.stack([x, y], 1)
-    for operations in (reference, correlation):
-        for lags in ((), (0,), (1, 3)):
-            with pytest.raises(ValueError, match="of the 2 steps back"):
-                operations.correlation_lags(x, history, lags=lags)
-        with pytest.raises(ValueError, match=r"\[n, t, \*latent\]"):
-            operations.correlation_lags(x[:2], history, lags=(1,))
-        with pytest.raises(ValueError, match=r"state must be \[3, 2, 6\]"):
-            operations.correlation_lags_update(torch.zeros(3, 6), x, history, lags=(1, 2))

@@ -15,7 +15,7 @@ from typing import Any
 
 from triton import JITFunction
 
-FOLDER = Path(__file__).parents[1] / "kernels"
+FOLDER = Path(__file__).parents[2] / "kernels"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One timing of one operation, shape, number of rows, type and provider: what `bench/kernels.py` hands to pytest.
+"""One timing of one operation, shape, number of rows, type and provider: what `run.py` hands to pytest.
 
 `benchmark` (pytest-benchmark) times the host: the call without waiting for the device. On a GPU the device is timed by
 events around a replayed graph, behind a write that flushes the L2 cache; so neither the host nor a warm cache shows.
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_operations import OPERATIONS, Operation, Outputs, first_rows, inputs
+from operations import OPERATIONS, Operation, Outputs, first_rows, inputs
 from torch import Tensor
 
 from adascope_fast import ops, reference
@@ -29,7 +29,7 @@ CHECKED_ROWS = 8
 FLUSH_BYTES = 256 << 20
 BYTES_NEEDED = 120  # an element, by the reference in float32 with its intermediates, and by the checks
 CASES = [
-    pytest.param(operation, shape, n, dtype, provider, id=f"{operation.function}-{shape}-{n}-{dtype}-{provider}")
+    pytest.param(operation, shape, n, dtype, provider, id=f"{operation.name}-{shape}-{n}-{dtype}-{provider}")
     for dtype in SETTINGS["dtypes"]
     for shape in SETTINGS["shapes"]
     for n in SETTINGS["rows"]
@@ -55,7 +55,14 @@ def test_kernel(benchmark: Any, operation: Operation, shape: str, n: int, dtype:
     call, context = provided(operation, provider, data)
     info = benchmark.extra_info
     label = provider if IS_GPU or provider == "eager" else f"{provider}, host only"
-    info |= {"operation": operation.name, "shape": shape, "rows": n, "dtype": dtype, "provider": label}
+    info |= {
+        "operation": operation.name,
+        "timed": operation.timed,
+        "shape": shape,
+        "rows": n,
+        "dtype": dtype,
+        "provider": label,
+    }
     info["bytes_moved"] = operation.num_latents * num_elements * data.sample.element_size()
     synchronize = torch.cuda.synchronize if IS_GPU else None
     rounds = SETTINGS["rounds"]
@@ -77,7 +84,7 @@ def provided(operation: Operation, provider: str, data: SimpleNamespace) -> tupl
         return lambda: operation.call(reference, data), nullcontext()
     if provider == "compile":
         torch.compiler.reset()
-        name = operation.compiled_function or operation.function
+        name = operation.compiled_name or operation.name
         compiled = SimpleNamespace(**{name: torch.compile(getattr(reference, name), dynamic=False)})
         call = operation.compiled_call or operation.call
         return lambda: call(compiled, data), nullcontext()

@@ -1,6 +1,6 @@
 """How well the embedded CLIP judges: held-out captions of drawings, of what the autoencoder gives back, of rollouts.
 
-    python bench/scenes_clip.py            # about two minutes on one core; writes bench/results/scenes_clip.json
+    python experiments/embedded_models/clip.py     # about two minutes on one core; writes results/scenes_clip.json
 
 Accuracy is the share of pictures whose own caption is nearest among all held-out captions. "Given back" passes the
 drawings through the autoencoder of the embedded models, with noise of 0.15 standard deviations on the latents. On
@@ -59,6 +59,7 @@ def on_rollouts(clip: ClipSimilarity, name: str, *, num_prompts: int, num_steps:
 
 
 def main() -> None:
+    """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", default="scenes-clip", help="folder of another CLIP of the scenes")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -66,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)
     clip = ClipSimilarity.load(arguments.clip)
     values = {
-        "command": "python bench/scenes_clip.py",
+        "command": "python experiments/embedded_models/clip.py",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "parameters": sum(parameter.numel() for parameter in clip.model.parameters()),
         "num_captions": len(pretraining.HELD_OUT),

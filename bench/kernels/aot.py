@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel for each GPU, without one.
 
-    python bench/aot.py [--quick] [--out FILE] [--version-only] [--interpret]
+    python bench/kernels/aot.py [--quick] [--out FILE] [--version-only] [--interpret]
 
 Every operation is called with aligned latents of 64 rows of 16 x 128 x 128, all its branches on, and each launch is
 compiled for sm_80, sm_90, sm_100 and gfx942; again with 1 row of 4 x 33 x 7, for what the compiler does with a 1 and
@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "aot.json"
+CHECKOUT = Path(__file__).parents[2]
+RESULTS = CHECKOUT / "bench" / "results" / "aot.json"
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 def kernel_names() -> dict[str, str]:
     """Every kernel of `kernels/` that a launch can name, and its file: found in the text, whatever calls it."""
     pattern = re.compile(r"^@triton\.jit\b.*\ndef (\w+_kernel)\(", re.MULTILINE)
-    files = sorted((HERE.parent / "kernels").glob("*.py"))
+    files = sorted((CHECKOUT / "kernels").glob("*.py"))
     return {name: path.name for path in files for name in pattern.findall(path.read_text(encoding="utf-8"))}
 
 
@@ -101,11 +101,8 @@ def call_operations(kernels: Any, n: int, shape: tuple[int, ...], dtype: Any) ->
     for loss in (kernels.clipped_policy_loss, kernels.dpok_policy_loss):
         loss(row().requires_grad_(), row(), row(), clip_range=0.1)[0].sum().backward()
     kernels.gaussian_kl(output(), plain, coef).sum().backward()
-    history = torch.empty(n, 8, *shape, dtype=dtype)
     kernels.correlation(plain, noise, center="channel", num_channels=shape[0])
     kernels.correlation_update(row(6), plain, noise)
-    kernels.correlation_lags(plain, history, lags=(1, 2, 4, 8))
-    kernels.correlation_lags_update(row(8, 6), plain, history, lags=tuple(range(1, 9)))
 
 
 def specialise(launch: Any, is_hip: bool) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
@@ -255,7 +252,7 @@ def interpreted_tests() -> str:
     harmless = "ignore:Conversion of an array:DeprecationWarning"  # in the interpreter of Triton 3.6
     command = [sys.executable, "-m", "pytest", "-q", "-W", harmless, "-p", "no:cacheprovider", "tests/kernels"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
     return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
 
 

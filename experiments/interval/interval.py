@@ -1,7 +1,7 @@
 """Does it pay to train AdaScope's interval? Against every step, random steps, and the steps that AdaScope leaves out.
 
-    python bench/adascope.py [--rewards R ...] [--seeds 0 1 2] [--iterations N] [--jobs J] [--set KEY=VALUE ...]
-        [--arms A ...] [--variant NAME KEY=VALUE ...]
+    python experiments/interval/interval.py [--rewards R ...] [--seeds 0 1 2] [--iterations N] [--jobs J]
+        [--set KEY=VALUE ...] [--arms A ...] [--variant NAME KEY=VALUE ...]
 
 Arms, for each reward and seed, on the same prompts, noise seeds and settings:
 - adascope: the interval of each prompt;
@@ -12,27 +12,29 @@ Arms, for each reward and seed, on the same prompts, noise seeds and settings:
 Each --variant is one more arm: AdaScope with other settings.
 
 Each run is a process with --threads threads (1); the table's seconds are its CPU seconds in training, so what else runs
-on the machine matters little. Finished runs in --work are not repeated. Writes JSON with the machine, versions and
-date, a plot, and a table.
+on the machine matters little. A finished run in --work is not repeated; one that was made with other settings is
+refused. Writes JSON with the machine, versions and date, a plot, and a table.
 """
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, cycle, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from baselines import report
-
 from adascope_fast.config import Config
 
 HERE = Path(__file__).parent
+CHECKOUT = HERE.parents[1]
 REWARDS = ("scene_attributes", "jpeg_compressibility")
 ARMS = ("adascope", "every_step", "random_fraction", "complement")
 COLOURS = ("#c0392b", "#2c3e50", "#2980b9", "#7f8c8d", "#e67e22", "#8e44ad", "#16a085", "#f1c40f", "#d35400", "#27ae60")
@@ -42,7 +44,7 @@ LATE = (0.65, 0.95)
 def main() -> None:
     """Run what is missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE.parent / "configs" / "quickstart.toml")
+    parser.add_argument("--config", type=Path, default=CHECKOUT / "configs" / "quickstart.toml")
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, "late_steps"])
@@ -52,15 +54,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to every run")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "adascope")
+    parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "adascope")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
     chosen = parser.parse_args()
     if "random_fraction" in chosen.arms and "adascope" not in chosen.arms:
         parser.error("random_fraction trains as many steps as adascope, which --arms leaves out; add it")
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        rows = list(pool.map(lambda case: run_arms(case[0], case[1], chosen), product(chosen.rewards, chosen.seeds)))
+    cases = list(product(chosen.rewards, chosen.seeds))
+    try:
+        check_found(cases, chosen)
+        with ThreadPoolExecutor(chosen.jobs) as pool:
+            rows = list(pool.map(lambda case: run_arms(*case, chosen), cases))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
     values = {
+        "command": " ".join(["python experiments/interval/interval.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        **provenance([chosen.work / run_name(*case, arm) for case in cases for arm in arms_of(chosen)]),
         "config": chosen.config.name,
         "iterations": chosen.iterations,
         "settings": chosen.set,
@@ -69,7 +79,7 @@ def main() -> None:
         "summary": summary,
     }
     chosen.out.parent.mkdir(exist_ok=True)
-    chosen.out.write_text(json.dumps(report.facts("adascope.py", device="no GPU used") | values, indent=1) + "\n")
+    chosen.out.write_text(json.dumps(values, indent=1) + "\n")
     plot(rows, chosen.out.with_suffix(".png"))
     print(table(summary))
     print(chosen.out)
@@ -78,33 +88,110 @@ def main() -> None:
 def run_arms(reward: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
     """The arms of one reward and seed, AdaScope first: its share of steps is that of the random ones."""
     arms: dict[str, Any] = {}
-    variants = {name: ["selector.name=adascope", *changes] for name, *changes in chosen.variant}
-    for arm in (*chosen.arms, *variants):
-        overrides = variants.get(arm, [f"selector.name={arm}"])
+    for arm in arms_of(chosen):
+        overrides = overrides_of(arm, chosen)
         if arm == "random_fraction":
             overrides.append(f"selector.fraction={arms['adascope']['fraction_trained']:.4f}")
-        if arm == "late_steps":
-            total = Config.load(chosen.config, chosen.set).sampler.num_steps
-            first, last = (round(share * total) for share in LATE)
-            overrides = ["selector.name=static_range", f"selector.start={first}", f"selector.end={last}"]
-        arms[arm] = run(chosen.work / f"{reward}-{seed}-{arm}", reward, seed, overrides, chosen)
+        arms[arm] = run(chosen.work / run_name(reward, seed, arm), reward, seed, overrides, chosen)
     return {"reward": reward, "seed": seed, "arms": arms}
 
 
+def arms_of(chosen: argparse.Namespace) -> list[str]:
+    """Names of all arms, the variants last."""
+    return [*chosen.arms, *(variant for variant, *_ in chosen.variant)]
+
+
+def run_name(reward: str, seed: int, arm: str) -> str:
+    """The folder of a run within --work."""
+    return f"{reward}-{seed}-{arm}"
+
+
+def overrides_of(arm: str, chosen: argparse.Namespace) -> list[str]:
+    """What sets an arm apart, but for the share of the random steps, which is AdaScope's."""
+    variants = {variant: changes for variant, *changes in chosen.variant}
+    if arm in variants:
+        return ["selector.name=adascope", *variants[arm]]
+    if arm == "late_steps":
+        total = Config.load(chosen.config, chosen.set).sampler.num_steps
+        first, last = (round(share * total) for share in LATE)
+        return ["selector.name=static_range", f"selector.start={first}", f"selector.end={last}"]
+    return [f"selector.name={arm}"]
+
+
+def settings_of(folder: Path, reward: str, seed: int, overrides: list[str], chosen: argparse.Namespace) -> list[str]:
+    """All that a run changes in the configuration."""
+    return [
+        f"run.folder={folder}",
+        f"run.seed={seed}",
+        f"reward.name={reward}",
+        f"evaluation.every={chosen.every}",
+        f"train.iterations={chosen.iterations}",
+        "log.trackers=[]",
+        *chosen.set,
+        *overrides,
+    ]
+
+
 def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
-    """Train once, unless it was done before, and return what the run folder says."""
-    if not (folder / "report.html").is_file():
-        shared = [
-            f"run.folder={folder}",
-            f"run.seed={seed}",
-            f"reward.name={reward}",
-            f"evaluation.every={chosen.every}",
-        ]
-        shared += [f"train.iterations={chosen.iterations}", "log.trackers=[]", *chosen.set]
-        command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(chosen.config), *shared]
+    """Train once, unless it was done before with the same settings, and return what the run folder says."""
+    settings = settings_of(folder, reward, seed, overrides, chosen)
+    if is_finished(folder):
+        check_same(folder, Config.load(chosen.config, settings))
+    else:
+        command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(chosen.config), *settings]
         environment = os.environ | {"OMP_NUM_THREADS": str(chosen.threads)}
-        subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return read(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """The report is what a run writes last."""
+    return (folder / "report.html").is_file()
+
+
+def check_found(cases: list[tuple[str, int]], chosen: argparse.Namespace) -> None:
+    """A ValueError for a mistake in the settings, or a finished run with others, before anything is trained."""
+    known = [arm for arm in arms_of(chosen) if arm != "random_fraction"]  # its share of steps is AdaScope's to come
+    for (reward, seed), arm in product(cases, known):
+        folder = chosen.work / run_name(reward, seed, arm)
+        wanted = Config.load(chosen.config, settings_of(folder, reward, seed, overrides_of(arm, chosen), chosen))
+        if is_finished(folder):
+            check_same(folder, wanted)
+
+
+def check_same(folder: Path, wanted: Config) -> None:
+    """A ValueError that says what differs if a finished run was made with other settings than `wanted`."""
+    made = dict(_keys(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))))
+    asked = dict(_keys(tomllib.loads(wanted.to_toml())))
+    differing = [key for key in sorted(made.keys() | asked.keys()) if made.get(key) != asked.get(key)]
+    differences = [
+        f"{key} = {made.get(key, 'unset')} (asked for: {asked.get(key, 'unset')})"
+        for key in differing
+        if key != "run.folder"
+    ]
+    if differences:
+        raise ValueError(
+            f"a finished run is taken as it is only if its settings are those asked for, and {folder} has "
+            f"{', '.join(differences)}; remove it, or give another --work"
+        )
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def provenance(folders: list[Path]) -> dict[str, Any]:
+    """The commit, machine and versions of the runs; a list where they differ."""
+    facts = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    found = {}
+    for here, there in (("commit", "commit"), ("machine", "device"), ("versions", "versions")):
+        distinct = [json.loads(text) for text in sorted({json.dumps(one[there]) for one in facts})]
+        found[here] = distinct[0] if len(distinct) == 1 else distinct
+    return found
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The operations that `bench/kernels.py` times: their inputs, what is called, the traffic, and the exact answer.
+"""The operations that `run.py` times: their inputs, what is called, the traffic, and the exact answer.
 
 Axes: `n` rows of latents of one shape, `d` elements each. A provider is a namespace with the functions of `reference`.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 from adascope_fast import reference
 
 GUIDANCE = 5.0
-LAGS = (1, 2, 4, 8)
 CLIP = {"clip_range": 1e-4}
 Outputs = tuple[Tensor, ...]
 
@@ -24,7 +23,8 @@ class Operation:
     """One row of the table, for each shape, number of rows, type and provider.
 
     Args:
-        function: of `reference`; what `torch.compile` is given is this, or `compiled_function`.
+        name: of the kernel and of its twin in `reference`; `torch.compile` is given that twin, or `compiled_name`.
+        timed: what of it, in words.
         call: the timed call; its results start with the rows, so that the first few can be checked.
         exact: the same results from float64 inputs; it is given what `call` returned, for what depends on rounding.
         num_latents: latents read and written by the kernels, as kernels/README.md counts them.
@@ -32,12 +32,12 @@ class Operation:
     """
 
     name: str
-    function: str
+    timed: str
     call: Callable[[Any, SimpleNamespace], Outputs]
     exact: Callable[[SimpleNamespace, Outputs], Outputs]
     num_latents: int
     test_names: tuple[str, ...]
-    compiled_function: str = ""
+    compiled_name: str = ""
     compiled_call: Callable[[Any, SimpleNamespace], Outputs] | None = None
 
 
@@ -45,12 +45,10 @@ def inputs(n: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> S
     """Random inputs of every operation, made on the CPU in small pieces so that they do not depend on the device."""
     generator = torch.Generator(device=device).manual_seed(n)
 
-    def latents(*steps: int) -> Tensor:
-        return torch.randn(n, *steps, *shape, generator=generator, device=device, dtype=dtype)
+    def latents() -> Tensor:
+        return torch.randn(n, *shape, generator=generator, device=device, dtype=dtype)
 
-    data = SimpleNamespace(
-        sample=latents(), output=latents(), output_uncond=latents(), noise=latents(), history=latents(max(LAGS))
-    )
+    data = SimpleNamespace(sample=latents(), output=latents(), output_uncond=latents(), noise=latents())
     data.coef = torch.tensor([1.01, -0.2, 0.3], device=device) + 0.01 * torch.rand(
         n, 3, generator=generator, device=device
     )
@@ -106,38 +104,31 @@ def _correlation(provider: Any, data: SimpleNamespace) -> Outputs:
     return (provider.correlation(data.sample, data.prev_sample),)
 
 
-def _lags(provider: Any, data: SimpleNamespace) -> Outputs:
-    return (provider.correlation_lags(data.sample, data.history, lags=LAGS),)
-
-
 def _exactly(call: Callable[[Any, SimpleNamespace], Outputs]) -> Callable[[SimpleNamespace, Outputs], Outputs]:
     return lambda data, _: call(reference, data)
 
 
 OPERATIONS = [
-    Operation("rollout step, guided", "transition_step", _step, _exact_step, 5, ("transition", "step")),
+    Operation("transition_step", "guided", _step, _exact_step, 5, ("transition", "step")),
+    Operation("transition_log_prob", "forward", _log_prob, _exactly(_log_prob), 3, ("transition", "log_prob")),
     Operation(
-        "log-prob, forward", "transition_log_prob", _log_prob, _exactly(_log_prob), 3, ("transition", "log_prob")
-    ),
-    Operation(
-        "policy loss, forward + backward",
         "transition_policy_loss",
+        "forward and backward",
         _policy_loss,
         _exactly(_policy_loss),
         7,
         ("policy", "training_step"),
     ),
     Operation(
-        "policy loss with its gradient",
         "transition_policy_grad",
+        "loss with its gradient",
         _policy_grad,
         _exactly(_policy_grad),
         7,
         ("policy", "training_step"),
-        compiled_function="transition_policy_loss",  # torch.compile cannot hold the gradient inside
+        compiled_name="transition_policy_loss",  # torch.compile cannot hold the gradient inside
         compiled_call=_policy_loss,
     ),
-    Operation("KL, forward + backward", "gaussian_kl", _kl, _exactly(_kl), 5, ("kl",)),
-    Operation("correlation", "correlation", _correlation, _exactly(_correlation), 2, ("correlation",)),
-    Operation("correlation, 4 lags", "correlation_lags", _lags, _exactly(_lags), 1 + len(LAGS), ("correlation",)),
+    Operation("gaussian_kl", "forward and backward", _kl, _exactly(_kl), 5, ("kl",)),
+    Operation("correlation", "at once", _correlation, _exactly(_correlation), 2, ("correlation",)),
 ]

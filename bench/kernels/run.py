@@ -1,8 +1,8 @@
 """Time and traffic of each operation: eager PyTorch, `torch.compile` of it, and the kernels.
 
-    python bench/kernels.py [--device cpu|cuda] [--seconds N] [--dtypes bfloat16 ...] [--out F.json] [--tested F.xml]
+    python bench/kernels/run.py [--device cpu|cuda] [--seconds N] [--dtypes bfloat16 ...] [--out FILE] [--tested F.xml]
 
-The tests come first; an operation whose tests fail gets no figure. Then pytest-benchmark runs `kernel_cases.py`; what
+The tests come first; an operation whose tests fail gets no figure. Then pytest-benchmark runs `cases.py`; what
 is left when the seconds are over is listed as not measured. Writes JSON with the machine, versions and date, a plot
 beside it, and prints a markdown table.
 
@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CHECKOUT = HERE.parent
+CHECKOUT = HERE.parents[1]
+RESULTS = HERE.parent / "results"
 GPU_TESTS = ["-m", "gpu", "tests/test_gpu.py"]
 SHAPES = ["16x128x128", "4x64x64", "4x128x128", "16x64x64"]
 CPU_NOTE = (
@@ -70,7 +71,7 @@ def measure(settings: dict[str, Any]) -> list[Row]:
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=default", "--tb=short"]
         command += ["-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-quiet", f"--junitxml={report}"]
         environment = os.environ | {"KERNEL_BENCH": json.dumps(settings), "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, str(HERE / "kernel_cases.py")], cwd=CHECKOUT, env=environment, check=False)
+        subprocess.run([*command, str(HERE / "cases.py")], cwd=CHECKOUT, env=environment, check=False)
         timed = json.loads(raw.read_text())["benchmarks"] if raw.exists() and raw.stat().st_size else []
         rows: list[Row] = [one["extra_info"] | {"host_us": round(one["stats"]["median"] * 1e6, 1)} for one in timed]
         for case in ElementTree.parse(report).iter("testcase"):
@@ -104,7 +105,7 @@ def facts(device: str) -> Row:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
-        "command": f"python bench/kernels.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python bench/kernels/run.py {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() or None,
         "machine": cpu,
@@ -121,11 +122,11 @@ def table(result: Row) -> str:
     on_gpu = {"device_us": "device us", "copy_share": "copy share", "peak_memory_mb": "peak MB"}
     columns = {"host_us": "host us", "launches": "launches"} | (on_gpu if has_gpu else {}) | {"error": "error"}
     lines = [
-        f"| operation | latents | rows | type | provider | {' | '.join(columns.values())} |",
-        "|---" * (5 + len(columns)) + "|",
+        f"| operation | timed | latents | rows | type | provider | {' | '.join(columns.values())} |",
+        "|---" * (6 + len(columns)) + "|",
     ]
     for row in rows:
-        head = [row["operation"], row["shape"], row["rows"], row["dtype"], row["provider"]]
+        head = [row["operation"], row["timed"], row["shape"], row["rows"], row["dtype"], row["provider"]]
         lines.append(f"| {' | '.join(map(str, head))} | {' | '.join(_shown(key, row.get(key)) for key in columns)} |")
     skipped = [f"- {row['case']}: {row['note']}" for row in result["rows"] if "note" in row]
     return "\n".join([*lines, "", *result["notes"], *skipped])
@@ -182,13 +183,13 @@ def main() -> int:
     parser.add_argument("--tested", type=Path, help="JUnit XML of the tests, run just before; they are not run again")
     chosen = parser.parse_args()
     import torch
-    from kernel_operations import OPERATIONS
+    from operations import OPERATIONS
 
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_gpu = device == "cuda"
     result = facts(device)
     name = re.sub(r"\W+", "_", (result["gpu"] or "cpu").lower().removeprefix("nvidia "))
-    out = chosen.out or HERE / "results" / f"kernels_{name}.json"
+    out = chosen.out or RESULTS / f"kernels_{name}.json"
     with tempfile.TemporaryDirectory() as folder:
         report = chosen.tested or Path(folder) / "tests.xml"
         if chosen.tested is None:

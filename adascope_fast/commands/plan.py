@@ -1,0 +1,23 @@
+"""`adascope-fast plan`: what a training costs, before anything is loaded."""
+
+from typing import Annotated
+
+import typer
+
+from adascope_fast.commands.configuration import ConfigArguments, configured
+
+
+def plan(
+    arguments: ConfigArguments = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s your GPU sustains, for seconds.")] = None,
+    measure: Annotated[bool, typer.Option(help="With a GPU: a step of random weights beside the plan.")] = True,
+) -> None:
+    """Say what a training would cost: parameters, operations, memory. No weights are read."""
+    config = configured(arguments, command="plan")
+    from adascope_fast.planning.measured import checked
+    from adascope_fast.planning.plan import plan as plan_of
+
+    result = plan_of(config)
+    print(result.table(tflops))
+    if measure:
+        print(checked(config, result))

@@ -1,0 +1,46 @@
+"""`adascope-fast sample`: what the training changed, picture by picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adascope_fast.commands.configuration import RunFolder
+from adascope_fast.config import ConfigError
+
+
+def sample(
+    run: RunFolder,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be repeated.")] = None,
+    num: Annotated[int, typer.Option(min=1, max=64, help="Pictures for each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; those of the run if absent.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; that of the run if absent.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; RUN/samples/sample.png if absent.")] = None,
+) -> None:
+    """Draw pictures with the trained weights next to the base model's, on the same seeds."""
+    if not prompt:
+        raise ConfigError("sample needs at least one --prompt, got none; for example --prompt 'a small red circle'")
+    from adascope_fast import prompts as prompt_rules
+
+    texts = [prompt_rules.checked(text, "--prompt") for text in prompt]
+    import torch
+
+    from adascope_fast.reporting.images import contact_sheet
+    from adascope_fast.training.draw import draw, load_run
+
+    config, backbone = load_run(run, keep_reference=True)
+    seeds = range(seed, seed + num)
+    num_steps = steps or config.sampler.num_steps
+    scale = config.sampler.guidance_scale if guidance is None else guidance
+    trained = draw(backbone, texts, seeds, num_steps=num_steps, guidance_scale=scale)
+    with backbone.reference_policy():
+        base = draw(backbone, texts, seeds, num_steps=num_steps, guidance_scale=scale)
+    rows, captions = [], []
+    for number, text in enumerate(texts):
+        chosen = slice(number * num, (number + 1) * num)
+        rows += [base[chosen], trained[chosen]]
+        captions += [f"base, seed {one}: {text}" for one in seeds] + [f"trained, seed {one}: {text}" for one in seeds]
+    path = out or run / "samples" / "sample.png"
+    contact_sheet(torch.cat(rows), captions, num, path)
+    print(path)
