@@ -1,7 +1,8 @@
 """A hook of MkDocs: links from docs/ to the rest of the repository work in the built site as they do in a checkout.
 
 What such a link names is copied into the site below `repository/`, pages and files alike, and so on for the links of
-those pages. MkDocs itself checks that every link and anchor is there.
+those pages. A link to a folder becomes one to its README, or plain text. MkDocs itself checks that every link and
+anchor is there.
 """
 
 import os
@@ -14,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)#\s]+)")
+LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?!\w+:|#|/)(?P<place>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -38,8 +39,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     place, here = place_of(page.file.src_uri), os.path.dirname(page.file.src_uri)
 
     def moved(link: re.Match[str]) -> str:
-        target = (place.parent / link[1]).resolve()
-        return os.path.relpath(uri_of(target), here) if target.is_file() else link[1]
+        target = named(place, link["place"])
+        if target.is_file():
+            return f"[{link['text']}]({os.path.relpath(uri_of(target), here)}{link['anchor'] or ''})"
+        return link["text"] if target.is_dir() else link[0]
 
     return LINK.sub(moved, markdown)
 
@@ -47,7 +50,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def targets(page: Path) -> list[Path]:
     """The files that a page links to, wherever they are."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    return [(page.parent / link).resolve() for link in LINK.findall(text)]
+    return [named(page, link["place"]) for link in LINK.finditer(text)]
+
+
+def named(page: Path, link: str) -> Path:
+    """What a page's link names: a file, or the README of a folder that has one."""
+    target = (page.parent / link).resolve()
+    return target / "README.md" if (target / "README.md").is_file() else target
 
 
 def uri_of(path: Path) -> str:
