@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.installed-dev
+DOCS_READY := .venv/.installed-docs
 TRL_READY := .venv-trl/.installed
 OFFLINE := HF_HUB_OFFLINE=1
 TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
@@ -11,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-all lint types bench bench-cpu experiment-quickstart gpu wheel
+.PHONY: quickstart test test-all lint types bench bench-cpu experiment-quickstart gpu wheel docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -21,6 +22,10 @@ $(INSTALLED): pyproject.toml
 
 $(READY): $(INSTALLED)
 	$(VENV)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(DOCS_READY): $(INSTALLED)
+	$(VENV)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Train the embedded model with RL on this machine and write runs/quickstart/report.html; ARGS=--overwrite replaces an older run.
@@ -81,3 +86,9 @@ wheel: $(READY)
 	venv/bin/adascope-fast train "$$checkout/configs/tiny.toml" run.folder="$$work/run"; \
 	test -s "$$work/run/report.html"; \
 	echo "wheel: installed, imported and run from outside the checkout"
+
+# The documentation as static pages in site/; a warning is an error. The program writes the page of its configuration.
+docs: $(DOCS_READY)
+	mkdir -p build
+	$(VENV)/adascope-fast config --markdown > build/configuration.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
