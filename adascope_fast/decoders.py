@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adascope_fast.loading import align, aligned
+from adascope_fast.loading import align, aligned, load_whole
 
 RIDGE = 1e-4
 MAX_PLACES = 2**16  # of the latents that the linear map is fitted to
@@ -32,7 +32,7 @@ class TinyDecoder:
         from diffusers import AutoencoderTiny
 
         try:
-            self.model: Any = AutoencoderTiny.from_pretrained(name, use_safetensors=True)
+            self.model: Any = load_whole(AutoencoderTiny, name, "it")
         except (OSError, ValueError) as error:
             raise ValueError(
                 "sensing.tiny names the folder or repository of a diffusers AutoencoderTiny in safetensors, got "

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from adascope_fast import backbones, checkpoint
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.decoders import LinearDecoder, TinyDecoder
-from adascope_fast.loading import align, aligned
+from adascope_fast.loading import align, aligned, not_whole, quiet
 from adascope_fast.rewards.clip import SCENES_CLIP, ClipSimilarity
 from adascope_fast.sampling import initial_latents
 
@@ -117,3 +119,61 @@ def test_judges_and_decoders_are_read_into_aligned_memory(tmp_path: Path, save_t
         decoder.prepare(torch.randn(4, 3, 4, 4))
         assert decoder._map is not None
         assert _offsets(decoder._map.values()) == {0}
+
+
+def _without(folder: Path, target: Path, name: str = "", **others: Tensor) -> Path:
+    """The same model without a weight, and with others."""
+    shutil.copytree(folder, target)
+    (path,) = target.glob("*.safetensors")
+    tensors = {key: value for key, value in load_file(path).items() if key != name}
+    save_file(tensors | others, path, {"format": "pt"})
+    return target
+
+
+def test_a_clip_without_a_weight_is_refused(tmp_path: Path):
+    folder = _without(SCENES_CLIP, tmp_path / "clip", "visual_projection.weight")
+    with pytest.raises(ValueError, match=r"all its weights, and visual_projection.weight is missing"):
+        ClipSimilarity.load(str(folder))
+
+
+def test_a_tiny_decoder_without_a_weight_is_refused(tmp_path: Path, save_tiny: Callable[..., Any]):
+    save_tiny(tmp_path / "tiny")
+    folder = _without(tmp_path / "tiny", tmp_path / "broken", "decoder.layers.0.bias")
+    with pytest.raises(ValueError, match=r"all its weights, and decoder.layers.0.bias is missing"):
+        TinyDecoder(str(folder))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_weights_of_another_name_or_shape_are_told(tiny: Callable[[str], Path], tmp_path: Path, part: str):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("sd"), folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    first, second, *_ = sorted(tensors)
+
+    def load(changes: dict[str, Tensor], without: str = "") -> None:
+        kept = {name: value for name, value in tensors.items() if name != without}
+        save_file(kept | changes, path, {"format": "pt"})
+        backbones.load(str(folder))
+
+    with pytest.warns(RuntimeWarning, match=f"the {part} of .* has weights that are not used, other.bias$"):
+        load({"other.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"{first} is missing .* its file has names unknown here, other.bias$"):
+        load({"other.bias": tensors[first]}, without=first)
+    with pytest.raises(ValueError, match=second):
+        load({second: torch.zeros(3, 5)})
+
+
+def test_names_are_counted_where_there_are_many():
+    assert "and a and 2 more are missing" in not_whole("the unet", ["a", "b", "c"])
+    assert "and some are missing" in not_whole("the unet", [])
+
+
+def test_quiet_within_quiet_stays_quiet():
+    before = transformers_logging.is_progress_bar_enabled()
+    with quiet():
+        with quiet():
+            pass
+        assert not transformers_logging.is_progress_bar_enabled()
+        assert not diffusers_logging.is_progress_bar_enabled()
+    assert transformers_logging.is_progress_bar_enabled() == before
