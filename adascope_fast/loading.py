@@ -53,8 +53,9 @@ def load_whole(model_class: Any, place: str | Path, part: str, **options: Any) -
 
     if issubclass(model_class, PreTrainedModel):
         options["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    load: Any = model_class.from_pretrained
     with quiet():
-        model, info = model_class.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+        model, info = load(place, use_safetensors=True, output_loading_info=True, **options)
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     missing = sorted({*info["missing_keys"], *mismatched})
     # A buffer that older versions stored.
