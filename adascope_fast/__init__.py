@@ -6,6 +6,8 @@ The public names are loaded when first used, so that the command line answers a 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from adascope_fast.installation import refuse_broken_torchvision
+
 if TYPE_CHECKING:
     from adascope_fast.adascope import AdaScope as AdaScope
     from adascope_fast.adascope import Interval as Interval
@@ -55,4 +57,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'adascope_fast' has no attribute {name!r}")
-    return getattr(import_module(f"adascope_fast.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"adascope_fast.{_HOME[name]}"), name)
+    except (ImportError, RuntimeError):
+        refuse_broken_torchvision()
+        raise

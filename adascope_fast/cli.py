@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.installation import refuse_broken_torchvision
 
 if TYPE_CHECKING:
     from adascope_fast.train import Result
@@ -42,7 +43,11 @@ def main() -> None:
     """Entry point of the `adascope-fast` command."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app()
+        try:
+            app()
+        except (ImportError, RuntimeError):
+            refuse_broken_torchvision()
+            raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -55,6 +55,7 @@ BELOW: dict[str, set[str]] = {
     "config_selection": {"config_types"},
     "config": {"config_sections", "config_selection", "config_source", "config_types"},
     "building": _ENGINE | {"attribution", "config", "decoders", "windows"},
+    "installation": set(),
     "loading": set(),
     "decoders": {"loading"},
     "checkpoint": {"loading"},
