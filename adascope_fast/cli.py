@@ -19,6 +19,7 @@ from adascope_fast.commands.pretrain import pretrain
 from adascope_fast.commands.report import report
 from adascope_fast.commands.sample import sample
 from adascope_fast.commands.train import train
+from adascope_fast.lazy import refuse_broken_torchvision
 
 app = typer.Typer(
     add_completion=False,
@@ -35,7 +36,11 @@ def main() -> None:
     """Entry point of the `adascope-fast` command."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app()
+        try:
+            app()
+        except (ImportError, RuntimeError):
+            refuse_broken_torchvision()
+            raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

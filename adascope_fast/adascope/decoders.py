@@ -15,6 +15,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adascope_fast.loading import align, aligned, load_whole
+
 RIDGE = 1e-4
 MAX_PLACES = 2**16  # of the latents that the linear map is fitted to
 
@@ -30,13 +32,13 @@ class TinyDecoder:
         from diffusers import AutoencoderTiny
 
         try:
-            self.model: Any = AutoencoderTiny.from_pretrained(name, use_safetensors=True)
+            self.model: Any = load_whole(AutoencoderTiny, name, "it")
         except (OSError, ValueError) as error:
             raise ValueError(
                 "sensing.tiny names the folder or repository of a diffusers AutoencoderTiny in safetensors, got "
                 f"{name!r}: {str(error).strip().splitlines()[0]}; download it first, or set sensing.decoder = 'vae'"
             ) from None
-        self.model.requires_grad_(False).eval()
+        align(self.model.requires_grad_(False).eval())
 
     @torch.no_grad()
     def __call__(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
@@ -72,7 +74,7 @@ class LinearDecoder:
         if self._map is not None:
             return
         if self._path is not None and self._path.is_file():
-            self._map = load_file(self._path)
+            self._map = aligned(load_file(self._path))
             return
         latents = latents[latents.flatten(1).isfinite().all(1)].float()
         if not len(latents):

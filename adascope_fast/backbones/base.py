@@ -17,6 +17,7 @@ from adascope_fast.backbones import float16_gradients as half
 from adascope_fast.backbones import settings
 from adascope_fast.backbones.attention import use_attention
 from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
+from adascope_fast.loading import align
 from adascope_fast.schedules import Schedule
 
 DECODED_AT_ONCE = 64
@@ -81,6 +82,7 @@ class PipelineBackbone:
             self.denoiser.train()  # diffusers recomputes only in training mode; these models have no dropout
         self._device = self.denoiser.device
         self._has_encoders_near = True
+        self._is_aligned = False
 
     @classmethod
     def refuse(cls, config: dict[str, Any]) -> None:
@@ -129,6 +131,14 @@ class PipelineBackbone:
                 encoder.to(device)
         self._has_encoders_near = not self.options.offload_text_encoders
 
+    def _align(self) -> None:
+        """Before the first use on a CPU, not on loading: weights on their way to a GPU are not copied twice."""
+        if self._device.type == "cpu" and not self._is_aligned:
+            for component in self.pipeline.components.values():
+                if isinstance(component, nn.Module):
+                    align(component)
+            self._is_aligned = True
+
     def _text_encoders(self) -> list[nn.Module]:
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         return [self.pipeline.components[name] for name in names if self.pipeline.components.get(name) is not None]
@@ -142,11 +152,13 @@ class PipelineBackbone:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """One row a prompt, in the type of the denoiser; the empty prompt gives the unconditional row."""
+        self._align()
         self._place_text_encoders(is_near=True)
         return {name: value.to(self.dtype) for name, value in self._encode(list(prompts)).items()}
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Model output in float32; offloaded text encoders leave the device here."""
+        self._align()
         if self.options.offload_text_encoders:
             self._place_text_encoders(is_near=False)
         output = self._predict(sample.to(self.dtype), timestep, condition).float()
@@ -155,6 +167,7 @@ class PipelineBackbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [n, 3, h, w] in [0, 1], float32."""
+        self._align()
         config = self.vae.config
         scaled = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(self.num_decoded_at_once())]

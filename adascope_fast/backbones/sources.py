@@ -5,24 +5,25 @@ cache (HF_HOME); with HF_HUB_OFFLINE=1 nothing but the cache is used.
 """
 
 import json
-import logging
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError
 from safetensors import safe_open
-from transformers.utils import logging as transformers_logging
+from torch import nn
+from transformers import PreTrainedModel
+
+from adascope_fast.loading import load_whole, not_whole
+from adascope_fast.loading import quiet as quiet
 
 EMBEDDED = ("scenes", "scenes-flow")
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -77,13 +78,56 @@ class Source:
             try:
                 if quantize != "none":
                     options["quantization_config"] = quantization(denoiser, dtype, quantize)
-                if self.file is not None:
-                    return self._open_file(denoiser, options)
-                return DiffusionPipeline.from_pretrained(
-                    self.place, use_safetensors=True, trust_remote_code=False, **options
-                )
+                if self.file is None:
+                    pipeline = self._open_place(denoiser, options)
+                else:
+                    pipeline = self._open_file(denoiser, options)
             except OSError as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
+        self._refuse_missing_weights(pipeline)
+        return pipeline
+
+    def _open_place(self, denoiser: str, options: dict[str, Any], **given: Any) -> DiffusionPipeline:
+        """The folder or repository, with `given` models; of the others every weight is there, or ValueError."""
+        folder = Path(self.place)
+        if not _is_folder(self.place):
+            folder = Path(
+                DiffusionPipeline.download(
+                    self.place,
+                    revision=self.revision,
+                    variant=self.variant,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+            )
+        models = dict(given)
+        for name, model_class in self._model_classes().items():
+            # diffusers itself turns the settings for quantised weights into those of the denoiser's class.
+            if name not in models and not (name == denoiser and "quantization_config" in options):
+                variant = self.variant if _has_variant(folder / name, self.variant) else None
+                part = f"the {name} of {self.name!r}"
+                models[name] = load_whole(model_class, folder / name, part, variant=variant, dtype=options["dtype"])
+        return DiffusionPipeline.from_pretrained(
+            self.place, use_safetensors=True, trust_remote_code=False, **models, **options
+        )
+
+    def _model_classes(self) -> dict[str, Any]:
+        """The classes of the pipeline's models by their names."""
+        found = {}
+        for name, entry in self.json("model_index.json").items():
+            if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+                component = getattr(diffusers if entry[0] == "diffusers" else transformers, entry[1], None)
+                if isinstance(component, type) and issubclass(component, ModelMixin | PreTrainedModel):
+                    found[name] = component
+        return found
+
+    def _refuse_missing_weights(self, pipeline: DiffusionPipeline) -> None:
+        """A weight that diffusers did not find stays on the meta device."""
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                missing = [key for key, weight in component.named_parameters() if weight.is_meta]
+                if missing:
+                    raise ValueError(not_whole(f"the {name} of {self.name!r}", missing))
 
     def _refuse_missing_parts(self) -> None:
         """Without a tokenizer's files transformers makes an empty one, which fails later and says nothing of it."""
@@ -105,6 +149,8 @@ class Source:
         plain = {"config": self.place, "dtype": options["dtype"]}
         try:
             return getattr(diffusers, self.class_name).from_single_file(str(self.file), **plain)
+        except NotImplementedError:  # of torch: a weight that the file lacks has no numbers to convert
+            raise ValueError(not_whole(f"the model in {self.name!r}", [])) from None
         except SingleFileComponentError as missing:
             _, class_name = self.json("model_index.json")[denoiser]
             model = getattr(diffusers, class_name).from_single_file(str(self.file), subfolder=denoiser, **plain)
@@ -114,9 +160,7 @@ class Source:
                 RuntimeWarning,
                 stacklevel=4,
             )
-            return DiffusionPipeline.from_pretrained(
-                self.place, use_safetensors=True, trust_remote_code=False, **{denoiser: model}, **options
-            )
+            return self._open_place(denoiser, options, **{denoiser: model})
 
 
 def locate(name: str, *, base: str | None = None, revision: str | None = None, variant: str | None = None) -> Source:
@@ -196,6 +240,11 @@ def _is_folder(place: str) -> bool:
     return (Path(place) / "model_index.json").is_file()
 
 
+def _has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether a model has files of that variant; those without are read as they are, as diffusers does."""
+    return variant is not None and any(f".{variant}" in path.name for path in folder.iterdir())
+
+
 def _not_there(name: str, place: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
     if _is_folder(place):
@@ -219,19 +268,3 @@ def _not_there(name: str, place: str, error: Exception) -> str:
         f"download it with `hf download {place}` where there is a network (and unset HF_HUB_OFFLINE, or copy the cache "
         f"in HF_HOME), or put its files in a folder and set model.name to that"
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No loading bars, no remarks about what is not used, and no second line for what is raised as an error."""
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity(logging.CRITICAL)
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()

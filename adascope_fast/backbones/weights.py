@@ -118,18 +118,21 @@ class FullWeights:
 
     def __init__(self, denoiser: Any, component: str, *, keep_reference: bool) -> None:
         self.denoiser, self.component = denoiser.float(), component
-        self._base = copy.deepcopy(denoiser).requires_grad_(False) if keep_reference else None
         denoiser.requires_grad_(True)
+        # The copy asks for gradients too, though it gets none: `F.linear` picks its product by that, and the products
+        # round differently.
+        self._base = copy.deepcopy(denoiser) if keep_reference else None
 
     @contextmanager
     def reference(self, denoiser: Any) -> Iterator[Any]:
-        """The frozen copy, on the device of the trained denoiser."""
+        """The copy, on the device of the trained denoiser; nothing is differentiated."""
         if self._base is None:
             raise ValueError(
                 'the reference policy of model.train = "full" is a second denoiser, and none was kept; '
                 "load the model with keep_reference=True"
             )
-        yield self._base.to(denoiser.device)
+        with torch.no_grad():
+            yield self._base.to(denoiser.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state of the denoiser."""

@@ -100,10 +100,7 @@ def _entries_of(section: str) -> Iterator[Entry]:
 
 def _key(name: str, part: type[Section]) -> Key:
     info = part.model_fields[name]
-    if info.is_required():
-        default = ""
-    else:
-        default = ABSENT if info.default is None else _as_toml(info.default)
+    default = "" if info.is_required() else ABSENT if info.default is None else _as_toml(info.default)
     bounds = [text for item in info.metadata if (text := _bound(item))]
     values = ", ".join([_values(info.annotation), *bounds])
     extra = info.json_schema_extra

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from adascope_fast.loading import align, load_whole
+
 SCENES_CLIP = Path(__file__).parents[1] / "assets" / "scenes-clip"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's CLIP, for folders that name none."""
@@ -41,6 +43,7 @@ class ClipSimilarity:
         name: str = "clip_similarity",
     ) -> None:
         self.model, self.tokenizer, self.name = model.requires_grad_(False).eval(), tokenizer, name
+        align(self.model)
         self._mean, self._std = mean, std
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -52,7 +55,7 @@ class ClipSimilarity:
 
         place = str(SCENES_CLIP) if name == "scenes-clip" else name
         try:
-            model = CLIPModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+            model = load_whole(CLIPModel, place, "it", trust_remote_code=False, dtype=torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
             raise ValueError(

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adascope_fast.loading import aligned
+
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write `state.safetensors` and `state.json` into `folder`, replacing it in one rename."""
@@ -32,8 +34,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the JSON state of a folder written by `save`."""
-    return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+    """The tensors (on the CPU, in memory of their own) and the JSON state of a folder written by `save`."""
+    return aligned(load_file(folder / "state.safetensors")), json.loads((folder / "state.json").read_text())
 
 
 def numbered(folder: Path) -> list[Path]:

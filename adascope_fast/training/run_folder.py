@@ -158,7 +158,8 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    # With its build, as in 2.14.1+cu130, which not every installation's metadata names.
+    return found | {"torch": str(torch.__version__)}
 
 
 def _commit() -> str:

@@ -140,13 +140,16 @@ def write(path: Path, models: list[Record], *, device: str, started: float, load
 
 
 def facts(script: str, *, device: str) -> Record:
-    """The command, the date, the commit, the machine, and the versions here."""
+    """The command, the date, the commit, the machine, and the versions here, torch's with its build."""
+    import torch
+
     return {
         "command": " ".join(["python", f"bench/{script}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores, {device}",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        "versions": {"torch": str(torch.__version__)}
+        | {name: version(name) for name in ("diffusers", "transformers", "peft")},
     }
 
 

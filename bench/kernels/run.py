@@ -111,7 +111,11 @@ def facts(device: str) -> Row:
         "machine": cpu,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "load_average": os.getloadavg()[0],
-        "versions": {name: version(name) for name in ("torch", "triton")} | {"python": platform.python_version()},
+        "versions": {
+            "torch": str(torch.__version__),  # with its build
+            "triton": version("triton"),
+            "python": platform.python_version(),
+        },
     }
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adascope_fast import cli
 from adascope_fast.training.draw import draw, initial_latents, load_run
@@ -214,6 +214,20 @@ def test_a_scheduler_whose_steps_are_not_affine_is_refused_by_name(tiny, tmp_pat
     path.write_text(json.dumps(config))
     line = _mistake(lambda _: folder, "sdxl", tmp_path)
     assert f"steps must be affine in the output, but {option} is True; set {option}=False" in line
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_weight_that_is_not_in_its_file_is_refused_by_name(tiny, tmp_path: Path, part: str):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("sd"), folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[len(tensors) // 2]
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    line = _mistake(lambda _: folder, "sd", tmp_path)
+    assert f"the {part} of '{folder}' must have all its weights, and {name} is missing or of another shape; " in line
+    assert line.endswith("save or download it again")
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -180,6 +180,8 @@ def test_full_fine_tuning_round_trips(family: str, tiny, tmp_path: Path):
         assert (after - before).abs().max() > 1e-3
         with model.reference_policy():
             assert torch.equal(model.predict(latents, t, condition), before)
+        with torch.enable_grad(), model.reference_policy():
+            assert not model.predict(latents, t, condition).requires_grad
         assert torch.equal(model.predict(latents, t, condition), after)
         other = _load(tiny(family), train="full")
         other.load_adapter_tensors(model.adapter_tensors())

@@ -126,6 +126,29 @@ def test_a_single_file_is_the_same_model(tiny, single_file: Path, tmp_path: Path
     torch.testing.assert_close(model.decode(latents), plain.decode(latents))
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (
+            "model.diffusion_model.input_blocks.1.1.proj_in.weight",
+            "the model in .* all its weights, and some are missing",
+        ),
+        ("first_stage_model.decoder.conv_out.weight", "the model in .* all its weights, and some are missing"),
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+            "the text_encoder of .* and final_layer_norm.weight is missing",
+        ),
+    ],
+)
+def test_a_single_file_without_a_weight_is_refused(tiny, single_file: Path, tmp_path: Path, lost: str, message: str):
+    base = _configurations(tiny("sd"), tmp_path / "base")
+    tensors = load_file(single_file)
+    del tensors[lost]
+    save_file(tensors, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match=message):
+        backbones.load(str(tmp_path / "broken.safetensors"), base=str(base))
+
+
 def test_what_a_single_file_lacks_comes_from_its_base(tiny, single_file: Path, tmp_path: Path):
     tensors = {name: value for name, value in load_file(single_file).items() if name.startswith("model.diffusion")}
     alone = tmp_path / "denoiser.safetensors"
