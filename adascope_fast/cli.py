@@ -1,4 +1,4 @@
-"""The command line: `adascope-fast train | sample | merge | pretrain | plan | calibrate | report | explain`.
+"""The command line: `adascope-fast train | sample | merge | pretrain | plan | calibrate | config | report | explain`.
 
 A user's mistake is one line on standard error and exit code 2; ADASCOPE_FAST_DEBUG=1 shows where it was raised.
 What each command does is in `commands`.
@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from adascope_fast.commands.calibrate import calibrate
+from adascope_fast.commands.config import config
 from adascope_fast.commands.explain import explain
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays.",
 )
-for command in (train, sample, merge, pretrain, plan, calibrate, report, explain):
+for command in (train, sample, merge, pretrain, plan, calibrate, config, report, explain):
     app.command()(command)
 
 

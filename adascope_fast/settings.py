@@ -132,6 +132,13 @@ def choices_of(annotation: Any) -> dict[str, type[Section]]:
     return found
 
 
+def fields_of(section: type[BaseModel]) -> dict[str, Any]:
+    """The section's keys in the order that a reader wants: the choice, its own, then those that it shares."""
+    own = [name for part in section.__mro__ for name in vars(part).get("__annotations__", {})]
+    order = dict.fromkeys(name for name in ("name", "kind", *own) if name in section.model_fields)
+    return {name: section.model_fields[name] for name in order}
+
+
 def key_of(annotation: Any) -> str:
     """The key by which a section's class is chosen, "" where there is no choice."""
     classes = choices_of(annotation)

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import tomli_w
-
-from adascope_fast.config.sources import ConfigError, closest
+from adascope_fast.config.sources import ConfigError, closest, show
 from adascope_fast.config.tree import Config
-from adascope_fast.settings import OWN, Section, choices_of, key_of
+from adascope_fast.settings import OWN, Section, choices_of, fields_of, key_of
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,20 @@ class Entry:
     choice: str
     """Empty where the section has no choice."""
     choice_key: str
+    is_default: bool
+    """Whether the choice is made where none is."""
     meaning: str
     keys: list[Key]
 
     @property
     def title(self) -> str:
         """As it is written in a file: `[section]`, with the choice where there is one."""
-        return f"[{self.section}]" + (f' {self.choice_key} = "{self.choice}"' if self.choice else "")
+        return f"[{self.section}]" + (f" {self.heading}" if self.choice else "")
+
+    @property
+    def heading(self) -> str:
+        """The choice as it is written in a file."""
+        return f'{self.choice_key} = "{self.choice}"' + (" (default)" if self.is_default else "")
 
 
 def entries() -> list[Entry]:
@@ -74,7 +79,7 @@ def markdown(shown: list[Entry]) -> str:
             parts.append(f"## [{entry.section}]")
             last = entry.section
         if entry.choice:
-            parts.append(f'### {entry.choice_key} = "{entry.choice}"')
+            parts.append(f"### {entry.heading}")
         parts.append(entry.meaning)
         rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
         for key in entry.keys:
@@ -91,22 +96,23 @@ ABSENT = "absent"
 
 def _entries_of(section: str) -> Iterator[Entry]:
     annotation = Config.model_fields[section].annotation
-    key = key_of(annotation)
+    key, default = key_of(annotation), getattr(Config(), section)
     for choice, part in choices_of(annotation).items():
         hidden = () if choice == OWN else (key,)
-        keys = [_key(name, part) for name in part.model_fields if name not in hidden]
-        yield Entry(section, choice, key, _paragraphs(part.__doc__ or ""), keys)
+        keys = [_key(name, part) for name in fields_of(part) if name not in hidden]
+        is_default = bool(choice) and type(default) is part
+        yield Entry(section, choice, key, is_default, _paragraphs(part.__doc__ or ""), keys)
 
 
 def _key(name: str, part: type[Section]) -> Key:
     info = part.model_fields[name]
-    default = "" if info.is_required() else ABSENT if info.default is None else _as_toml(info.default)
+    default = "" if info.is_required() else ABSENT if info.default is None else show(_plain(info.default))
     bounds = [text for item in info.metadata if (text := _bound(item))]
     values = ", ".join([_values(info.annotation), *bounds])
     extra = info.json_schema_extra
     needs: Any = extra.get("only_with", {}) if isinstance(extra, dict) else {}
     only = "".join(
-        f" Only with {other} = {' or '.join(_as_toml(value) for value in wanted)}." for other, wanted in needs.items()
+        f" Only with {other} = {' or '.join(show(value) for value in wanted)}." for other, wanted in needs.items()
     )
     return Key(name, values, default, " ".join((info.description or "").split()) + only)
 
@@ -138,8 +144,8 @@ def _bound(item: Any) -> str:
     return ""
 
 
-def _as_toml(value: Any) -> str:
-    return tomli_w.dumps({"x": list(value) if isinstance(value, tuple) else value}).removeprefix("x = ").strip()
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _paragraphs(doc: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from adascope_fast.settings import OWN, choices_of, key_of
+from adascope_fast.settings import OWN, choices_of, fields_of, key_of
 
 SENSED = ("adascope", "complement")
 """The selectors that sense."""
@@ -83,7 +83,7 @@ def apply_overrides(
         fields = result.setdefault(section, {})
         if isinstance(fields, dict):  # else the file has a value where a section belongs, which validation reports
             fields[field] = value
-    by = ", ".join(f"{section}.{field} = {_show(value)}" for section, field, value in choices)
+    by = ", ".join(f"{section}.{field} = {show(value)}" for section, field, value in choices)
     return result, (by, ", ".join(left_out) + (" is" if len(left_out) == 1 else " are")) if left_out else None
 
 
@@ -91,7 +91,7 @@ def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(
-            f"an override is section.field=value, got {_show(override)} without '='; "
+            f"an override is section.field=value, got {show(override)} without '='; "
             f"write for example {_example_key(model, key)}=..."
         )
     key, text = key.strip(), text.strip()
@@ -140,37 +140,37 @@ def _explain_one(model: type[BaseModel], problem: Any, values: Mapping[str, Any]
     if kind in ("model_type", "model_attributes_type"):
         return _not_a_field(model, key, received)
     if kind == "only_with":
-        wanted = " or ".join(_show(value) for value in context["wanted"])
+        wanted = " or ".join(show(value) for value in context["wanted"])
         other = f"{names[0]}.{context['other']}"
         return (
-            f"{names[0]}.{context['field']} has a meaning with {other} = {wanted} alone, got {_show(context['value'])} "
-            f"with {_show(context['has'])}; remove it, or change {other}"
+            f"{names[0]}.{context['field']} has a meaning with {other} = {wanted} alone, got {show(context['value'])} "
+            f"with {show(context['has'])}; remove it, or change {other}"
         )
     if kind == "choice":
         return _unknown_choice(model, names[0], received)
     if kind == "missing":
         info = _choices(model, names[0])[choice].model_fields[names[-1]]
         example = (info.examples or [1])[0]
-        return f"{choice} needs {key}, got none; set for example {key} = {_show(example)}"
+        return f"{choice} needs {key}, got none; set for example {key} = {show(example)}"
     if kind in BOUNDS:
         limit, rule, step = BOUNDS[kind]
         bound = f"{context[limit]:g}"
-        return f"{key} must be {rule.format(bound)}, got {_show(received)}; set {key} to {step.format(bound)}"
+        return f"{key} must be {rule.format(bound)}, got {show(received)}; set {key} to {step.format(bound)}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", context["expected"])
         choice = (difflib.get_close_matches(str(received), choices, n=1, cutoff=0.5) or choices)[0]
         return (
-            f"{key} must be one of {', '.join(choices)}, got {_show(received)}; set for example {key} = {_show(choice)}"
+            f"{key} must be one of {', '.join(choices)}, got {show(received)}; set for example {key} = {show(choice)}"
         )
     if kind not in WANTED:
-        return f"{key} is not valid, got {_show(received)}: {problem['msg']}; remove {key} to take its default"
+        return f"{key} is not valid, got {show(received)}: {problem['msg']}; remove {key} to take its default"
     wanted, example = WANTED[kind]
     inside_list = len(names) < len(problem["loc"]) - bool(choice)
     info = _choices(model, names[0])[choice].model_fields[names[1]]
     default = None if info.is_required() else info.default
     example = default if default is not None else [example] if inside_list else (info.examples or [example])[0]
     rule = f"each item of {key} must be {wanted}" if inside_list else f"{key} must be {wanted}"
-    return f"{rule}, got {_show(received)}{_kind(received)}; write for example {key} = {_show(example)}"
+    return f"{rule}, got {show(received)}{_kind(received)}; write for example {key} = {show(example)}"
 
 
 def _unknown_choice(model: type[BaseModel], section: str, received: Any) -> str:
@@ -180,8 +180,8 @@ def _unknown_choice(model: type[BaseModel], section: str, received: Any) -> str:
     name = received.get(key)
     near = (difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5) or choices)[0]
     return (
-        f"{section}.{key} must be one of {', '.join(choices)}, got {_show(name)}; "
-        f"set for example {section}.{key} = {_show(near)}"
+        f"{section}.{key} must be one of {', '.join(choices)}, got {show(name)}; "
+        f"set for example {section}.{key} = {show(near)}"
     )
 
 
@@ -193,8 +193,8 @@ def _not_of_this_choice(model: type[BaseModel], names: list[str], choice: str, r
         return None
     key = f"{section}.{_key(model, section)}"
     return (
-        f"{section}.{field} belongs to {key} = {' or '.join(_show(owner) for owner in owners)}, got "
-        f"{section}.{field} = {_show(received)} with {_show(choice)}; remove it, or change {key}"
+        f"{section}.{field} belongs to {key} = {' or '.join(show(owner) for owner in owners)}, got "
+        f"{section}.{field} = {show(received)} with {show(choice)}; remove it, or change {key}"
     )
 
 
@@ -222,7 +222,7 @@ def _malformed(path: Path, message: str) -> str:
     content = lines[number - 1].strip() if 0 < number <= len(lines) else ""
     rule = " ".join(rule.split())
     step = "put field = value lines below a [section] line"
-    return f"{path} line {number} is not TOML: {rule}, got {_show(content)}; {step}"
+    return f"{path} line {number} is not TOML: {rule}, got {show(content)}; {step}"
 
 
 def _choices(model: type[BaseModel], section: str) -> dict[str, type[BaseModel]]:
@@ -240,7 +240,7 @@ def _key(model: type[BaseModel], section: str) -> str:
 def _sections(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """Every field of every section, whatever its choice."""
     return {
-        section: {name: info for part in _choices(model, section).values() for name, info in part.model_fields.items()}
+        section: {name: info for part in _choices(model, section).values() for name, info in fields_of(part).items()}
         for section in model.model_fields
     }
 
@@ -270,19 +270,19 @@ def _example_key(model: type[BaseModel], key: str) -> str:
 
 def _unknown(model: type[BaseModel], key: str, received: Any) -> str:
     if key in RENAMED:
-        return f"{key} is called {RENAMED[key]} now, got {key} = {_show(received)}; rename it"
+        return f"{key} is called {RENAMED[key]} now, got {key} = {show(received)}; rename it"
     near = _nearest_key(model, key)
     section = key.partition(".")[0]
     known = _sections(model).get(section)
     choices = f"{section} has {', '.join(known)}" if known else f"the sections are {', '.join(_sections(model))}"
     step = f"did you mean {near}?" if near else choices
-    return f"unknown key {key} = {_show(received)}; {step}"
+    return f"unknown key {key} = {show(received)}; {step}"
 
 
 def _not_a_field(model: type[BaseModel], section: str, received: Any) -> str:
-    field = next(iter(_sections(model)[section]))
+    field = next(name for name in _sections(model)[section] if name != _key(model, section))
     return (
-        f"{section} is a section, got {section} = {_show(received)}; set one of its fields, such as {section}.{field}"
+        f"{section} is a section, got {section} = {show(received)}; set one of its fields, such as {section}.{field}"
     )
 
 
@@ -297,16 +297,16 @@ def _value(text: str, *, as_text: bool) -> Any:
     return text if bare else value
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """`value` as TOML would spell it, in one line of at most 60 characters."""
     if isinstance(value, bool):
         text = str(value).lower()
     elif isinstance(value, str):
         text = '"' + value.replace("\n", "\\n") + '"'
     elif isinstance(value, list):
-        text = "[" + ", ".join(_show(item) for item in value) + "]"
+        text = "[" + ", ".join(show(item) for item in value) + "]"
     elif isinstance(value, dict):
-        text = "{" + ", ".join(f"{name} = {_show(item)}" for name, item in value.items()) + "}"
+        text = "{" + ", ".join(f"{name} = {show(item)}" for name, item in value.items()) + "}"
     else:
         text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -31,7 +31,7 @@ from adascope_fast.selectors.settings import (
     Threshold,
     Window,
 )
-from adascope_fast.settings import OWN, Own, Section, chosen_by, or_none
+from adascope_fast.settings import OWN, Own, Section, chosen_by, fields_of, or_none
 from adascope_fast.training.settings import Evaluation, Log, Run, Train
 
 # The registries: a choice of each section is one line.
@@ -215,7 +215,11 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML, every field written out; fields that are None are left out."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        values = self.model_dump(exclude_none=True)
+        for section, fields in values.items():
+            order = [*fields_of(type(getattr(self, section))), *fields]
+            values[section] = {name: fields[name] for name in order if name in fields}
+        return tomli_w.dumps(values)
 
 
 def _senses(selector: Any) -> bool:

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from adascope_fast.algorithms.settings import Grpo
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.selectors.settings import EveryStep, StaticRange
+from adascope_fast.settings import OWN, Own, choices_of, key_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, sensing, train, acceleration, evaluation, log"
@@ -96,10 +99,11 @@ def test_any_value_survives_the_round_trip(folder: str, learning_rate: float, se
 
 def test_every_field_is_described():
     for name, section in Config.model_fields.items():
-        assert isinstance(section.annotation, type)
-        for field, info in section.annotation.model_fields.items():  # pyright: ignore[reportAttributeAccessIssue]
-            assert info.description, f"{name}.{field}"
-            assert "\n" not in info.description, f"{name}.{field}"
+        for choice, part in choices_of(section.annotation).items():
+            assert part.__doc__, f"{name} {choice}"
+            for field, info in part.model_fields.items():
+                if field != key_of(section.annotation) or choice == OWN:
+                    assert info.description, f"{name} {choice}.{field}"
 
 
 def test_config_is_immutable():
@@ -150,8 +154,8 @@ def test_reading_a_configuration_loads_no_torch():
             'train.learning_rate must be a number, got "fast" (text); write for example train.learning_rate = 0.0003',
         ),
         (
-            "selector.fraction=half",
-            'selector.fraction must be a number, got "half" (text); write for example selector.fraction = 1.0',
+            "sampler.guidance_scale=half",
+            'sampler.guidance_scale must be a number, got "half" (text); write for example sampler.guidance_scale = 1.0',
         ),
         (
             "train.learning_rate=inf",
@@ -187,11 +191,12 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         ("run.seed=-1", "run.seed must be at least 0, got -1; set run.seed to 0 or more"),
         ("sampler.eta=1.5", "sampler.eta must be at most 1, got 1.5; set sampler.eta to 1 or less"),
-        ("selector.fraction=0", "selector.fraction must be above 0, got 0; set selector.fraction to more than 0"),
+        ("sampler.tail_share=0", "sampler.tail_share must be above 0, got 0; set sampler.tail_share to more than 0"),
         ("train.adam_beta1=1", "train.adam_beta1 must be below 1, got 1; set train.adam_beta1 to less than 1"),
         (
             "algorithm.name=dppo",
-            'algorithm.name must be one of ddpo, grpo, got "dppo"; set for example algorithm.name = "ddpo"',
+            "algorithm.name must be one of ddpo, reinforce, grpo, dpok, d3po, awm, module:object, "
+            'got "dppo"; set for example algorithm.name = "dpok"',
         ),
         (
             "train.mixed_precision=bfloat16",
@@ -208,23 +213,61 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "selector.name=static_range",
-            "static_range needs selector.start and selector.end, got start = none and end = none; "
-            "set for example selector.start = 2 and selector.end = 12",
+            "static_range needs selector.start, got none; set for example selector.start = 2 (and 1 more)",
         ),
         (
-            "selector.end=21",
-            "selector.start and selector.end must lie within the 20 steps of a rollout, got start = none and end = 21; "
-            "set selector.end to 20 or less, or raise sampler.num_steps",
+            "selector.name=threshold",
+            "threshold needs selector.uncertainty_low, got none; "
+            "set for example selector.uncertainty_low = 0.02 (and 1 more)",
         ),
         (
-            "selector.start=20",
-            "selector.start and selector.end must lie within the 20 steps of a rollout, got start = 20 and end = none; "
-            "set selector.end to 20 or less, or raise sampler.num_steps",
+            "selector.fraction=0.5",
+            'selector.fraction belongs to selector.name = "random_fraction", got selector.fraction = 0.5 with '
+            '"adascope"; remove it, or change selector.name',
         ),
         (
-            "algorithm.per_prompt_min_count=64",
-            "algorithm.per_prompt_min_count must not exceed algorithm.per_prompt_buffer, got 64 with a buffer of 32; "
+            "sensing.stride=2",
+            'sensing.stride belongs to sensing.kind = "semantic" or "reward_only", got sensing.stride = 2 with '
+            '"latent"; remove it, or change sensing.kind',
+        ),
+        (
+            "reward.clip=scenes-clip",
+            'reward.clip belongs to reward.name = "clip_similarity", got reward.clip = "scenes-clip" with '
+            '"scene_attributes"; remove it, or change reward.name',
+        ),
+        (
+            "algorithm.min_count=64",
+            "algorithm.min_count must not exceed algorithm.buffer_size, got 64 with a buffer of 32; "
             "raise the buffer or lower the count",
+        ),
+        (
+            "algorithm.per_prompt_buffer=64",
+            "algorithm.per_prompt_buffer is called algorithm.buffer_size now, got algorithm.per_prompt_buffer = 64; "
+            "rename it",
+        ),
+        (
+            "algorithm.per_prompt_min_count=8",
+            "algorithm.per_prompt_min_count is called algorithm.min_count now, "
+            "got algorithm.per_prompt_min_count = 8; rename it",
+        ),
+        (
+            "algorithm.gamma=0.5",
+            'algorithm.gamma has a meaning with algorithm.attribution = "discount" alone, got 0.5 with "uniform"; '
+            "remove it, or change algorithm.attribution",
+        ),
+        (
+            "algorithm.kl_form=output",
+            'algorithm.kl_form = "output" is the form of a KL, got algorithm.kl_weight = 0; '
+            "remove it, or set algorithm.kl_weight",
+        ),
+        (
+            "sampler.train_guidance=conditional",
+            'sampler.train_guidance = "conditional" says which outputs carry gradient under guidance, got '
+            "sampler.guidance_scale = 1, which is none; remove it, or raise the scale",
+        ),
+        (
+            "model.train=full\nlora_alpha = 3",
+            'model.train must be one of lora, full, got "full\\nlora_alpha = 3"; set for example model.train = "lora"',
         ),
     ],
 )
@@ -232,19 +275,35 @@ def test_one_line_for_a_bad_override(override: str, want: str):
     assert _error(None, override) == want
 
 
-def test_rules_that_span_fields():
-    assert _error(None, "selector.start=5", "selector.end=5") == (
+def _one(*overrides: str) -> str:
+    return _error(None, *overrides)
+
+
+def test_a_range_of_steps_lies_within_the_rollout_and_is_not_empty():
+    late = "selector.name=late_start"
+    assert _one(late, "selector.start=5", "selector.end=5") == (
         "selector.start must be below selector.end, got start = 5 and end = 5; set selector.end to 6 or more"
     )
-    assert _error(None, "algorithm.name=grpo", "train.samples_per_prompt=1") == (
-        "grpo compares the pictures of one prompt, so train.samples_per_prompt must be at least 2, got 1; "
-        'raise it, or set algorithm.name = "ddpo"'
-    )
-    assert _error(None, "algorithm.attribution=gain", "selector.name=every_step") == (
+    rule = "selector.start and selector.end must lie within the 20 steps of a rollout"
+    step = "set selector.end to 20 or less, or raise sampler.num_steps"
+    assert _one(late, "selector.end=21") == f"{rule}, got start = none and end = 21; {step}"
+    assert _one(late, "selector.start=20") == f"{rule}, got start = 20 and end = none; {step}"
+    whole = Config.load(None, ["selector.name=static_range", "selector.start=0", "selector.end=20"])
+    assert isinstance(whole.selector, StaticRange)
+    assert (whole.selector.start, whole.selector.end) == (0, 20)
+
+
+def test_rules_that_span_sections():
+    for algorithm in ("grpo", "d3po", "awm"):
+        assert _one(f"algorithm.name={algorithm}", "train.samples_per_prompt=1") == (
+            f"{algorithm} compares the images of one prompt, so train.samples_per_prompt must be at least 2, got 1; "
+            'raise it, or set algorithm.name = "ddpo"'
+        )
+    assert _one("algorithm.attribution=gain", "selector.name=every_step") == (
         'algorithm.attribution = "gain" needs a selector that senses the preference, got selector.name = "every_step"; '
         'set it to "adascope", or algorithm.attribution to "similarity"'
     )
-    assert _error(None, "sampler.tail_share=0.4") == (
+    assert _one("sampler.tail_share=0.4") == (
         "sampler.tail_share = 0.4 needs the steps before the rollout, got selector.mask_source = 'current'; "
         'set it to "previous", or set sampler.tail_share = 1.0'
     )
@@ -252,34 +311,114 @@ def test_rules_that_span_fields():
         (["sensing.kind=semantic"], 2, "knee"),
         (["selector.rule=schedule"], 1, "schedule"),
     ):
-        assert _error(None, "algorithm.attribution=gain", *overrides) == (
+        assert _one("algorithm.attribution=gain", *overrides) == (
             f'algorithm.attribution = "gain" needs every rollout sensed, got sensing.every = {every} and '
             f'selector.rule = "{rule}"; set sensing.every = 1 and a rule that senses, or algorithm.attribution to '
             f'"similarity"'
         )
     assert Config.load(None, ["algorithm.attribution=gain", "sensing.kind=semantic", "sensing.every=1"])
-    assert _error(None, "selector.name=threshold", "selector.uncertainty_low=0.1") == (
-        "threshold needs selector.uncertainty_low and selector.uncertainty_high, got 0.1 and none; "
-        "adascope-fast calibrate shows the uncertainty of each step"
+    assert _one("selector.name=every_step", "sensing.kind=semantic") == (
+        '[sensing] is what AdaScope sees of a rollout, got selector.name = "every_step"; remove sensing.kind, or set '
+        'selector.name = "adascope"'
     )
-    assert _error(None, "selector.uncertainty_low=0.2", "selector.uncertainty_high=0.1") == (
+    assert _one("selector.rule=knee_causal") == (
+        "knee_causal decides while sampling, so it needs sensing.kind semantic or reward_only and sensing.stride = 1, "
+        "got latent and no stride; the latent mode compares with the final latent, and values between strides with "
+        'later ones; set them so, or selector.rule = "knee"'
+    )
+
+
+def test_rules_within_a_section():
+    threshold = "selector.name=threshold"
+    assert _one(threshold, "selector.uncertainty_low=0.2", "selector.uncertainty_high=0.1") == (
         "selector.uncertainty_low must be below selector.uncertainty_high, got 0.2 and 0.1; swap them"
     )
-    assert _error(None, "selector.window_order=random", "selector.shift_decay=linear") == (
+    window = "selector.name=window"
+    assert _one(window, "selector.window_order=random", "selector.shift_decay=linear") == (
         'selector.shift_every does not decay with random windows, got selector.shift_decay = "linear"; '
         'set it to "none", or selector.window_order = "progressive"'
     )
-    assert _error(None, "selector.shift_every_min=30") == (
+    assert _one(window, "selector.shift_decay=linear", "selector.shift_every_min=30") == (
         "selector.shift_every_min must not exceed selector.shift_every, got 30 and 25; lower it"
     )
+    assert _one(window, "selector.shift_every_min=3") == (
+        'selector.shift_every_min has a meaning with selector.shift_decay = "linear" alone, got 3 with "none"; '
+        "remove it, or change selector.shift_decay"
+    )
+    assert _one("selector.rule=literal", "selector.kappa=0.5") == (
+        'selector.kappa has a meaning with selector.rule = "knee" or "knee_causal" alone, got 0.5 with "literal"; '
+        "remove it, or change selector.rule"
+    )
+    assert _one("sampler.kind=ddim", "sampler.noise_level=0.5") == (
+        'sampler.kind = "ddim" takes sampler.eta, got sampler.noise_level = 0.5; remove it'
+    )
+    assert _one("sampler.kind=ddpm", "sampler.eta=0.5") == (
+        'sampler.kind = "ddpm" takes no noise, got sampler.eta = 0.5; remove it'
+    )
+    assert _one("model.train=full", "model.lora_alpha=3") == (
+        'model.train = "full" trains every weight and has no adapter, got model.lora_alpha; remove it, or set '
+        'model.train = "lora"'
+    )
+
+
+def test_one_pass_is_refused_where_it_cannot_be():
     ahead = ["train.update=one_pass", "selector.mask_source=previous"]
-    assert _error(None, *ahead, "algorithm.attribution=similarity") == (
+    assert _one(*ahead, "algorithm.attribution=similarity") == (
         'one_pass needs the weights before the rollout, got algorithm.attribution = "similarity"; '
         'set it to "uniform" or "discount", or train.update = "replay"'
     )
-    assert Config.load(None, [*ahead, "algorithm.attribution=discount"]).algorithm.gamma == 0.99
-    whole = Config.load(None, ["selector.name=static_range", "selector.start=0", "selector.end=20"])
-    assert (whole.selector.start, whole.selector.end) == (0, 20)
+    assert _one(*ahead, "algorithm.name=dpok", "algorithm.kl_weight=0.0") == (
+        'one_pass is for advantages that weigh a whole sample, and dpok has none; set train.update = "replay"'
+    )
+    assert _one(*ahead, "train.inner_epochs=2") == (
+        "one_pass needs train.updates_per_iteration = 1, train.inner_epochs = 1 and algorithm.kl_weight = 0, "
+        'got 1, 2 and 0; set them so, or train.update = "replay"'
+    )
+    assert Config.load(None, [*ahead, "algorithm.attribution=discount"])
+    assert _one("algorithm.name=reinforce", "train.updates_per_iteration=2").startswith("reinforce is right for one")
+
+
+def test_an_override_of_the_choice_leaves_out_what_the_file_said_of_the_old_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = _file(
+        tmp_path,
+        '[selector]\nname = "adascope"\nkappa = 0.9\n[sensing]\nkind = "semantic"\n[algorithm]\nmin_count = 8\n'
+        "clip_range = 0.5\n",
+    )
+    config = Config.load(path, ["selector.name=every_step", "algorithm.name=grpo"])
+    assert isinstance(config.selector, EveryStep)
+    assert config.sensing is None
+    assert isinstance(config.algorithm, Grpo)
+    assert config.algorithm.clip_range == 0.5  # both have it
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        'selector.name = "every_step", algorithm.name = "grpo": the file\'s selector.kappa, algorithm.min_count, '
+        "sensing.kind are left out"
+    )
+    assert _error(path, "selector.name=every_step", "selector.kappa=0.7").startswith("selector.kappa belongs to")
+    caplog.clear()
+    assert Config.load(path, ["selector.name=adascope"]).selector == Config.load(path).selector
+    assert not caplog.records
+
+
+def test_what_a_file_says_of_another_choice_is_refused(tmp_path: Path):
+    path = _file(tmp_path, '[selector]\nname = "every_step"\nkappa = 0.7\n')
+    assert _error(path) == (
+        'selector.kappa belongs to selector.name = "adascope" or "complement", got selector.kappa = 0.7 with '
+        '"every_step"; remove it, or change selector.name'
+    )
+
+
+def test_a_choice_of_ones_own_takes_any_key_and_survives_the_round_trip(tmp_path: Path):
+    config = Config.load(None, ["selector.name=mine:Selector", "selector.depth=3", "reward.name=mine:reward"])
+    assert isinstance(config.selector, Own)
+    assert config.selector.keys() == {"depth": 3}
+    assert Config.load(_file(tmp_path, config.to_toml())) == config
+    assert _one("selector.name=:x") == (
+        'selector.name is not valid, got ":x": String should match pattern \'^[^:\\s]+:[^:\\s]+$\'; '
+        "remove selector.name to take its default"
+    )
 
 
 def test_unknown_keys_come_first_and_the_rest_is_counted(tmp_path: Path):
