@@ -1,6 +1,6 @@
 """What a text-to-image model is to the engine: encode, predict, decode, and the parameters that learn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,9 @@ from adascope_fast.schedules import Schedule
 
 Condition = dict[str, Tensor]
 """What the denoiser is told about a prompt: tensors whose first axis runs over prompts or samples."""
+
+Reward = Callable[[Tensor, list[str]], Tensor]
+"""(images [b, 3, h, w] in [0, 1], prompts) -> scores [b]; higher is better, always."""
 
 
 def take(condition: Condition, index: Tensor) -> Condition:

@@ -52,7 +52,7 @@ BELOW: dict[str, set[str]] = {
     "adascope": _LATENTS | {"distributed", "loading", "selectors", "theory"},
     "algorithms": _LATENTS | {"reference"},
     "backbones": {"backbone", "loading", "ops", "schedules"},
-    "rewards": {"loading", "prompts"},
+    "rewards": {"backbone", "loading", "prompts"},
     "metrics": {"prompts", "rewards"},
     "engine": _LATENTS | {"adascope", "algorithms", "backbones", "distributed", "selectors", "theory"},
     "config": set(),

@@ -18,10 +18,8 @@ from scipy.interpolate import CubicSpline, interp1d
 from torch import Tensor
 
 from adascope_fast import ops
+from adascope_fast.backbone import Reward
 from adascope_fast.rollout import Trajectory
-
-Judge = Callable[[Tensor, list[str]], Tensor]
-"""(pictures [n, 3, h, w] in [0, 1], prompts) -> [n]."""
 
 
 class Curves(NamedTuple):
@@ -83,8 +81,8 @@ class DecodedSensor:
     """
 
     decode: Callable[[Tensor], Tensor]
-    reward: Judge
-    similarity: Judge | None = None
+    reward: Reward
+    similarity: Reward | None = None
     stride: int = 1
     num_samples: int = 0
     every: int = 1

@@ -47,7 +47,9 @@ def resumed(folder: Path, overrides: list[str]) -> Config:
     """The configuration of a started run, with what may change in its middle changed; written back if it did."""
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
-    before = Config.load(folder / "config.toml")
+    from adascope_fast.training.run_folder import load_config
+
+    before = load_config(folder)
     after = Config.load(folder / "config.toml", [*overrides, f"run.folder={folder}"])
     old, new = before.model_dump(), after.model_dump()
     changed = {f"{part}.{key}" for part, values in new.items() for key in values if values[key] != old[part][key]}

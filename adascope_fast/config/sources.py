@@ -281,9 +281,7 @@ def _unknown(model: type[BaseModel], key: str, received: Any) -> str:
 
 def _not_a_field(model: type[BaseModel], section: str, received: Any) -> str:
     field = next(name for name in _sections(model)[section] if name != _key(model, section))
-    return (
-        f"{section} is a section, got {section} = {show(received)}; set one of its fields, such as {section}.{field}"
-    )
+    return f"{section} is a section, got {section} = {show(received)}; set one of its fields, such as {section}.{field}"
 
 
 def _value(text: str, *, as_text: bool) -> Any:

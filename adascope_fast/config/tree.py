@@ -17,6 +17,7 @@ from pydantic import Field, Tag, ValidationError, model_validator
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
 from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, Reinforce
 from adascope_fast.backbones.settings import Model
+from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts
@@ -32,7 +33,6 @@ from adascope_fast.selectors.settings import (
     Window,
 )
 from adascope_fast.settings import OWN, Own, Section, chosen_by, fields_of, or_none
-from adascope_fast.training.settings import Evaluation, Log, Run, Train
 
 # The registries: a choice of each section is one line.
 AnyReward = Annotated[

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from adascope_fast.algorithms.algorithm import Algorithm, Context, Rows, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
-from adascope_fast.backbone import Backbone
+from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.engine.acceleration import halving
 from adascope_fast.engine.one_pass import OnePass
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
-from adascope_fast.engine.scoring import Score, Scoring
+from adascope_fast.engine.scoring import Scoring
 from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics, as_json
 from adascope_fast.rollout import Denoising, EncodedPrompts, Trajectory, rollout
@@ -72,7 +72,7 @@ class Engine:
         schedule: Schedule,
         algorithm: Algorithm,
         selector: TimestepSelector,
-        score: Score,
+        score: Reward,
         optimizer: torch.optim.Optimizer,
         settings: Updates,
         *,

@@ -5,7 +5,6 @@ that works on the CPU, or waits for a server, delays nothing. On the CPU there i
 when the rewards are asked for.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -14,16 +13,14 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from adascope_fast.backbone import Backbone
-
-Score = Callable[[Tensor, list[str]], Float32[Tensor, " b"]]
+from adascope_fast.backbone import Backbone, Reward
 
 
 class Scoring:
     """Decodes and scores batches as they come: `submit` each, then `rewards` once. `overlap` None: on a GPU."""
 
-    def __init__(self, backbone: Backbone, score: Score, prompts: list[str], *, overlap: bool | None = None) -> None:
-        self._backbone, self._score, self._prompts, self._overlap = backbone, score, prompts, overlap
+    def __init__(self, backbone: Backbone, reward: Reward, prompts: list[str], *, overlap: bool | None = None) -> None:
+        self._backbone, self._reward, self._prompts, self._overlap = backbone, reward, prompts, overlap
         self._results: list[Future[Tensor] | tuple[slice, Tensor]] = []
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -59,7 +56,7 @@ class Scoring:
         return torch.cat(values)
 
     def _now(self, rows: slice, latents: Tensor) -> Tensor:
-        return self._score(self._backbone.decode(latents), self._prompts[rows])
+        return self._reward(self._backbone.decode(latents), self._prompts[rows])
 
     @torch.no_grad()
     def _score_aside(self, images: Tensor, prompts: list[str], decoded: Any) -> Tensor:
@@ -67,4 +64,4 @@ class Scoring:
             if self._stream is not None:
                 self._stream.wait_event(decoded)
                 images.record_stream(self._stream)
-            return self._score(images, prompts)
+            return self._reward(images, prompts)

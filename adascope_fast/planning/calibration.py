@@ -19,6 +19,8 @@ from adascope_fast import rewards
 from adascope_fast.adascope.interval_rule import finite_mean, host
 from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.adascope.sensing import Curves, DecodedSensor
+from adascope_fast.adascope.settings import KNEES, Latent, RewardOnly
+from adascope_fast.adascope.settings import AdaScope as AdaScopeSettings
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
 from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
@@ -95,7 +97,7 @@ def calibrate(
     stride: int = 1,
     trainer: Callable[[Config], Trainer] = Trainer,
 ) -> Calibration:
-    """Sample `num_prompts` prompts as an iteration of `config` would, and look at them.
+    """Sample `num_prompts` prompts as an iteration of `config` would, and look at them with AdaScope.
 
     Args:
         num_prompts: each with `train.samples_per_prompt` pictures.
@@ -109,10 +111,11 @@ def calibrate(
             f"a rollout of {config.sampler.num_steps} steps is trained whole, there is nothing to calibrate; "
             f"set sampler.num_steps to 4 or more"
         )
-    selector = config.selector.model_copy(update={"name": "adascope", "mask_source": "current"})
+    selector, sensing = _looking(config)
     train = config.train.model_copy(update={"prompts_per_iteration": num_prompts, "update": "replay"})
     sampler = config.sampler.model_copy(update={"tail_share": 1.0})
-    made = trainer(config.model_copy(update={"selector": selector, "train": train, "sampler": sampler}))
+    sections = {"selector": selector, "sensing": sensing, "train": train, "sampler": sampler}
+    made = trainer(config.model_copy(update=sections))
     if num_prompts > len(set(made.train_prompts)):
         raise ConfigError(
             f"a calibration looks at different prompts, got {num_prompts} of {len(set(made.train_prompts))}; "
@@ -147,12 +150,26 @@ def calibrate(
     )
 
 
+def _looking(config: Config) -> tuple[AdaScopeSettings, Latent | RewardOnly]:
+    """AdaScope and what it senses, as configured; the defaults where another selector is. This rollout decides."""
+    if not isinstance(config.selector, AdaScopeSettings):
+        return AdaScopeSettings(), Latent()
+    if config.selector.rule not in KNEES:
+        raise ConfigError(
+            "a calibration proposes selector.kappa and selector.phi_end, which have a meaning with selector.rule = "
+            f'"knee" or "knee_causal", got "{config.selector.rule}"; set selector.rule = "knee"'
+        )
+    keys: dict[str, Any] = config.selector.keys() | {"mask_source": "current"}
+    shared = {name: value for name, value in keys.items() if name in AdaScopeSettings.model_fields}
+    return AdaScopeSettings(**shared), config.sensing or Latent()
+
+
 def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
     device = made.schedule.coef.device
     with made.accelerator.autocast():
         return rollout(
             made.backbone,
-            made.schedule,
+            made.algorithm.schedule(made.schedule),
             EncodedPrompts.of(made.backbone, prompts),
             prompts,
             guidance_scale=made.config.sampler.guidance_scale,

@@ -1,15 +1,13 @@
 """What a reward is, and its scores, checked. Higher is better, always."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from adascope_fast.backbone import Reward as Reward
 from adascope_fast.settings import Section
-
-Reward = Callable[[Tensor, list[str]], Tensor]
-"""(pictures [b, 3, h, w] in [0, 1], prompts) -> scores [b]."""
 
 
 def load(settings: Section) -> Reward:

@@ -13,6 +13,7 @@ from adascope_fast.backbone import Backbone, Ema
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.training import checkpoint
+from adascope_fast.training.run_folder import load_config
 
 
 def initial_latents(backbone: Backbone, seeds: Sequence[int]) -> Float[Tensor, "n *latent"]:
@@ -52,9 +53,7 @@ def load_run(folder: Path, **changes: Any) -> tuple[Config, backbones.PipelineBa
     Args:
         changes: arguments of `backbones.load` in place of the configuration's.
     """
-    if not (folder / "config.toml").is_file():
-        raise ConfigError(f"a run's folder holds a config.toml, {str(folder)!r} does not; check the path")
-    config = Config.load(folder / "config.toml")
+    config = load_config(folder)
     found = checkpoint.numbered(folder / "checkpoints")
     if not found:
         raise ConfigError(f"{str(folder)!r} has no checkpoint yet; let the run finish an iteration first")

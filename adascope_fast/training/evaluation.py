@@ -20,7 +20,7 @@ NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutScores:
     """Scores [prompts, samples] and the pictures of the first prompts, row by row."""
 
     scores: Float32[Tensor, "p s"]
@@ -78,7 +78,7 @@ def evaluate(
     breakdown: Callable[[Tensor, list[str]], dict[str, float]] | None = None,
     similarity: Callable[[Tensor, list[str]], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> Evaluation:
+) -> HeldOutScores:
     """Score `samples_per_prompt` pictures of each prompt; the same seed gives the same noise to any policy.
 
     Args:
@@ -99,7 +99,7 @@ def evaluate(
     images = backbone.decode(trajectory.latents[:, -1])
     scores = score(images, repeated).cpu().view(len(prompts), samples_per_prompt)
     parts = breakdown(images, repeated) if breakdown else {}
-    return Evaluation(
+    return HeldOutScores(
         scores,
         images[: num_pictured * samples_per_prompt].cpu(),
         parts,

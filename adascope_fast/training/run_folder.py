@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.config.sources import read_toml
 from adascope_fast.training import checkpoint
 
 PACKAGES = ("adascope-fast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft")
@@ -64,9 +66,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The folder of a run that was started before."""
-        if not (path / "config.toml").is_file():
-            raise ConfigError(f"a run's folder holds a config.toml, {str(path)!r} does not; check the path")
+        """The folder of a run that was started before, by this version."""
+        load_config(path)
         (path / "samples").mkdir(exist_ok=True)
         return cls(path)
 
@@ -143,6 +144,34 @@ class RunFolder:
                 "acceleration": dict(chosen),
             },
         )
+
+
+def load_config(folder: Path) -> Config:
+    """The configuration of a run; ConfigError where the folder is none, or an earlier version's."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"a run's folder holds a config.toml, {str(folder)!r} does not; check the path")
+    values = read_toml(path)
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        unknown = [problem for problem in error.errors() if problem["type"] == "extra_forbidden"]
+        if unknown:  # a run writes the keys that its version has, and no others
+            first, *_, last = unknown[0]["loc"]
+            raise ConfigError(
+                f"the run in {str(folder)!r} was made by an earlier version of adascope-fast, whose config.toml has "
+                f"{first}.{last} where this one has not; finish it with {_made_by(folder)}, or start a new run"
+            ) from None
+    return Config.of(values)
+
+
+def _made_by(folder: Path) -> str:
+    """The version and commit of `run.json`, in words."""
+    run = RunFolder(folder).read("run.json")
+    version, commit = run.get("versions", {}).get("adascope-fast"), run.get("commit")
+    if not version and not commit:
+        return "the version that made it"
+    return f"that version ({version or 'unknown'}{f', commit {commit}' if commit else ''})"
 
 
 def _write(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.training import checkpoint
 from adascope_fast.training.building import accelerator_of, algorithm_of, clip_of, optimizer_of, selector_of, sensor_of
-from adascope_fast.training.evaluation import Evaluation, evaluate, interval
+from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
 from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import RunFolder
 
@@ -256,7 +256,7 @@ class Trainer:
             )
         self._record(folder, evaluation, name, iteration)
 
-    def _record(self, folder: RunFolder, evaluation: Evaluation, name: str | None, iteration: int) -> None:
+    def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self.config.reward.name, "history": []}
         summary = evaluation.summary()
         shown = ("mean", "low", "high", "diversity", "contrast")

@@ -1,4 +1,4 @@
-"""Sections of the trainer: `[run]`, `[train]`, `[evaluation]` and `[log]`. Nothing here imports torch."""
+"""Sections that belong to the run as a whole: `[run]`, `[train]`, `[evaluation]` and `[log]`."""
 
 from typing import Literal
 
