@@ -1,4 +1,4 @@
-"""D3PO against values worked by hand: who is paired with whom, the loss, where its gradient ends, and which steps count."""
+"""D3PO against values worked by hand: who is paired with whom, the loss, where its gradient ends, which steps count."""
 
 import math
 from types import SimpleNamespace

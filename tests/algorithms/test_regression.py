@@ -1,4 +1,4 @@
-"""AWM against values worked by hand: the noised latents and their targets, its likelihood, its draws and its penalties."""
+"""AWM against values worked by hand: noised latents and their targets, its likelihood, its draws and its penalties."""
 
 import math
 from types import SimpleNamespace

@@ -155,7 +155,8 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "sampler.guidance_scale=half",
-            'sampler.guidance_scale must be a number, got "half" (text); write for example sampler.guidance_scale = 1.0',
+            'sampler.guidance_scale must be a number, got "half" (text); '
+            "write for example sampler.guidance_scale = 1.0",
         ),
         (
             "train.learning_rate=inf",
