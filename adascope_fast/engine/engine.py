@@ -112,6 +112,7 @@ class Engine:
             if keep is None:
                 keep = self.algorithm.steps(chosen, schedule.trainable)
             keep = keep.to(chosen.device)
+            self._refuse_too_few(keep)
             uncertainty = measured_uncertainty(trajectory)
         context = Context(
             policy, keep, generator, self.selector.gains, self.settings.num_updates, max(1, self.microbatch)
@@ -154,11 +155,6 @@ class Engine:
     def planned(self, rows: Rows, generator: torch.Generator) -> list[Update]:
         """The updates of an iteration: every epoch goes through all rows once, in an order drawn from `generator`."""
         num_updates, device = self.settings.updates_per_iteration, self.schedule.coef.device
-        if len(rows) < num_updates:
-            raise ValueError(
-                f"each of the {num_updates} updates needs a row to train, an (image, step) pair for example, and there "
-                f"are {len(rows)}; lower train.updates_per_iteration or keep more steps"
-            )
         updates = []
         for _ in range(self.settings.inner_epochs):
             if self.settings.minibatch == "samples":
@@ -170,6 +166,20 @@ class Engine:
                 live = chunk if rows.is_live is None else chunk[rows.is_live[chunk]]
                 updates.append(Update(live, len(chunk)))
         return updates
+
+    def _refuse_too_few(self, keep: Bool[Tensor, "b t"]) -> None:
+        """ValueError where the updates cannot all have something to train; ties may leave them less, or nothing."""
+        num_updates, num_pairs = self.settings.updates_per_iteration, int(keep.sum())
+        if num_pairs < num_updates:
+            raise ValueError(
+                f"each of the {num_updates} updates needs an (image, step) pair, the selector kept {num_pairs}; "
+                f"lower train.updates_per_iteration or keep more steps"
+            )
+        if self.settings.minibatch == "samples" and len(keep) < num_updates:
+            raise ValueError(
+                f"minibatches of whole images need one for each update, got {len(keep)} images for {num_updates} "
+                f'updates; lower train.updates_per_iteration, or set train.minibatch = "pairs"'
+            )
 
     def _replay(self, policy: ModelPolicy, rows: Rows, num_steps: int, generator: torch.Generator) -> UpdateStatistics:
         """The updates; after their plan nothing here waits for the device, if the optimiser can skip a step itself."""
@@ -375,11 +385,6 @@ def _by_samples(
 ) -> list[Int64[Tensor, " m"]]:
     """Rows of whole samples for each update, samples and rows in an order drawn from `generator`."""
     samples = sample_index.unique()
-    if len(samples) < num_updates:
-        raise ValueError(
-            f"minibatches of whole images need one for each update, got {len(samples)} images for {num_updates} "
-            f'updates; lower train.updates_per_iteration, or set train.minibatch = "pairs"'
-        )
     device = sample_index.device
     mixed = samples[torch.randperm(len(samples), generator=generator, device=device)]
     order = torch.randperm(len(sample_index), generator=generator, device=device)
