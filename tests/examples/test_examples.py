@@ -1,6 +1,5 @@
 """The examples run as they stand, on the smallest settings that go through every part."""
 
-import inspect
 import json
 import os
 import re
@@ -10,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from adascope_fast import Trainer
-
 CHECKOUT = Path(__file__).parents[2]
 EXAMPLES = CHECKOUT / "examples"
 TINY = str(CHECKOUT / "configs" / "tiny.toml")
-
-takes_a_selector = pytest.mark.skipif(
-    "selector" not in inspect.signature(Trainer).parameters, reason="Trainer takes no selector"
-)
 
 
 def _run(folder: Path, name: str, *arguments: str) -> str:
@@ -47,7 +40,6 @@ def test_own_reward_trains_on_it(tmp_path: Path):
     assert (tmp_path / "runs" / "own_reward" / "report.html").is_file()
 
 
-@takes_a_selector
 def test_own_selector_trains_every_other_step(tmp_path: Path):
     assert _run(tmp_path, "own_selector.py", TINY).startswith("50% of the steps")
     assert (tmp_path / "runs" / "own_selector" / "report.html").is_file()
