@@ -45,6 +45,17 @@ def test_own_selector_trains_every_other_step(tmp_path: Path):
     assert (tmp_path / "runs" / "own_selector" / "report.html").is_file()
 
 
+def test_own_algorithm_trains_the_best_image_of_each_prompt(tmp_path: Path):
+    printed = _run(tmp_path, "own_algorithm.py", TINY, "selector.name=every_step")
+    assert printed.startswith("50% of the steps")  # one of two images
+    changes = ["algorithm.name=own_algorithm:Imitation", "algorithm.best=2", "run.folder=runs/named"]
+    environment = os.environ | {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{EXAMPLES}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "adascope_fast.cli", "train", TINY, "selector.name=every_step", *changes]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "steps trained: 100%" in finished.stdout
+
+
 def test_own_loop_trains_the_steps_of_the_interval(tmp_path: Path):
     printed = _run(tmp_path, "own_loop.py", "--iterations", "2", "--num-steps", "6", "--samples-per-prompt", "2")
     lines = re.findall(r"^(\d): reward \d\.\d+, (\d+)% of the steps", printed, flags=re.MULTILINE)
