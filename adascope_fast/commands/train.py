@@ -3,7 +3,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,8 +51,7 @@ def resumed(folder: Path, overrides: list[str]) -> Config:
 
     before = load_config(folder)
     after = Config.load(folder / "config.toml", [*overrides, f"run.folder={folder}"])
-    old, new = before.model_dump(), after.model_dump()
-    changed = {f"{part}.{key}" for part, values in new.items() for key in values if values[key] != old[part][key]}
+    changed = differences(before.model_dump(), after.model_dump())
     if changed - MAY_CHANGE_ON_RESUME:
         raise ConfigError(
             f"a resumed run repeats the one left alone, so {', '.join(sorted(changed - MAY_CHANGE_ON_RESUME))} cannot "
@@ -61,6 +60,16 @@ def resumed(folder: Path, overrides: list[str]) -> Config:
     if changed:
         (folder / "config.toml").write_text(after.to_toml(), encoding="utf-8")
     return after
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """`section.key` of what differs between two configurations; of a section with another choice, the choice alone."""
+    found: set[str] = set()
+    for section in new:
+        one, other = old[section] or {}, new[section] or {}  # None where the selector senses nothing
+        keys = {key for key in one | other if one.get(key) != other.get(key)}
+        found |= {f"{section}.{key}" for key in keys & {"name", "kind"} or keys}
+    return found
 
 
 def outcome(result: "Result", config: Config) -> str:

@@ -6,7 +6,8 @@ import torch
 from common import Clock, NotBuiltError, Setting, Variant, load_reward, serve
 from pydantic import ValidationError
 
-from adascope_fast.config import Config, ConfigError
+from adascope_fast.algorithms.policy_gradient import Pairs
+from adascope_fast.config import Config
 from adascope_fast.engine.engine import Engine
 from adascope_fast.rollout import PromptCache, rollout
 from adascope_fast.selectors.simple import EveryStep, StaticRange
@@ -27,7 +28,8 @@ class Ours(Variant):
 
     def iterate(self, prompts: list[str], keep: tuple[int, int] | None, clock: Clock) -> dict[str, Any]:
         """One iteration on one picture of each prompt."""
-        self.engine.selector = EveryStep() if keep is None else StaticRange(*keep)
+        every = EveryStep(last_step="train")  # as TRL and the eager loop, on flows too
+        self.engine.selector = every if keep is None else StaticRange(start=keep[0], end=keep[1])
         time_parts(self.engine, clock)
         with clock("encode"):
             encoded = self.encode(prompts)
@@ -61,7 +63,9 @@ class Ours(Variant):
             advantages = torch.randn(trajectory.log_prob.shape, generator=generator, device=setting.device)
             clocks.append(Clock(setting.device))
             with clocks[-1]("update"):
-                engine.update(encoded, trajectory, keep, advantages, generator)
+                pairs = trajectory.pairs(keep)
+                rows = Pairs(trajectory, pairs, advantages[pairs[:, 0], pairs[:, 1]], None)
+                engine.update(engine.policy(encoded, engine.schedule), rows, trajectory.num_steps, generator)
         return clocks
 
     def tokens(self, prompt: str) -> list[int]:
@@ -77,7 +81,7 @@ def configuration(setting: Setting) -> Config:
         "reward": {"name": "jpeg_compressibility"},
         "sampler": {"num_steps": setting.num_steps, "guidance_scale": setting.guidance_scale},
         "algorithm": {"name": "ddpo", "clip_range": setting.clip_range},
-        "selector": {"name": "every_step"},
+        "selector": {"name": "every_step", "last_step": "train"},
         "train": {
             "prompts_per_iteration": setting.batch,
             "samples_per_prompt": 1,
@@ -97,12 +101,11 @@ def configuration(setting: Setting) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        unknown = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "extra_forbidden"]
-        if unknown:
-            raise NotBuiltError(f"not built: no key {', '.join(unknown)}") from None
+        unknown = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+        if unknown:  # a place is (section, choice where there is one, key)
+            keys = ", ".join(f"{place[0]}.{place[-1]}" for place in unknown)
+            raise NotBuiltError(f"not built: no key {keys}") from None
         raise
-    except ConfigError as error:
-        raise NotBuiltError(str(error)) from None
 
 
 def time_parts(engine: Engine, clock: Clock) -> None:

@@ -91,7 +91,7 @@ def run_arms(reward: str, seed: int, chosen: argparse.Namespace) -> dict[str, An
     for arm in arms_of(chosen):
         overrides = overrides_of(arm, chosen)
         if arm == "random_fraction":
-            overrides.append(f"selector.fraction={arms['adascope']['fraction_trained']:.4f}")
+            overrides.append(f"selector.fraction={arms['adascope']['fraction_chosen']:.4f}")
         arms[arm] = run(chosen.work / run_name(reward, seed, arm), reward, seed, overrides, chosen)
     return {"reward": reward, "seed": seed, "arms": arms}
 
@@ -218,6 +218,8 @@ def read(folder: Path) -> dict[str, Any]:
         "seconds": {part: sum(record["seconds"][part] for record in stats) for part in stats[0]["seconds"]},
         **{name: facts[name] for name in ("seconds_total", "peak_memory_mb")},
         **{name: [evaluation[when][name] for when in ("before", "after")] for name in ("diversity", "contrast")},
+        # Pairs without advantage are chosen and not trained, by whatever selector.
+        "fraction_chosen": mean(record["selector"]["fraction"] for record in stats),
         "fraction_trained": mean(record["fraction_trained"] for record in stats),
         "reward_in_training": [record["reward_mean"] for record in stats],
         "interval": _mean_interval(intervals),
