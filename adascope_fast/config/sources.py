@@ -63,28 +63,29 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(
     model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], tuple[str, str] | None]:
+) -> tuple[dict[str, Any], list[str]]:
     """A copy of `values` with each `section.field=value` set; later ones win. A value is TOML, else bare text.
 
     Where an override makes another choice (`selector.name=every_step`), the keys of `values` that the new choice has
-    not are left out; the second result is the override and these keys, in words.
+    not are left out; the second result says so, a line for each such override.
     """
     result = {section: dict(fields) if isinstance(fields, dict) else fields for section, fields in values.items()}
     given = [_split(model, override) for override in overrides]
     choices = [(section, field, value) for section, field, value in given if field == _key(model, section)]
-    left_out: list[str] = []
+    left_out: dict[str, list[str]] = {}
     for section, field, value in choices:
-        left_out += _leave_out(model, result, section, field, value)
+        if gone := _leave_out(model, result, section, field, value):
+            left_out[f"{section}.{field} = {show(value)}"] = gone
     is_set = {section for section, *_ in given}
     senses = not isinstance(result.get("selector"), dict) or result["selector"].get("name", "adascope") in SENSED
     if "selector" in is_set and "sensing" not in is_set and not senses and isinstance(result.get("sensing"), dict):
-        left_out += [f"sensing.{name}" for name in result.pop("sensing")]
+        by = f"selector.name = {show(result['selector'].get('name'))}"
+        left_out.setdefault(by, []).extend(f"sensing.{name}" for name in result.pop("sensing"))
     for section, field, value in given:
         fields = result.setdefault(section, {})
         if isinstance(fields, dict):  # else the file has a value where a section belongs, which validation reports
             fields[field] = value
-    by = ", ".join(f"{section}.{field} = {show(value)}" for section, field, value in choices)
-    return result, (by, ", ".join(left_out) + (" is" if len(left_out) == 1 else " are")) if left_out else None
+    return result, [f"{choice} leaves out the file's {', '.join(keys)}" for choice, keys in left_out.items()]
 
 
 def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:

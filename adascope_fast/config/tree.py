@@ -200,9 +200,9 @@ class Config(Section):
         replaces; a warning says which.
         """
         values: dict[str, Any] = {} if path is None else read_toml(Path(path))
-        values, dropped = apply_overrides(cls, values, overrides)
-        if dropped:
-            logger.warning("%s: the file's %s left out", *dropped)
+        values, left_out = apply_overrides(cls, values, overrides)
+        for line in left_out:
+            logger.warning("%s", line)
         return cls.of(values)
 
     @classmethod
