@@ -6,13 +6,15 @@ INSTALLED := .venv/.installed
 READY := .venv/.installed-dev
 DOCS_READY := .venv/.installed-docs
 TRL_READY := .venv-trl/.installed
+LOWEST := .venv-lowest/bin
+LOWEST_READY := .venv-lowest/.installed
 OFFLINE := HF_HUB_OFFLINE=1
 TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 # What `bench` and `gpu` run on: .venv, or PYTHON where the command line names it.
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-all lint types bench bench-cpu experiment-quickstart gpu wheel docs
+.PHONY: quickstart test test-all test-lowest lint types bench bench-cpu experiment-quickstart gpu wheel docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -40,6 +42,17 @@ test: $(READY)
 test-all: $(READY)
 	$(TEST) -m "not gpu"
 	TRITON_INTERPRET=1 $(TEST) tests/kernels -m "not gpu"
+
+# The lower bounds of pyproject.toml, exactly.
+$(LOWEST_READY): pyproject.toml .ci/lowest.txt
+	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
+	PIP_CONSTRAINT=$(CURDIR)/.ci/lowest.txt $(LOWEST)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# To be run by hand when a lower bound changes: the tests on all of them.
+test-lowest: $(LOWEST_READY)
+	OMP_NUM_THREADS=1 $(OFFLINE) $(LOWEST)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OFFLINE) $(LOWEST)/python -m pytest tests/kernels
 
 lint: $(READY)
 	$(VENV)/ruff format --check .
