@@ -6,9 +6,11 @@ reports no figure of an operation whose test fails.
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -259,20 +261,25 @@ def test_a_run_uses_the_gpu_and_starts_on_policy(tmp_path) -> None:
 @pytest.mark.parametrize("tail_share", [1.0, 0.4])
 @pytest.mark.parametrize("update", ["replay", "one_pass"])
 def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: float) -> None:
+    """Once it is known which pairs there are, what they are worth, and which update takes which of them."""
     from adascope_fast import backbones
-    from adascope_fast.algorithms.policy_gradient import ddpo
-    from adascope_fast.engine.engine import Engine, Settings
-    from adascope_fast.rollout import EncodedPrompts
+    from adascope_fast.algorithms.algorithm import Context, Samples
+    from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
+    from adascope_fast.engine.engine import Engine, _Collection
+    from adascope_fast.engine.settings import Updates
+    from adascope_fast.rollout import EncodedPrompts, Trajectory
+    from adascope_fast.schedules.settings import Sampler
     from adascope_fast.schedules.tail import Tails
     from adascope_fast.selectors.simple import StaticRange
 
-    model = backbones.load("scenes", rank=2)
+    model = backbones.load("scenes", lora_rank=2)
     model.to(torch.device("cuda"))
-    schedule, selector = model.schedule(6, eta=1.0, noise_level=0.7), StaticRange(1, 3)
+    schedule, selector = model.schedule(6), StaticRange(start=1, end=3)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3, fused=True)
-    settings = Settings(guidance_scale=2.0, rollout_batch=2, update=update, tail_share=tail_share)  # type: ignore[arg-type]
+    settings = Updates(rollout_batch=2, update=update)  # type: ignore[arg-type]
+    sampler = Sampler(guidance_scale=2.0, tail_share=tail_share)
     score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
-    engine = Engine(model, schedule, ddpo(), selector, score, optimizer, settings)
+    engine = Engine(model, schedule, ddpo(), selector, score, optimizer, settings, sampler=sampler)
     prompts = ["a small red circle on a grey background", "two large blue crosses on a black background"] * 2
     encoded = EncodedPrompts.of(model, prompts)
     engine.step(encoded, prompts, iteration=0, seed=0)  # compiles and allocates
@@ -280,18 +287,34 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     tails = Tails.of(schedule, keep, tail_share) if tail_share < 1 else None
     is_one_pass = update == "one_pass"
     scoring: Any = SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
-    pairs, weights = keep.nonzero().cuda(), keep.float().cuda()
-    generator = torch.Generator("cuda").manual_seed(1)
-    advantages = torch.randn(4, 6, device="cuda")
+    pairs, generator = keep.nonzero().cuda(), torch.Generator("cuda").manual_seed(1)
+    collection = _Collection(engine, encoded, prompts, schedule, generator, 1)
+    with _no_waiting():
+        trajectory = collection._rollout(prompts, scoring, keep if is_one_pass else None, tails)
+    assert isinstance(trajectory, Trajectory)
+    policy, advantages = engine.policy(encoded, schedule), torch.randn(4, device="cuda")
+    if collection.gradients is None:
+        is_live = pairs[:, 0] != 3  # the last image's advantage is zero, as of a group that all got the same reward
+        rows: Any = Pairs(trajectory, pairs, advantages[pairs[:, 0]] * is_live, is_live)
+        planned = engine.planned(rows, generator)
+        assert [len(one.rows) for one in planned] == [6]
+        with mock.patch.object(engine, "planned", return_value=planned), _no_waiting():
+            engine._replay(policy, rows, 6, generator)
+    else:
+        samples = Samples(trajectory, advantages)
+        context = Context(policy, keep.cuda(), generator)
+        slopes = engine.algorithm.slopes(samples, context)  # type: ignore[attr-defined]
+        told = mock.patch.object(engine.algorithm, "slopes", return_value=slopes)
+        with told, mock.patch.object(Trajectory, "pairs", return_value=pairs), _no_waiting():
+            engine._apply(collection.gradients, samples, context, schedule)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Whatever waits for the device within it is an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trajectory, gradients = engine._rollout(
-            encoded, prompts, schedule, generator, scoring, keep=keep if is_one_pass else None, tails=tails
-        )
-        if gradients is None:
-            engine._replay(encoded, trajectory, pairs, advantages, generator)
-        else:
-            engine._apply(gradients, advantages, pairs, weights)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

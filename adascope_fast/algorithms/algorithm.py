@@ -112,12 +112,20 @@ class Context:
 class Rows(Protocol):
     """What an iteration's updates train on: `n` rows, drawn in any order."""
 
-    sample_index: Int64[Tensor, " n"]
-    """The sample that a row belongs to, for minibatches of whole samples."""
-    is_live: Bool[Tensor, " n"] | None
-    """Rows whose loss has a gradient; the others count in the mean and cost nothing. None: all of them."""
-    num_forwards: int
-    """Denoiser rows of a row."""
+    @property
+    def sample_index(self) -> Int64[Tensor, " n"]:
+        """The sample that a row belongs to, for minibatches of whole samples."""
+        ...
+
+    @property
+    def is_live(self) -> Bool[Tensor, " n"] | None:
+        """Rows whose loss has a gradient; the others count in the mean and cost nothing. None: all of them."""
+        ...
+
+    @property
+    def num_forwards(self) -> int:
+        """Denoiser rows of a row."""
+        ...
 
     def __len__(self) -> int: ...
 

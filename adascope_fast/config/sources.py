@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from adascope_fast.settings import OWN, choices_of, fields_of, key_of
 
+EXAMPLE = "my_module:my_object"
 SENSED = ("adascope", "complement")
 """The selectors that sense."""
 RENAMED = {
@@ -163,6 +164,8 @@ def _explain_one(model: type[BaseModel], problem: Any, values: Mapping[str, Any]
         return (
             f"{key} must be one of {', '.join(choices)}, got {show(received)}; set for example {key} = {show(choice)}"
         )
+    if kind == "string_pattern_mismatch":
+        return f"{key} must be module:object, got {show(received)}; write for example {key} = {show(EXAMPLE)}"
     if kind not in WANTED:
         return f"{key} is not valid, got {show(received)}: {problem['msg']}; remove {key} to take its default"
     wanted, example = WANTED[kind]

@@ -201,9 +201,10 @@ class Config(Section):
         """
         values: dict[str, Any] = {} if path is None else read_toml(Path(path))
         values, left_out = apply_overrides(cls, values, overrides)
+        config = cls.of(values)
         for line in left_out:
             logger.warning("%s", line)
-        return cls.of(values)
+        return config
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:

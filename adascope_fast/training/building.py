@@ -101,18 +101,23 @@ def clip_of(sensing: Semantic, model: str) -> str:
 def algorithm_of(config: Config) -> Algorithm:
     """The algorithm that a configuration names; ValueError where one of your own is none."""
     algorithm = config.algorithm.build()
+    refuse_other(algorithm, repr(config.algorithm.name))
+    return algorithm
+
+
+def refuse_other(algorithm: Any, name: str) -> None:
+    """ValueError unless `algorithm` is one."""
     if not isinstance(algorithm, Algorithm):
         raise ValueError(
-            f"algorithm {config.algorithm.name!r} must be an instance of adascope_fast.Algorithm, got "
-            f"{type(algorithm).__name__}; docs/extend has a complete one to start from"
+            f"algorithm {name} must be an instance of adascope_fast.Algorithm, got {type(algorithm).__name__}; "
+            f"docs/extend has a complete one to start from"
         )
-    return algorithm
 
 
 def selector_of(config: Config, sensor: Sensor) -> TimestepSelector:
     """The selector that a configuration names; ValueError where one of your own lacks what a selector has."""
     selector: Any = config.selector.build(seed=config.run.seed, sensor=sensor)
-    return complete(selector, TimestepSelector, "selector", config.selector.name)
+    return complete(selector, TimestepSelector, "selector", repr(config.selector.name))
 
 
 def complete(made: Any, protocol: type, what: str, name: str) -> Any:
@@ -121,5 +126,5 @@ def complete(made: Any, protocol: type, what: str, name: str) -> Any:
     missing = [method for method in wanted if not hasattr(made, method)]
     if isinstance(made, type) or missing:
         lacks = "an instance, not a class" if isinstance(made, type) else f"the methods {', '.join(missing)}"
-        raise ValueError(f"{what} {name!r} lacks {lacks}; docs/extend has a complete one to start from")
+        raise ValueError(f"{what} {name} lacks {lacks}; docs/extend has a complete one to start from")
     return made

@@ -30,7 +30,16 @@ from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.training import checkpoint
-from adascope_fast.training.building import accelerator_of, algorithm_of, clip_of, optimizer_of, selector_of, sensor_of
+from adascope_fast.training.building import (
+    accelerator_of,
+    algorithm_of,
+    clip_of,
+    complete,
+    optimizer_of,
+    refuse_other,
+    selector_of,
+    sensor_of,
+)
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
 from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import RunFolder
@@ -82,6 +91,10 @@ class Trainer:
         self.train_prompts = _given(train_prompts, config.prompts.train, "train_prompts")
         held_out = _given(held_out_prompts, config.prompts.held_out, "held_out_prompts")
         self.held_out = held_out[: config.evaluation.num_prompts]
+        if algorithm is not None:
+            refuse_other(algorithm, "given")
+        if selector is not None:
+            complete(selector, TimestepSelector, "selector", "given")
         self._pipeline, self._algorithm, self._selector = pipeline, algorithm, selector
         self._progress = Progress(quiet=quiet)
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
@@ -139,6 +152,12 @@ class Trainer:
         self.schedule = self.backbone.schedule(
             sampler.num_steps, kind=sampler.kind, eta=sampler.eta, noise_level=sampler.noise_level
         )
+        if not self.algorithm.schedule(self.schedule).trainable.any():
+            raise ValueError(
+                f"{self.algorithm.name} trains steps by their log-probability, and without noise the sampler "
+                f"{self.schedule.kind} has no log_prob at any step; choose one with noise, or set "
+                f'algorithm.name = "awm"'
+            )
         acceleration = config.acceleration
         device, vae = self.accelerator.device, self.backbone.vae
         chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)

@@ -10,12 +10,15 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
-from adascope_fast import backbones
+from adascope_fast import backbones, ops
 from adascope_fast.algorithms.policy_gradient import ddpo
+from adascope_fast.backbone import Ema
 from adascope_fast.backbones import flux
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.per_sample import PerSampleGradients
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
 from adascope_fast.training.draw import draw, initial_latents
 
@@ -34,7 +37,7 @@ def _load(folder: Path, **options: Any) -> Any:
     if folder.name == "flux":
         options.setdefault("resolution", 16)
         options.setdefault("embedded_guidance", 2.5)
-    return backbones.load(str(folder), **{"rank": 2, **options})
+    return backbones.load(str(folder), **{"lora_rank": 2, **options})
 
 
 def _plain(folder: Path) -> Any:
@@ -107,20 +110,31 @@ def test_the_prompt_and_its_absence_matter(model):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_log_prob_of_the_rollout_is_the_replays_exactly(model, guidance_scale: float):
-    schedule = model.schedule(STEPS, eta=1.0, noise_level=0.7)
+    schedule = model.schedule(STEPS)
     encoded = EncodedPrompts.of(model, CAPTIONS)
     generator = torch.Generator().manual_seed(3)
     trajectory = rollout(
         model, schedule, encoded, CAPTIONS, guidance_scale=guidance_scale, generator=generator, batch=2
     )
-    settings = Settings(guidance_scale, rollout_batch=2, microbatch=2)
     optimizer = torch.optim.SGD(model.trainable_parameters())
-    engine = Engine(model, schedule, ddpo(), EveryStep(), lambda images, prompts: images, optimizer, settings)
+    engine = Engine(
+        model, schedule, ddpo(), EveryStep(), lambda images, prompts: images, optimizer,
+        Updates(rollout_batch=2, microbatch=2), sampler=Sampler(guidance_scale=guidance_scale),
+    )  # fmt: skip
     assert schedule.trainable.all()
+    policy = engine.policy(encoded, schedule)
     for step in range(STEPS):
-        replayed = engine.log_prob(encoded, trajectory.gather(torch.tensor([[0, step], [1, step]])))
+        pairs = trajectory.gather(torch.tensor([[0, step], [1, step]]))
+        output, without = policy.outputs(pairs.sample, pairs.timestep, pairs.prompt_index)
+        replayed = ops.guided_transition_log_prob(
+            pairs.sample, output, without, guidance_scale, pairs.prev_sample, pairs.coef
+        )
         assert torch.equal(replayed, trajectory.log_prob[:, step])
-        assert replayed.requires_grad
+        policy.backward(list(torch.autograd.grad(replayed.sum(), policy.leaves())))
+        policy.clear()
+        gradients = [parameter.grad for parameter in model.trainable_parameters()]
+        assert any(gradient.abs().max() > 0 for gradient in gradients)
+        optimizer.zero_grad()
 
 
 def _train(model: Any, num_steps: int = 2) -> None:
@@ -135,7 +149,7 @@ def _train(model: Any, num_steps: int = 2) -> None:
 
 
 def test_an_adapter_changes_the_picture_identically_in_plain_diffusers(family: str, tiny, tmp_path: Path):
-    model, pipeline = _load(tiny(family), alpha=6), _plain(tiny(family))
+    model, pipeline = _load(tiny(family), lora_alpha=6), _plain(tiny(family))
     latents = initial_latents(model, [1, 2])
     base = _draw_plain(pipeline, family, latents, 1.0, "pt")
     _train(model)
@@ -322,7 +336,7 @@ def test_ema_is_the_average_of_the_weights(tiny):
     model = _load(tiny("sd"))
     parameters = model.trainable_parameters()
     start = [parameter.detach().clone() for parameter in parameters]
-    ema = backbones.Ema(parameters, 0.9)
+    ema = Ema(parameters, 0.9)
     seen = []
     for _ in range(3):
         _train(model, 1)
@@ -336,6 +350,6 @@ def test_ema_is_the_average_of_the_weights(tiny):
         for parameter, value in zip(parameters, want, strict=True):
             np.testing.assert_allclose(parameter.detach().numpy(), value.numpy(), rtol=1e-5, atol=1e-7)
     assert all(torch.equal(parameter, last) for parameter, last in zip(parameters, seen[-1], strict=True))
-    again = backbones.Ema(parameters, 0.9)
+    again = Ema(parameters, 0.9)
     again.load(ema.tensors())
     assert all(torch.equal(value, again.tensors()[key]) for key, value in ema.tensors().items())

@@ -9,15 +9,17 @@ from torch import Tensor
 from adascope_fast import backbones
 from adascope_fast.algorithms.policy_gradient import ddpo
 from adascope_fast.backbones.folding import Folding
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import StaticRange
 
 PROMPTS = ["a small red circle on a grey background", "two large blue crosses on a black background"]
 
 
 def _trained(name: str, **options: Any) -> Any:
-    model = backbones.load(name, rank=2, **options)
+    model = backbones.load(name, lora_rank=2, **options)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter.add_(0.03)
@@ -74,10 +76,13 @@ def test_an_iteration_is_the_same_with_a_folded_rollout(update: str):
     found = []
     for fold in (False, True):
         model = _trained("scenes")
-        schedule = model.schedule(4, eta=1.0, noise_level=0.7)
+        schedule = model.schedule(4)
         optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
-        settings = Settings(2.0, 2, max_grad_norm=1e9, update=update, fold_adapter=fold)  # type: ignore[arg-type]
-        engine = Engine(model, schedule, ddpo(), StaticRange(1, 3), lambda x, _: x.mean((1, 2, 3)), optimizer, settings)
+        settings = Updates(rollout_batch=2, max_grad_norm=1e9, update=update)  # type: ignore[arg-type]
+        engine = Engine(
+            model, schedule, ddpo(), StaticRange(start=1, end=3), lambda x, _: x.mean((1, 2, 3)), optimizer, settings,
+            sampler=Sampler(guidance_scale=2.0), folds_adapter=fold,
+        )  # fmt: skip
         before = torch.cat([parameter.detach().flatten().clone() for parameter in model.trainable_parameters()])
         values = engine.step(EncodedPrompts.of(model, PROMPTS), PROMPTS, iteration=0, seed=1).values
         after = torch.cat([parameter.detach().flatten() for parameter in model.trainable_parameters()])

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from adascope_fast.decoders import LinearDecoder, TinyDecoder
-from adascope_fast.sampling import initial_latents
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from adascope_fast import backbones, checkpoint
+from adascope_fast import backbones
+from adascope_fast.adascope.decoders import LinearDecoder, TinyDecoder
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.loading import align, aligned, not_whole, quiet
 from adascope_fast.rewards.clip import SCENES_CLIP, ClipSimilarity
+from adascope_fast.training import checkpoint
+from adascope_fast.training.draw import initial_latents
 
 CAPTION = "a red circle on a grey background"
 
@@ -57,9 +58,9 @@ def test_the_same_weights_give_the_same_bits_wherever_they_lie(tiny: Callable[[s
         if isinstance(part, nn.Module):
             for tensor in part.parameters():
                 tensor.data = tensor.data.clone()
-    want = _outputs(backbones.load(in_memory, rank=2))
+    want = _outputs(backbones.load(in_memory, lora_rank=2))
     for num_bytes in (0, 8, 16, 24, 32, 40, 48, 56):
-        model = backbones.load(str(_moved(folder, tmp_path / str(num_bytes), num_bytes)), rank=2)
+        model = backbones.load(str(_moved(folder, tmp_path / str(num_bytes), num_bytes)), lora_rank=2)
         for got, wanted in zip(_outputs(model), want, strict=True):
             assert torch.equal(got, wanted)
         assert _offsets(_weights(model)) == {0}

@@ -120,7 +120,10 @@ def _configurations(folder: Path, target: Path) -> Path:
 def test_a_single_file_is_the_same_model(tiny, single_file: Path, tmp_path: Path):
     base = _configurations(tiny("sd"), tmp_path / "base")
     backbones.check(str(single_file), base=str(base))
-    model, plain = backbones.load(str(single_file), base=str(base), rank=2), backbones.load(str(tiny("sd")), rank=2)
+    model, plain = (
+        backbones.load(str(single_file), base=str(base), lora_rank=2),
+        backbones.load(str(tiny("sd")), lora_rank=2),
+    )
     assert torch.equal(_output(model), _output(plain))
     latents = initial_latents(model, [1])
     torch.testing.assert_close(model.decode(latents), plain.decode(latents))
@@ -154,8 +157,8 @@ def test_what_a_single_file_lacks_comes_from_its_base(tiny, single_file: Path, t
     alone = tmp_path / "denoiser.safetensors"
     save_file({name: value + 0.01 for name, value in tensors.items()}, alone)
     with pytest.warns(RuntimeWarning, match=r"lacks a component .*; all but the unet is taken from"):
-        model = backbones.load(str(alone), base=str(tiny("sd")), rank=2)
-    plain = backbones.load(str(tiny("sd")), rank=2)
+        model = backbones.load(str(alone), base=str(tiny("sd")), lora_rank=2)
+    plain = backbones.load(str(tiny("sd")), lora_rank=2)
     assert torch.equal(model.encode([CAPTION])["text"], plain.encode([CAPTION])["text"])
     with torch.no_grad():
         for parameter in plain.denoiser.parameters():
@@ -182,8 +185,8 @@ def cache(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_repository_is_read_from_the_cache_without_a_network(tiny, cache: Path):
     backbones.check("someone/tiny")
-    model = backbones.load("someone/tiny", rank=2)
-    assert torch.equal(_output(model), _output(backbones.load(str(tiny("sd")), rank=2)))
+    model = backbones.load("someone/tiny", lora_rank=2)
+    assert torch.equal(_output(model), _output(backbones.load(str(tiny("sd")), lora_rank=2)))
 
 
 def test_a_repository_that_is_not_in_the_cache_says_what_to_download(cache: Path):
@@ -281,7 +284,9 @@ def test_schnell_is_refused_as_a_folder_and_as_a_pipeline(tiny):
 
 def test_a_loaded_pipeline_is_taken_as_it_is(tiny):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny("sd"))
-    assert torch.equal(_output(backbones.load(pipeline, rank=2)), _output(backbones.load(str(tiny("sd")), rank=2)))
+    assert torch.equal(
+        _output(backbones.load(pipeline, lora_rank=2)), _output(backbones.load(str(tiny("sd")), lora_rank=2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -364,12 +369,12 @@ def test_adapters_learn_over_quantised_weights(tiny, tmp_path: Path, quantize: A
         monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
     monkeypatch.setattr("diffusers.models.modeling_utils._caching_allocator_warmup", lambda *_, **__: None)
     options: dict[str, Any] = {"resolution": 16, "max_sequence_length": 4} if name == "flux" else {}
-    plain = backbones.load(str(tiny(name)), dtype="bfloat16", rank=2, **options)
+    plain = backbones.load(str(tiny(name)), dtype="bfloat16", lora_rank=2, **options)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         # Out of training mode bitsandbytes takes another way on a CPU, which these widths are too small for.
         options |= {"gradient_checkpointing": True}
-        model = backbones.load(str(tiny(name)), dtype="bfloat16", rank=2, quantize=quantize, **options)
+        model = backbones.load(str(tiny(name)), dtype="bfloat16", lora_rank=2, quantize=quantize, **options)
     kinds = {type(layer).__name__ for layer in model.denoiser.modules()}
     assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantize] in kinds
     model.to(torch.device("cpu"))

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from adascope_fast import backbones, reference
-from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -38,13 +40,18 @@ def _setting(bench: Any, model: str = "scenes", **changes: Any) -> Any:
     return bench.Setting(**{**values, "guidance_scale": GUIDANCE, **changes})
 
 
+def _noise(model: str, amount: float) -> dict[str, Any]:
+    """The noise of a model's own sampler."""
+    return {"eta" if model == "scenes" else "noise_level": amount}
+
+
 @pytest.mark.parametrize(("model", "noise"), [("scenes", 1.0), ("scenes", 0.4), ("scenes-flow", 0.7)])
 def test_the_eager_samplers_are_ours(bench: Any, model: str, noise: float):
     eager = import_module("eager")
-    backbone = backbones.load(model, rank=1)
+    backbone = backbones.load(model, lora_rank=1)
     make = eager.ddim_tables if model == "scenes" else eager.flow_tables
     timesteps, noisy, plain = make(backbone.pipeline.scheduler, 10, noise)
-    schedule = backbone.schedule(10, eta=noise, noise_level=noise)
+    schedule = backbone.schedule(10, **_noise(model, noise))
     torch.testing.assert_close(timesteps, schedule.timesteps)
     torch.testing.assert_close(noisy, schedule.coef, rtol=1e-5, atol=1e-6)
     assert schedule.ode_coef is not None
@@ -65,20 +72,18 @@ def test_the_eager_log_probability_is_the_reference(bench: Any):
 def test_the_eager_gradient_is_the_packed_one_at_every_step(bench: Any, model: str):
     noise = 1.0 if model == "scenes" else 0.7
     it = import_module("eager").Eager(_setting(bench, model, noise=noise, lora_rank=2))
-    backbone = backbones.load(str(backbones.folder_of(model)), rank=2)
+    backbone = backbones.load(str(backbones.folder_of(model)), lora_rank=2)
     ours = backbone.trainable_parameters()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # a fresh adapter is zero and has no gradient in half of it
         for theirs, parameter in zip(it.parameters, ours, strict=True):
             theirs.copy_(parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05))
-    schedule = backbone.schedule(T, eta=noise, noise_level=noise)
+    schedule = backbone.schedule(T, **_noise(model, noise))
     optimizer = torch.optim.SGD(ours, lr=1.0)
-    settings = Settings(
-        guidance_scale=GUIDANCE, rollout_batch=2, microbatch=4, updates_per_iteration=1, max_grad_norm=1e9
-    )
+    settings = Updates(rollout_batch=2, microbatch=4, updates_per_iteration=1, max_grad_norm=1e9)
     engine = Engine(
         backbone, schedule, ddpo(clip_range=1e-2), EveryStep(), lambda images, prompts: images.mean((1, 2, 3)),
-        optimizer, settings,
+        optimizer, settings, sampler=Sampler(guidance_scale=GUIDANCE),
     )  # fmt: skip
     encoded = EncodedPrompts.of(backbone, PROMPTS)
     trajectory = rollout(
@@ -87,7 +92,9 @@ def test_the_eager_gradient_is_the_packed_one_at_every_step(bench: Any, model: s
     assert schedule.trainable.all()
     advantages, keep = torch.tensor([0.7, -1.3]), torch.ones(2, T, dtype=torch.bool)
     before = torch.cat([parameter.detach().flatten() for parameter in ours])
-    engine.update(encoded, trajectory, keep, advantages[:, None].expand(2, T), generator)
+    pairs = trajectory.pairs(keep)
+    rows: Any = Pairs(trajectory, pairs, advantages[pairs[:, 0]], None)
+    engine.update(engine.policy(encoded, schedule), rows, T, generator)
     packed = before - torch.cat([parameter.detach().flatten() for parameter in ours])
 
     it.setting = _setting(bench, model, noise=noise, clip_range=1e-2)
@@ -109,6 +116,17 @@ def test_a_key_that_does_not_exist_is_a_note_not_an_error(bench: Any):
     assert (config.train.microbatch, config.train.rollout_batch, config.sampler.num_steps) == (7, 2, T)
     with pytest.raises(common.NotBuiltError, match=r"not built: no key train\.wings"):
         ours.configuration(_setting(bench, options={"config": {"train": {"wings": 2}}}))
+    with pytest.raises(common.NotBuiltError, match=r"not built: no key selector\.wings$"):
+        ours.configuration(_setting(bench, options={"config": {"selector": {"wings": 2}}}))
+
+
+def test_every_step_of_ours_is_every_step_of_the_baselines(bench: Any):
+    """On flows the selector's default leaves out the last step; TRL and the eager loop train it."""
+    ours = import_module("ours")
+    for model in ("scenes", "scenes-flow"):
+        it = ours.Ours(_setting(bench, model, noise=1.0 if model == "scenes" else 0.7))
+        it.iterate(PROMPTS, None, import_module("common").Clock("cpu"))
+        assert it.engine.selector.telemetry()["fraction"] == 1
 
 
 def test_the_published_models_have_their_published_size(bench: Any):

@@ -14,5 +14,9 @@ def test_calibrate_writes_a_page_and_refuses_in_one_line(tmp_path: Path):
     assert refused("calibrate", TINY, "--start", "0.7") == (
         "error: --start must be below --end, got 0.7 and 0.636; the paper has 0.106 and 0.636"
     )
+    assert refused("calibrate", TINY, "--prompts", "1", "--out", out, "selector.rule=literal") == (
+        "error: a calibration proposes selector.kappa and selector.phi_end, which have a meaning with selector.rule = "
+        '"knee" or "knee_causal", got "literal"; set selector.rule = "knee"'
+    )
     assert "is a file; choose another place" in refused("calibrate", TINY, "--out", out / "calibration.json")
     assert "calibrate needs a configuration file first, got nothing" in refused("calibrate")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import SMALLEST, TINY, call, refused
 
-from adascope_fast.commands.train import outcome
+from adascope_fast.commands.train import differences, outcome
 from adascope_fast.config import Config
 from adascope_fast.training.trainer import Result
 
@@ -93,12 +93,27 @@ def test_ctrl_c_says_how_to_resume_and_resume_finishes(tmp_path: Path, reward_mo
     before = (folder / "config.toml").read_text()
     line = refused("train", "--resume", folder, "train.learning_rate=1.0")
     assert "train.learning_rate cannot change" in line
+    line = refused("train", "--resume", folder, "reward.name=jpeg_compressibility")
+    assert "so reward.name cannot change" in line
     assert (folder / "config.toml").read_text() == before
     resumed = call("train", "--resume", folder, "train.iterations=3")
     assert resumed.code == 0, resumed
     records = [json.loads(record) for record in (folder / "stats.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [0, 1, 2]
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_what_differs_between_two_configurations_is_named():
+    def between(old: list[str], new: list[str]) -> set[str]:
+        return differences(Config.load(None, old).model_dump(), Config.load(None, new).model_dump())
+
+    assert between([], []) == set()
+    assert between(["selector.name=every_step"], ["selector.name=every_step"]) == set(), "without sensing"
+    assert between([], ["train.iterations=3", "selector.kappa=0.5"]) == {"train.iterations", "selector.kappa"}
+    assert between([], ["algorithm.name=grpo"]) == {"algorithm.name"}
+    assert between([], ["selector.name=every_step"]) == {"selector.name", "sensing.kind"}
+    own = "algorithm.name=module:object"
+    assert between([own, "algorithm.beta=1"], [own, "algorithm.gamma=1"]) == {"algorithm.beta", "algorithm.gamma"}
 
 
 @pytest.mark.parametrize(
@@ -112,8 +127,8 @@ def test_ctrl_c_says_how_to_resume_and_resume_finishes(tmp_path: Path, reward_mo
         (["model.name=no/such"], "the repository no/such could not be read"),
         (["model.name=no/such.safetensors"], "is no file here; download it to this path"),
         (["model.name=no/such.ckpt"], "model.name must not be a pickle"),
-        (["reward.name=beauty"], "reward.name is one of scene_attributes, jpeg_compressibility"),
-        (["reward.name=no_such_module:score"], "reward 'no_such_module:score' could not be imported"),
+        (["reward.name=beauty"], "reward.name must be one of scene_attributes, jpeg_compressibility"),
+        (["reward.name=no_such_module:score"], "'no_such_module:score' could not be imported"),
         (["prompts.train=no_such_file.txt"], "got 'no_such_file.txt', which is no file"),
         (["prompts.held_out=scenes:test"], "a scenes split is 'train' or 'held_out', got 'test'"),
     ],

@@ -44,7 +44,7 @@ def _run(folder: Path, *, after: float, start: float) -> Path:
             "pairs_trained": 10 * (number + 1), "cpu_seconds": 2.0, "fraction_trained": 0.5, "reward_mean": 0.1,
             "seconds": {"rollout": 2.0, "update": 1.5},
             "selector": {"mean_start": start + number - 1, "mean_end": start + 4, "curves": curves}
-            | {"reasons": {"ok": 2}},
+            | {"reasons": {"ok": 2}, "fraction": 0.5 + 0.1 * number},
         }
         for number in range(3)
     ]  # fmt: skip
@@ -68,6 +68,7 @@ def test_points_add_up_pairs_and_seconds_until_each_evaluation(experiment: Any, 
     assert (found["seconds_total"], found["peak_memory_mb"]) == (12.5, 900)
     assert found["diversity"] == [0.4, 0.3]
     assert found["reasons"] == {"ok": 6}
+    assert (found["fraction_trained"], found["fraction_chosen"]) == (0.5, pytest.approx(0.6))
 
 
 def test_the_summary_is_over_seeds_and_the_plot_is_drawn(experiment: Any, tmp_path: Path):
@@ -105,7 +106,7 @@ def test_arms_and_variants_differ_in_what_they_say_they_do(
 
     def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: Any) -> dict[str, Any]:
         asked[folder.name] = overrides
-        return {"fraction_trained": 0.45}
+        return {"fraction_trained": 0.3, "fraction_chosen": 0.45}
 
     monkeypatch.setattr(experiment, "run", run)
     chosen = argparse.Namespace(

@@ -112,7 +112,7 @@ def test_the_proposed_thresholds_meet_their_aim_without_falling_back(target: tup
     assert abs(proposed.mean_start - target[0] * t) < 1
     assert abs(proposed.mean_end - target[1] * t) < 1
     assert not [reason for reason in proposed.reasons if reason.startswith("fallback")]
-    again = replace(AdaScope(), kappa_s=proposed.kappa, phi_e=proposed.phi_end)
+    again = AdaScope(kappa=proposed.kappa, phi_end=proposed.phi_end)
     again.decide(curves, trajectory.prompts, log_snr=schedule.log_snr)
     assert again.telemetry()["intervals"] == proposed.intervals
 
@@ -142,6 +142,60 @@ def test_the_page_and_its_figures(found: tuple[Config, Calibration], tmp_path: P
     with Image.open(path.parent / "calibration.png") as picture:
         assert picture.size[0] > 1000
     assert f"selector.kappa={result.proposed.kappa:.3g}" in result.text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["selector.name=every_step"],
+        ["selector.name=window", "train.update=one_pass"],
+        ["selector.name=static_range", "selector.start=1", "selector.end=3", "sampler.tail_share=0.5"],
+        ["selector.name=my_module:MySelector", "selector.size=3"],
+        ["selector.name=complement"],
+    ],
+    ids=["every_step", "window", "static_range", "own", "complement"],
+)
+def test_a_configuration_with_another_selector_is_looked_at_with_adascope(
+    found: tuple[Config, Calibration], tmp_path: Path, overrides: list[str]
+):
+    shared = [f"run.folder={tmp_path / 'run'}", "sampler.num_steps=6", "train.samples_per_prompt=3"]
+    result = calibrate(Config.load(TINY, [*shared, *overrides]), num_prompts=2, trainer=_made)
+    assert replace(result, seconds=0.0) == replace(found[1], seconds=0.0)
+
+
+def test_the_complement_is_looked_at_with_its_own_adascope(tmp_path: Path):
+    shared = [f"run.folder={tmp_path / 'run'}", "sampler.num_steps=6", "selector.kappa=0.9", "selector.pooling=batch"]
+    one, other = (
+        calibrate(Config.load(TINY, [*shared, f"selector.name={name}"]), num_prompts=2, trainer=_made)
+        for name in ("complement", "adascope")
+    )
+    assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
+    assert one.configured.kappa == 0.9
+    assert len(one.configured.intervals) == 1, "the pool is the batch"
+
+
+def test_a_sampler_without_noise_is_looked_at_at_every_step(tmp_path: Path):
+    """AWM trains a deterministic sampler's steps too."""
+    overrides = ["model.name=scenes-flow", "algorithm.name=awm", "sampler.kind=flow_ode", "sampler.num_steps=6"]
+    result = calibrate(Config.load(TINY, [*overrides, f"run.folder={tmp_path}"]), num_prompts=2, trainer=_made)
+    lengths = [end - start for start, end in result.configured.intervals]
+    assert result.configured.fraction == pytest.approx(np.mean(lengths) / 6)
+
+
+def test_the_causal_rule_is_calibrated_too(tmp_path: Path):
+    overrides = ["sampler.num_steps=6", "selector.rule=knee_causal", "sensing.kind=reward_only", "sensing.stride=1"]
+    overrides += ["sensing.num_samples=0", "selector.kappa=0.5", f"run.folder={tmp_path}"]
+    result = calibrate(Config.load(TINY, overrides), num_prompts=1, trainer=_made)
+    assert result.configured.kappa == 0.5
+    assert "fallback:first" not in result.configured.reasons, "the scale of the curves is known"
+
+
+@pytest.mark.parametrize("rule", ["literal", "fraction", "schedule", "fixed"])
+@pytest.mark.parametrize("name", ["adascope", "complement"])
+def test_a_rule_without_thresholds_is_refused(name: str, rule: str):
+    config = Config.load(TINY, [f"selector.name={name}", f"selector.rule={rule}"])
+    with pytest.raises(ConfigError, match=f'got "{rule}"; set selector.rule = "knee"'):
+        calibrate(config, num_prompts=1, trainer=_made)
 
 
 def test_what_cannot_be_calibrated_is_refused():

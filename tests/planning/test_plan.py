@@ -5,11 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from adascope_fast.config.selection import SelectorChoice
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,11 +17,14 @@ from adascope_fast import backbones
 from adascope_fast.algorithms.policy_gradient import ddpo
 from adascope_fast.backbones import ASSETS
 from adascope_fast.config import Config
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.planning.flops import Cost, measure
 from adascope_fast.planning.measured import check, checked
 from adascope_fast.planning.plan import denoiser_cost, fraction_trained, peak_of, plan, weight_bytes
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
+from adascope_fast.settings import OWN, choices_of
 
 PUBLISHED = Path(__file__).parents[2] / "configs" / "published"
 CLIP_L, CLIP_H, CLIP_G, T5_XXL, VAE = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656, 83_653_863
@@ -91,7 +93,7 @@ def test_attention_costs_what_a_fused_kernel_costs():
 )
 def test_published_models_have_their_published_size(name: str, denoiser: int, others: dict[str, int]):
     backbones.check(str(PUBLISHED / name))
-    model = backbones.outline(str(PUBLISHED / name), dtype="bfloat16", rank=1)
+    model = backbones.outline(str(PUBLISHED / name), dtype="bfloat16", lora_rank=1)
     counts = {key: sum(p.numel() for p in part.parameters()) for key, part in model.pipeline.components.items()
               if isinstance(part, torch.nn.Module)}  # fmt: skip
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
@@ -100,12 +102,12 @@ def test_published_models_have_their_published_size(name: str, denoiser: int, ot
     side = {"sd15": 512, "sd21": 768}.get(name, 1024)
     assert model.resolution == side
     assert all(parameter.is_meta for parameter in model.denoiser.parameters())
-    assert model.schedule(10, eta=1.0, noise_level=0.7).num_steps == 10
+    assert model.schedule(10).num_steps == 10
 
 
 @pytest.mark.parametrize("name", ["scenes", "scenes-flow"])
 def test_operations_of_the_outline_are_those_of_the_real_model(name: str):
-    real, outlined = backbones.load(name, rank=2), backbones.outline(name, rank=2)
+    real, outlined = backbones.load(name, lora_rank=2), backbones.outline(name, lora_rank=2)
     condition = {key: value.expand(2, *value.shape[1:]) for key, value in real.encode(["a red circle"]).items()}
     shapes = {key: tuple(value.shape[1:]) for key, value in condition.items()}
     assert outlined.condition_shape() == shapes
@@ -117,7 +119,7 @@ def test_operations_of_the_outline_are_those_of_the_real_model(name: str):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_memory_of_the_outline_is_that_of_the_real_computation(gradient_checkpointing: bool):
-    options = {"rank": 2, "gradient_checkpointing": gradient_checkpointing}
+    options = {"lora_rank": 2, "gradient_checkpointing": gradient_checkpointing}
     real, outlined = backbones.load("scenes", **options), backbones.outline("scenes", **options)
     condition = {key: value.expand(8, *value.shape[1:]) for key, value in real.encode(["a red circle"]).items()}
     latents, timestep = torch.randn(8, *real.latent_shape), torch.full((8,), 500.0)
@@ -133,16 +135,24 @@ def test_memory_of_the_outline_is_that_of_the_real_computation(gradient_checkpoi
 
 
 def test_the_share_of_steps_is_known_for_every_selector():
+    needed = {
+        "random_fraction": {"fraction": 0.3},
+        "static_range": {"start": 2, "end": 7},
+        "threshold": {"uncertainty_low": 0.02, "uncertainty_high": 0.1},
+        OWN: {"name": "my_module:my_selector"},
+    }
     shares = {}
-    for name in get_args(SelectorChoice.model_fields["name"].annotation):
-        overrides = ["selector.fraction=0.3", "selector.start=2", "selector.end=7", f"selector.name={name}"]
-        overrides += ["selector.uncertainty_low=0.02", "selector.uncertainty_high=0.1"]
-        shares[name] = fraction_trained(Config.load(None, overrides))
+    for name in choices_of(Config.model_fields["selector"].annotation):
+        shares[name] = fraction_trained(Config.of({"selector": {"name": name} | needed.get(name, {})}))
     assert shares["adascope"] + shares["complement"] == 1
+    assert shares["threshold"] == shares[OWN] == 1, "what is not known is taken for every step"
     assert (shares["random_fraction"], shares["static_range"], shares["window"]) == (0.3, 0.25, 0.1)
     assert fraction_trained(Config.load(None, ["selector.name=late_start"])) == 0.8
     assert fraction_trained(Config.load(None, ["algorithm.backfill=full"])) == 1
     assert fraction_trained(Config.load(None, ["algorithm.backfill=sparse"])) == 1 / 20
+    awm = ["algorithm.name=awm", "algorithm.num_draws=5", "selector.name=every_step"]
+    assert fraction_trained(Config.load(None, awm)) == 0.25, "AWM's noise levels, whatever the selector"
+    assert fraction_trained(Config.load(None, [*awm, "sampler.num_steps=4"])) == 1
 
 
 def test_the_parts_of_a_plan_add_up():
@@ -183,10 +193,11 @@ def test_one_pass_and_a_folded_adapter_take_what_they_keep():
 def test_the_microbatch_of_the_plan_is_the_engines(guidance_scale: float, microbatch: int):
     config = Config.load(None, ["train.rollout_batch=4", f"sampler.guidance_scale={guidance_scale}"])
     assert plan(config).microbatch == microbatch
-    settings = Settings(guidance_scale, rollout_batch=4)
+    settings, sampler = Updates(rollout_batch=4), Sampler(guidance_scale=guidance_scale)
     model: Any = SimpleNamespace(trainable_parameters=list)
     nothing: Any = None
-    assert Engine(model, nothing, ddpo(), EveryStep(), nothing, nothing, settings).microbatch == microbatch
+    engine = Engine(model, nothing, ddpo(), EveryStep(), nothing, nothing, settings, sampler=sampler)
+    assert engine.microbatch == microbatch
 
 
 class FakeGauge:
@@ -264,7 +275,7 @@ def test_each_selector_has_a_fraction():
 
 
 def test_quantised_and_offloaded_weights_take_less():
-    model = backbones.outline("scenes", dtype="bfloat16", rank=4)
+    model = backbones.outline("scenes", dtype="bfloat16", lora_rank=4)
 
     def taken(*overrides: str) -> float:
         return weight_bytes(model, Config.load(None, ["model.dtype=bfloat16", *overrides]))

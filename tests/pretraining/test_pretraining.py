@@ -192,7 +192,7 @@ def test_pretraining_leaves_a_folder_that_plain_diffusers_loads(
     assert picture.shape == (1, 64, 64, 3)
     assert np.isfinite(picture).all()
     _check_is_plain(tmp_path / name)
-    assert backbones.load(str(tmp_path / name), rank=1).latent_shape == (8, 8, 8)
+    assert backbones.load(str(tmp_path / name), lora_rank=1).latent_shape == (8, 8, 8)
 
 
 def _check_is_plain(folder: Path) -> None:

@@ -21,6 +21,7 @@ from adascope_fast.config import ConfigError
 from adascope_fast.pretraining import captions, clip, loop
 from adascope_fast.pretraining.drawing import draw
 from adascope_fast.prompts.scenes import every_scene
+from adascope_fast.rewards import settings
 from adascope_fast.rewards.clip import SCENES_CLIP, ClipSimilarity, prepared
 
 CAPTIONS = [scene.caption for scene in clip.HELD_OUT]
@@ -98,7 +99,7 @@ def test_the_folder_is_small_and_plain():
 
 
 def test_it_is_a_reward_by_name_and_so_is_any_other_folder(tmp_path: Path, drawings: Tensor):
-    reward = rewards.load("clip_similarity")
+    reward = rewards.load(settings.ClipSimilarity())
     assert rewards.score(reward, drawings[:3], CAPTIONS[:3]).min() > 0.2
     torch.manual_seed(0)
     tokenizer = captions.build_tokenizer()
@@ -107,7 +108,7 @@ def test_it_is_a_reward_by_name_and_so_is_any_other_folder(tmp_path: Path, drawi
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     captions.save_slow_files(tokenizer, tmp_path / "other")
-    named = rewards.load("clip_similarity", clip=str(tmp_path / "other"))
+    named = rewards.load(settings.ClipSimilarity(clip=str(tmp_path / "other")))
     assert not torch.equal(named(drawings[:3], CAPTIONS[:3]), reward(drawings[:3], CAPTIONS[:3]))
     long = "a red circle " * 40
     assert named(drawings[:1], [long]).isfinite().all(), "a prompt that is too long is cut"
@@ -169,7 +170,7 @@ def test_a_mirrored_picture_has_the_mirrored_caption():
         assert same == (row not in changed)
         assert said[row].position == ("right" if row in changed else "left")
         assert said[row] in clip._ROW
-    judge = rewards.load("scene_attributes")
+    judge = rewards.load(settings.SceneAttributes())
     assert judge(turned, [scene.caption for scene in said]).mean() > 0.97
 
 

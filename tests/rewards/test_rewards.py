@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from adascope_fast import rewards
+from adascope_fast.config import Config
 from adascope_fast.pretraining.drawing import draw
 from adascope_fast.prompts.scenes import BACKGROUNDS, Scene, every_scene
+from adascope_fast.rewards import settings
 from adascope_fast.rewards.scene_attributes import ATTRIBUTES, SceneAttributes
 
 JUDGE = SceneAttributes()
@@ -156,9 +158,14 @@ def test_jpeg_rewards_are_the_size_of_pils_file():
         Image.fromarray(picture).save(file, "JPEG", quality=95)
         sizes.append(len(file.getvalue()) / 1000)
     images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(rewards.load("jpeg_incompressibility")(images, [""] * 3), torch.tensor(sizes))
-    torch.testing.assert_close(rewards.load("jpeg_compressibility")(images, [""] * 3), -torch.tensor(sizes))
+    torch.testing.assert_close(rewards.load(settings.JpegIncompressibility())(images, [""] * 3), torch.tensor(sizes))
+    torch.testing.assert_close(rewards.load(settings.JpegCompressibility())(images, [""] * 3), -torch.tensor(sizes))
     assert sizes[0] > sizes[2] > sizes[1], "noise is large, a single colour small"
+
+
+def _named(name: str) -> rewards.Reward:
+    """The reward of a configuration that names it."""
+    return rewards.load(Config.load(None, [f"reward.name={name}"]).reward)
 
 
 def test_rewards_are_found_by_name_and_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -166,31 +173,34 @@ def test_rewards_are_found_by_name_and_by_module(tmp_path: Path, monkeypatch: py
         "def constant(images, prompts):\n    return [0.5] * len(prompts)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    reward = rewards.load("my_reward_by_module:constant")
+    reward = _named("my_reward_by_module:constant")
     assert rewards.score(reward, torch.zeros(3, 3, 4, 4), ["a"] * 3).tolist() == [0.5] * 3
-    assert isinstance(rewards.load("scene_attributes"), SceneAttributes)
+    assert isinstance(_named("scene_attributes"), SceneAttributes)
 
 
 def test_a_reward_module_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "my_reward_in_the_folder.py").write_text("def zero(images, prompts):\n    return images[:, 0, 0, 0]\n")
     monkeypatch.syspath_prepend(".")  # restores sys.path afterwards
     monkeypatch.chdir(tmp_path)
-    assert rewards.load("my_reward_in_the_folder:zero").__name__ == "zero"
+    assert _named("my_reward_in_the_folder:zero").__name__ == "zero"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("scene_atributes", "reward.name is one of scene_attributes, jpeg_compressibility, .* got 'scene_atributes'"),
-        ("no_such_module:reward", "reward 'no_such_module:reward' could not be imported .*no_such_module"),
-        ("math:no_such_function", "reward 'math:no_such_function' could not be imported .*no_such_function"),
-        (":reward", "reward.name is one of .* or module:function, got ':reward'"),
+        (
+            "scene_atributes",
+            r'reward.name must be one of scene_attributes, jpeg_compressibility, .* got "scene_atributes"',
+        ),
+        ("no_such_module:reward", "'no_such_module:reward' could not be imported .*no_such_module"),
+        ("math:no_such_function", "'math:no_such_function' could not be imported .*no_such_function"),
+        (":reward", r'reward.name is not valid, got ":reward"'),
         ("math:pi", "reward 'math:pi' must be a function of .*, got float"),
     ],
 )
 def test_a_reward_that_cannot_be_found_is_refused(name: str, message: str):
     with pytest.raises(ValueError, match=message):
-        rewards.load(name)
+        _named(name)
 
 
 @pytest.mark.parametrize(

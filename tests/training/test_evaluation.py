@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adascope_fast.training.evaluation import Evaluation, contrast, diversity, evaluate, interval
+from adascope_fast.training.evaluation import HeldOutScores, contrast, diversity, evaluate, interval
 
 
 def test_the_interval_is_over_prompts_not_over_pictures():
@@ -20,7 +20,7 @@ def test_the_interval_is_over_prompts_not_over_pictures():
     assert (found["low"], found["high"]) == pytest.approx((0.575 - reach, 0.575 + reach), abs=1e-4)
 
 
-def _evaluate(toy: object, seed: int = 1, batch: int = 3) -> Evaluation:
+def _evaluate(toy: object, seed: int = 1, batch: int = 3) -> HeldOutScores:
     return evaluate(
         toy,  # type: ignore[arg-type]
         toy.schedule(4, eta=0.3, noise_level=0.7),  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from adascope_fast import backbones, rewards
-from adascope_fast.adascope.interval_rule import RULES
+from adascope_fast.adascope.settings import Rule
 from adascope_fast.cli import app
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.rewards.settings import JpegCompressibility
 from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
 from adascope_fast.training.building import selector_of, sensor_of
 from adascope_fast.training.trainer import Trainer
@@ -22,12 +23,13 @@ from adascope_fast.training.trainer import Trainer
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 # Two iterations of the smallest run, 6 steps long; one picture before and one after.
 SMALL = [
+    "reward.name=jpeg_compressibility",  # tells any two images apart, so that every kept pair has an advantage
     "evaluation.num_prompts=1",
     "evaluation.samples_per_prompt=1",
     "train.prompts_per_iteration=1",
-    "sensing.stride=2",
     "sensing.every=1",
 ]
+RULES = get_args(Rule)
 
 
 def _red(images: Tensor, prompts: list[str]) -> Tensor:
@@ -43,6 +45,14 @@ def tiny_autoencoder(tmp_path_factory: pytest.TempPathFactory, save_tiny: Callab
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny(folder)
     return folder
+
+
+def _sensing(kind: str, decoder: str, rule: str, tiny_autoencoder: Path) -> list[str]:
+    """Overrides for a kind, with the keys that it and its decoder have."""
+    overrides = [f"selector.rule={rule}", f"sensing.kind={kind}"]
+    if kind != "latent":
+        overrides += [f"sensing.decoder={decoder}", f"sensing.stride={1 if rule == 'knee_causal' else 2}"]
+    return [*overrides, f"sensing.tiny={tiny_autoencoder}"] if decoder == "tiny" else overrides
 
 
 KINDS = [
@@ -62,16 +72,13 @@ def test_every_kind_decoder_and_rule_decides_on_a_rollout(
     decoder: str,
     rule: str,
 ):
+    overrides = _sensing(kind, decoder, rule, tiny_autoencoder)
     if rule == "knee_causal" and kind == "latent":
         with pytest.raises(ConfigError, match="knee_causal decides while sampling"):
-            _config(tmp_path, f"selector.rule={rule}")
+            _config(tmp_path, *overrides)
         return
-    stride = 1 if rule == "knee_causal" else 2
-    config = _config(
-        tmp_path, f"selector.rule={rule}", f"sensing.kind={kind}", f"sensing.decoder={decoder}",
-        f"sensing.tiny={tiny_autoencoder}", f"sensing.stride={stride}",
-    )  # fmt: skip
-    selector = selector_of(config, sensor_of(config, backbone, rewards.load("jpeg_compressibility"), tmp_path))
+    config = _config(tmp_path, *overrides)
+    selector = selector_of(config, sensor_of(config, backbone, rewards.load(JpegCompressibility()), tmp_path))
     for iteration, trajectory in enumerate(rollouts):
         keep = selector(trajectory, iteration)
         assert keep.any(1).all()
@@ -87,14 +94,14 @@ def test_every_kind_decoder_and_rule_decides_on_a_rollout(
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    return backbones.load("scenes", rank=1)
+    return backbones.load("scenes", lora_rank=1)
 
 
 @pytest.fixture(scope="module")
 def rollouts(backbone: Any) -> list[Trajectory]:
     """Two rollouts of the embedded model, 6 steps long."""
     prompts = ["a large red circle on a grey background"] * 2
-    schedule, encoded = backbone.schedule(6, eta=1.0, noise_level=0.7), EncodedPrompts.of(backbone, prompts)
+    schedule, encoded = backbone.schedule(6), EncodedPrompts.of(backbone, prompts)
     return [
         rollout(
             backbone, schedule, encoded, prompts,
@@ -111,8 +118,7 @@ def test_every_kind_decoder_and_rule_runs_from_the_command_line(
     tmp_path: Path, tiny_autoencoder: Path, kind: str, decoder: str, rule: str
 ):
     """The same decisions as above, two iterations with their updates; the fast suite runs a part of them, below."""
-    overrides = [f"sensing.kind={kind}", f"sensing.decoder={decoder}", f"sensing.tiny={tiny_autoencoder}"]
-    overrides += [f"selector.rule={rule}", f"sensing.stride={1 if rule == 'knee_causal' else 2}"]
+    overrides = _sensing(kind, decoder, rule, tiny_autoencoder)
     command = ["train", str(TINY), *SMALL, *overrides, f"run.folder={tmp_path / 'run'}"]
     result = CliRunner().invoke(app, command)
     if rule == "knee_causal" and kind == "latent":
@@ -131,14 +137,17 @@ RUNS = [
     ["sensing.kind=semantic", "sensing.decoder=linear", "sensing.every=2", "reward.name=clip_similarity"],
     ["sensing.kind=semantic", "selector.mask_source=previous", "train.update=one_pass"],
     ["sensing.kind=reward_only", "selector.mask_source=previous", "train.update=one_pass"],
-    ["sensing.kind=latent", "selector.mask_source=previous", "train.update=one_pass", "sensing.stride=1"],
-    ["sensing.kind=latent", "selector.rule=schedule", "selector.min_fraction=0.3", "selector.max_fraction=0.5"],
+    ["sensing.kind=latent", "selector.mask_source=previous", "train.update=one_pass"],
+    ["sensing.kind=latent", "selector.rule=schedule"],
+    ["sensing.kind=latent", "selector.rule=knee", "selector.min_fraction=0.3", "selector.max_fraction=0.5"],
     ["sensing.kind=latent", "selector.rule=fixed", "selector.fallback=[0.2, 0.8]", "selector.memory_decay=0.0"],
 ]
 
 
 @pytest.mark.parametrize("overrides", RUNS, ids=lambda overrides: "-".join(item.split("=")[-1] for item in overrides))
 def test_two_iterations_from_the_command_line(tmp_path: Path, tiny_autoencoder: Path, overrides: list[str]):
+    if "sensing.kind=latent" not in overrides and "sensing.stride=1" not in overrides:
+        overrides = [*overrides, "sensing.stride=2"]
     if "sensing.decoder=tiny" in overrides:
         overrides = [*overrides, f"sensing.tiny={tiny_autoencoder}"]
     result = CliRunner().invoke(app, ["train", str(TINY), *SMALL, *overrides, f"run.folder={tmp_path / 'run'}"])
@@ -151,6 +160,8 @@ def test_two_iterations_from_the_command_line(tmp_path: Path, tiny_autoencoder: 
     if "selector.rule=knee_causal" in overrides:
         assert list(first["selector"]["reasons"]) == ["fallback:first"], "no rollout is known before the first"
         assert list(second["selector"]["reasons"]) != ["fallback:first"]
+    if "selector.min_fraction=0.3" in overrides:
+        assert 2 / 6 <= first["fraction_trained"] <= 3 / 6, "of 6 steps, rounded"
     if "sensing.every=2" in overrides:
         assert "curves" in first["selector"]
         assert "curves" not in second["selector"]
@@ -210,8 +221,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, kind: list[str], call:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["sensing.decoder=tiny"], r'sensing.decoder = "tiny" needs sensing.tiny, got none'),
+        (["sensing.kind=semantic", "sensing.decoder=tiny"], r'sensing.decoder = "tiny" needs sensing.tiny, got none'),
+        (["sensing.kind=semantic", "sensing.tiny=folder"], r'is the decoder of sensing.decoder = "tiny", got "vae"'),
+        (["sensing.decoder=tiny"], r'sensing.decoder belongs to sensing.kind = "semantic" or "reward_only", got'),
+        (["selector.name=every_step", "sensing.kind=latent"], r"\[sensing\] is what AdaScope sees of a rollout, got"),
         (["selector.rule=knee_causal"], "knee_causal decides while sampling, so it needs sensing.kind semantic"),
+        (["selector.rule=schedule", "selector.min_fraction=0.3"], "selector.min_fraction has a meaning with"),
         (["selector.rule=knee_causal", "sensing.kind=semantic", "sensing.stride=2"], "got semantic and 2"),
         (
             ["selector.pooling=sample", "sensing.kind=semantic", "sensing.num_samples=1"],
@@ -220,7 +235,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, kind: list[str], call:
         (["selector.min_fraction=0.9", "selector.max_fraction=0.8"], "min_fraction must not exceed"),
         (["selector.fallback=[0.5, 0.5]"], r"start below end, got \[0.5, 0.5\]"),
         (["selector.rule=knees"], "selector.rule"),
-        (["sensing.stride=0"], "sensing.stride"),
+        (["sensing.kind=semantic", "sensing.stride=0"], "sensing.stride must be at least 1, got 0"),
         (["sensing.kind=clip"], "sensing.kind"),
     ],
 )

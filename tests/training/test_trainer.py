@@ -4,21 +4,22 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import pytest
 import torch
-from adascope_fast.config.selection import SelectorChoice
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from adascope_fast import backbones
+from adascope_fast.adascope.sensing import LatentSensor
 from adascope_fast.algorithms.attribution import Attribution
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.selectors.simple import StaticRange, Threshold
+from adascope_fast.selectors.simple import LateStart, RandomFraction, StaticRange, Threshold
 from adascope_fast.selectors.windows import FastWindow, Window
+from adascope_fast.settings import OWN, choices_of
 from adascope_fast.training.building import algorithm_of, selector_of
 from adascope_fast.training.draw import draw, initial_latents, load_run
 from adascope_fast.training.trainer import Result, Trainer
@@ -31,14 +32,15 @@ SMALLEST = [
     "sampler.num_steps=4",
     "train.prompts_per_iteration=1",
     "train.learning_rate=0.01",
-    "algorithm.per_prompt_min_count=1",
     "evaluation.num_prompts=1",
     "evaluation.samples_per_prompt=1",
 ]
 
 
 def _config(folder: Path, *overrides: str) -> Config:
-    return Config.load(TINY, [*SMALLEST, f"run.folder={folder}", *overrides])
+    is_ddpo = not any(override.startswith("algorithm.name=") for override in overrides)
+    own = ["algorithm.min_count=1"] if is_ddpo else []  # from the first iteration on the tracker matters
+    return Config.load(TINY, [*SMALLEST, *own, f"run.folder={folder}", *overrides])
 
 
 def redness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -132,6 +134,32 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path: Path, al
     assert len(_lines(folder) if (folder / "stats.jsonl").is_file() else []) == max(0, call - 2)
     _trainer(config).resume()
     _check_same_run(folder, alone[0])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "carries"),
+    [
+        (["algorithm.name=dpok", "algorithm.value_learning_rate=0.01"], True),
+        (["algorithm.name=d3po", "selector.name=every_step"], False),
+        (["algorithm.name=awm", "algorithm.num_draws=3"], True),
+    ],
+    ids=["dpok", "d3po", "awm"],
+)
+def test_an_algorithm_with_a_memory_of_its_own_resumes_bit_for_bit(tmp_path: Path, algorithm: list[str], carries: bool):
+    """DPOK's critic with its optimiser and its images, AWM's average: killed in iteration 1, after a checkpoint."""
+    _trainer(_config(tmp_path / "alone", *algorithm)).train()
+    config = _config(tmp_path / "killed", *algorithm)
+    with pytest.raises(KeyboardInterrupt):
+        _trainer(config, _calls(_interrupt, 3)).train()
+    assert len(_lines(tmp_path / "killed")) == 1
+    _trainer(config).resume()
+    _check_same_run(tmp_path / "killed", tmp_path / "alone")
+    first, second = (load_file(tmp_path / "alone" / f"checkpoints/00000{n}/state.safetensors") for n in (1, 2))
+    own = {name for name in second if name.startswith("algorithm.")}
+    assert bool(own) == carries
+    assert all(name in first for name in own)
+    assert not carries or any(not torch.equal(first[name], second[name]) for name in own), "it learns"
+    assert any(not torch.equal(first[name], second[name]) for name in second if name.startswith("adapter."))
 
 
 def test_a_kill_in_the_middle_of_writing_is_repaired(tmp_path: Path, alone: tuple[Path, Result]):
@@ -263,34 +291,49 @@ def _has_scalars(path: Path) -> bool:
 
 
 def test_every_algorithm_and_selector_of_the_configuration_exists():
-    for name in ("ddpo", "grpo"):
+    def names(section: str) -> list[str]:
+        return [name for name in choices_of(Config.model_fields[section].annotation) if name != OWN]
+
+    assert len(names("algorithm")) == 6
+    for name in names("algorithm"):
         assert algorithm_of(Config.load(None, [f"algorithm.name={name}"])).name == name
     settings = ["algorithm.backfill=full", "algorithm.attribution=discount", "algorithm.gamma=0.5"]
-    assert algorithm_of(Config.load(None, settings)).attribution == Attribution("full", "discount", 0.5)
-    for name in get_args(SelectorChoice.model_fields["name"].annotation):
-        settings = ["selector.fraction=0.5", "selector.start=2", "selector.end=9"]
-        settings += ["selector.uncertainty_low=0.01", "selector.uncertainty_high=0.1"]
-        selector = selector_of(Config.load(None, [f"selector.name={name}", *settings]))
-        assert selector.state_dict() in ({}, {"memory": {}})
+    made: Any = algorithm_of(Config.load(None, settings))
+    assert made.attribution == Attribution(backfill="full", attribution="discount", gamma=0.5)
+    needed = {
+        "random_fraction": {"fraction": 0.5},
+        "static_range": {"start": 2, "end": 9},
+        "threshold": {"uncertainty_low": 0.01, "uncertainty_high": 0.1},
+    }
+    for name in names("selector"):
+        config = Config.of({"selector": {"name": name} | needed.get(name, {})})
+        assert selector_of(config, LatentSensor()).state_dict() in ({}, {"memory": {}})
 
 
 def test_selectors_are_built_as_configured():
     def built(*overrides: str) -> object:
-        return selector_of(Config.load(None, [f"selector.{override}" for override in overrides]))
+        config = Config.load(None, ["run.seed=7", *(f"selector.{override}" for override in overrides)])
+        return selector_of(config, LatentSensor())
 
-    assert built("name=late_start") == StaticRange(4, 20), "SPO's: step 4 of 20 to the end"
-    assert built("name=late_start", "start=7", "end=15") == StaticRange(7, 15)
-    assert built("name=threshold", "uncertainty_low=0.01", "uncertainty_high=0.1") == Threshold(0.01, 0.1)
-    assert built("name=window") == Window(size=2, period=25, limit=20)
+    assert built("name=static_range", "start=7", "end=15") == StaticRange(start=7, end=15)
+    assert built("name=random_fraction", "fraction=0.3") == RandomFraction(fraction=0.3, seed=7)
+    assert built("name=late_start") == LateStart()
+    assert LateStart().range_of(20) == (4, 20), "SPO's: step 4 of 20 to the end"
+    assert built("name=late_start", "start=7", "end=15") == LateStart(start=7, end=15)
+    bounds: dict[str, Any] = {"uncertainty_low": 0.01, "uncertainty_high": 0.1}
+    assert built("name=threshold", *(f"{key}={value}" for key, value in bounds.items())) == Threshold(**bounds)
+    assert built("name=window") == Window(window_size=2, shift_every=25, seed=7)
     keys = ["window_size=3", "shift_every=9", "window_shift=2", "start=1", "end=15", "at_limit=clamp"]
-    decay = ["shift_decay=exponential", "shift_every_min=2", "decay_rate=0.2", "decay_from=5", "ode_outside=false"]
+    decay = ["shift_decay=exponential", "decay_rate=0.2", "decay_from=5", "ode_outside=false"]
     assert built("name=window", *keys, *decay) == Window(
-        3, 9, 2, 1, 15, at_limit="clamp", decay="exponential", min_period=2, decay_rate=0.2, decay_from=5,
-        ode_outside=False,
+        window_size=3, shift_every=9, window_shift=2, start=1, end=15, at_limit="clamp", shift_decay="exponential",
+        decay_rate=0.2, decay_from=5, ode_outside=False, seed=7,
     )  # fmt: skip
-    assert built("name=window", "window_order=random") == Window(size=2, limit=20, order="random")
-    assert built("name=fast_window", "end=10") == FastWindow(2, 0, 10)
-    assert built("name=fast_window", "end=10", "ode_outside=false") == FastWindow(2, 0, 10, ode_outside=False)
+    linear = built("name=window", "shift_decay=linear", "shift_every_min=2", "last_step=train")
+    assert linear == Window(shift_decay="linear", shift_every_min=2, last_step="train", seed=7)
+    assert built("name=window", "window_order=random") == Window(window_order="random", seed=7)
+    assert built("name=fast_window", "end=10") == FastWindow(window_size=2, end=10, seed=7)
+    assert built("name=fast_window", "end=10", "ode_outside=false") == FastWindow(end=10, ode_outside=False, seed=7)
 
 
 def test_prompts_of_an_iteration_depend_on_the_seed_and_its_number(tmp_path: Path):
