@@ -49,8 +49,15 @@ class ToyBackbone:
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :1].float().sigmoid().expand(-1, 3, -1, -1)
 
-    def schedule(self, num_steps: int, *, eta: float, noise_level: float) -> Schedule:
-        return schedules.dance_sde(torch.linspace(1, 0, num_steps + 1), eta=eta)
+    def schedule(
+        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+    ) -> Schedule:
+        sigmas = torch.linspace(1, 0, num_steps + 1)
+        if kind == "flow_sde":
+            return schedules.flow_sde(sigmas, noise_level=0.7 if noise_level is None else noise_level)
+        if kind == "flow_cps":
+            return schedules.flow_cps(sigmas, eta=0.7 if eta is None else eta)
+        return schedules.dance_sde(sigmas, eta=0.3 if eta is None else eta)
 
     def deterministic_schedule(self, num_steps: int) -> Schedule:
         return schedules.flow_ode(torch.linspace(1, 0, num_steps + 1))

@@ -175,9 +175,10 @@ class Engine:
                 f"each of the {num_updates} updates needs an (image, step) pair, the selector kept {num_pairs}; "
                 f"lower train.updates_per_iteration or keep more steps"
             )
-        if self.settings.minibatch == "samples" and len(keep) < num_updates:
+        num_samples = int(keep.any(1).sum())
+        if self.settings.minibatch == "samples" and num_samples < num_updates:
             raise ValueError(
-                f"minibatches of whole images need one for each update, got {len(keep)} images for {num_updates} "
+                f"minibatches of whole images need one for each update, got {num_samples} images for {num_updates} "
                 f'updates; lower train.updates_per_iteration, or set train.minibatch = "pairs"'
             )
 

@@ -5,7 +5,7 @@ there and in tests/test_adascope.py. Ranks: tests/test_ranks.py. Masks and the g
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,25 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adascope_fast.adascope.interval_rule import RULES
 from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.adascope.sensing import Curves
+from adascope_fast.adascope.settings import Rule
 from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
-from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
+from adascope_fast.rollout import EncodedPrompts, Trajectory
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.selectors.simple import EveryStep
 
+RULES = get_args(Rule)
 SENSED = [rule for rule in RULES if rule not in ("fixed", "schedule")]
 
 
-class _Past(AdaScope):
-    """Without its check of the sensor: curves are given here, not sensed."""
+class _Given:
+    """A sensor that every rule takes and nobody asks: curves are given here, not sensed."""
 
-    def __post_init__(self) -> None:
-        rule, self.rule = self.rule, "knee"
-        super().__post_init__()
-        self.rule = rule
+    is_causal, every = True, 1
+
+    def __call__(self, trajectory: Trajectory) -> Curves:
+        raise AssertionError("curves are given")
 
 
 def _curves(rng: np.random.Generator, b: int, t: int, *, is_wild: bool) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ def test_what_is_not_finite_in_one_sample_never_moves_another_prompt(seed, t, ru
     rng = np.random.default_rng(seed)
     prompts = ["a", "b", "a", "b", "c"]
     rounds = [_curves(rng, 5, t, is_wild=is_wild) for _ in range(3)]
-    clean, spoiled = (_Past(rule=rule, pooling=pooling) for _ in range(2))
+    clean, spoiled = (AdaScope(rule=rule, pooling=pooling, sensor=_Given()) for _ in range(2))
     for number, (structure, preference) in enumerate(rounds):
         want = clean.decide(Curves(preference, structure=structure), prompts)
         hurt = [structure.clone(), preference.clone()]
@@ -73,7 +75,7 @@ def test_what_is_not_finite_in_one_sample_never_moves_another_prompt(seed, t, ru
 def test_an_interval_has_steps_inside_the_rollout_whatever_was_seen(seed, t, rule, mask_source):
     """NaN, infinities, constants and noise, over several iterations with memory."""
     rng = np.random.default_rng(seed)
-    selector = _Past(rule=rule, mask_source=mask_source, memory_decay=float(rng.uniform(0, 0.99)))
+    selector = AdaScope(rule=rule, mask_source=mask_source, memory_decay=float(rng.uniform(0, 0.99)), sensor=_Given())
     for _ in range(4):
         structure, preference = _curves(rng, 4, t, is_wild=bool(rng.integers(2)))
         for curve in (structure, preference):
@@ -98,8 +100,8 @@ def test_an_interval_of_all_steps_is_the_host_bit_for_bit(make_toy: Callable, up
     def trained(selector: TimestepSelector) -> Tensor:
         toy: Any = make_toy()
         optimizer = torch.optim.AdamW(toy.trainable_parameters(), lr=1e-2)
-        settings = Settings(guidance_scale=1.0, rollout_batch=3, microbatch=5, update=update)  # type: ignore[arg-type]
-        schedule = toy.schedule(6, eta=0.3, noise_level=0.7)
+        settings = Updates(rollout_batch=3, microbatch=5, update=update)  # type: ignore[arg-type]
+        schedule = toy.schedule(6)
         engine = Engine(
             toy,
             schedule,
@@ -113,7 +115,7 @@ def test_an_interval_of_all_steps_is_the_host_bit_for_bit(make_toy: Callable, up
             engine.step(EncodedPrompts.of(toy, prompts), prompts, iteration=iteration, seed=iteration)
         return torch.cat([parameter.detach().flatten() for parameter in toy.trainable_parameters()])
 
-    want = trained(EveryStep())
+    want = trained(EveryStep(last_step="train"))
     untrained = torch.cat([parameter.detach().flatten() for parameter in make_toy().trainable_parameters()])
     assert not torch.equal(want, untrained)
     assert torch.equal(trained(AdaScope(rule="fixed", fallback=(0.0, 1.0), mask_source="previous")), want)

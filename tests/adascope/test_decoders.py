@@ -98,7 +98,7 @@ def test_it_keeps_its_map_in_a_file_and_skips_what_is_not_finite(tmp_path: Path)
 
 def test_on_the_embedded_autoencoder_the_linear_map_finds_the_colours():
     """Most of the variance of the VAE's pictures is explained: backgrounds are, shapes are not."""
-    vae, backbone = embedded_vae(), backbones.load("scenes", rank=1)
+    vae, backbone = embedded_vae(), backbones.load("scenes", lora_rank=1)
     scenes = every_scene()[::12]
     with torch.no_grad():
         latents = vae.encode(draw(scenes, 1) * 2 - 1).latent_dist.mean  # type: ignore[union-attr]

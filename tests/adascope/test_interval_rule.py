@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,11 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adascope_fast.adascope.interval_rule import RULES, Scale, select_interval
+from adascope_fast.adascope.interval_rule import Scale, select_interval
+from adascope_fast.adascope.settings import BOUNDED, Rule
 from adascope_fast.schedules import samplers as schedules
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())
-SELECTION = VECTORS["selection"]
+SELECTION: dict[str, Any] = VECTORS["selection"]
+RULES = get_args(Rule)
+NAMES = {
+    "kappa_s": "kappa",
+    "persist": "persistence",
+    "phi_e": "phi_end",
+    "smooth_s": "smoothing_structure",
+    "smooth_g": "smoothing_preference",
+    "start_lo": "earliest_start",
+    "start_hi": "latest_start",
+    "end_hi": "latest_end",
+    "min_frac": "min_fraction",
+    "max_frac": "max_fraction",
+    "range_eps": "smallest_range",
+}
+"""What the worked answers' parameters are called here."""
 NUM_STATES = SELECTION["T"] + 1
 
 
@@ -47,7 +63,8 @@ def test_known_intervals(case):
     structure, preference = _known_curves(case)
     want = (case["out"]["start"], case["out"]["end"], case["out"]["reason"])
     assert select_interval(torch.tensor(structure), torch.tensor(preference)) == want
-    defaults = SELECTION["defaults"]
+    given: dict[str, Any] = SELECTION["defaults"]
+    defaults = {NAMES.get(name, name): value for name, value in given.items()}
     assert select_interval(torch.tensor(structure), torch.tensor(preference), **defaults) == want
     if "literal" in case:
         assert select_interval(structure, preference, rule="literal")[:2] == tuple(case["literal"])  # type: ignore
@@ -73,9 +90,11 @@ def test_intervals_stay_inside_their_bounds(seed, p, t, rule, wild):
     structure, preference = _curves(rng, p, t)
     if wild:
         structure, preference = torch.tensor(rng.normal(size=(2, p, t + 1))).unbind(0)
-    shares = (
-        dict(zip(("start_hi", "end_hi", "min_frac", "max_frac"), rng.uniform(0, 1, 4), strict=True)) if wild else {}
-    )
+    shares: dict[str, Any] = {}
+    if wild:
+        shares |= dict(zip(("latest_start", "latest_end"), rng.uniform(0, 1, 2).tolist(), strict=True))
+        if rule in BOUNDED:
+            shares |= dict(zip(("min_fraction", "max_fraction"), sorted(rng.uniform(0, 1, 2).tolist()), strict=True))
     log_snr = torch.linspace(-10, 10, t)
     start, end, _ = select_interval(structure, preference, rule=rule, log_snr=log_snr, scale=_SCALE, **shares)
     assert 0 <= start < end <= t
@@ -113,12 +132,17 @@ def test_rescaling_the_scores_does_not_matter(seed, a, b, c, d):
 
 
 @settings(max_examples=60, deadline=None)
-@given(SEEDS, st.floats(0.0, 0.5), st.floats(0.0, 0.5), st.sampled_from(["knee", "fraction", "knee_causal"]))
-def test_a_larger_phi_e_never_ends_later(seed, one, other, rule):
+@given(
+    SEEDS,
+    st.floats(0.0, 0.5, exclude_min=True),
+    st.floats(0.0, 0.5, exclude_min=True),
+    st.sampled_from(["knee", "fraction", "knee_causal"]),
+)
+def test_a_larger_phi_end_never_ends_later(seed, one, other, rule):
     structure, preference = _curves(np.random.default_rng(seed))
     shared = {"rule": rule, "scale": _SCALE}
-    early = select_interval(structure, preference, phi_e=max(one, other), **shared)
-    late = select_interval(structure, preference, phi_e=min(one, other), **shared)
+    early = select_interval(structure, preference, phi_end=max(one, other), **shared)
+    late = select_interval(structure, preference, phi_end=min(one, other), **shared)
     assert early.start == late.start
     assert early.end <= late.end
 
@@ -175,8 +199,10 @@ def test_short_and_fixed_and_other_grids():
     assert select_interval(structure, preference, rule="fixed", fallback=(0.2, 0.5)) == (10, 25, "fixed")
     with pytest.raises(ValueError, match="'knees'"):
         select_interval(structure, preference, rule="knees")  # type: ignore
+    with pytest.raises(ValueError, match="kappa needs another rule"):
+        select_interval(structure, preference, rule="literal", kappa=0.5)
     with pytest.raises(ValueError, match="odd"):
-        select_interval(structure, preference, smooth_g=4)
+        select_interval(structure, preference, smoothing_preference=4)
 
 
 def test_the_fallback_is_placed_by_signal_to_noise():

@@ -59,7 +59,7 @@ def test_the_current_mask_need_not():
 def test_a_mask_that_is_fixed_is_the_control():
     generator = torch.Generator().manual_seed(0)
     schedule = schedules.dance_sde(torch.linspace(1, 0, T + 1), eta=0.3)
-    keep = StaticRange(2, 8).ahead(["a"] * SAMPLES, schedule, 0)
+    keep = StaticRange(start=2, end=8).ahead(["a"] * SAMPLES, schedule, 0)
     noise = torch.randn(ITERATIONS, SAMPLES, T, generator=generator)
     assert abs(_standard_errors((ADVANTAGE * noise * keep).mean((1, 2)).numpy())) < 3
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adascope_fast.adascope.interval_rule import IntervalRule, select_interval
 from adascope_fast.adascope.selector import AdaScope
-from adascope_fast.adascope.sensing import latent_curves
+from adascope_fast.adascope.sensing import LatentSensor, latent_curves
 from adascope_fast.rollout import Trajectory
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules import samplers as schedules
@@ -100,6 +100,21 @@ def test_pooling():
         AdaScope(pooling="group")  # type: ignore
 
 
+def test_a_fresh_one_has_the_same_settings_and_no_memory():
+    x0, prompts = _two_prompts()
+    sensor = LatentSensor(every=2)
+    selector = AdaScope(rule="knee", kappa=0.3, memory_decay=0.5, latest_start=0.4, sensor=sensor)
+    selector(_trajectory(x0, prompts), 0)
+    fresh = selector.fresh(kappa=0.2)
+    assert (fresh.kappa, fresh.memory_decay, fresh.latest_start, fresh.sensor) == (0.2, 0.5, 0.4, sensor)
+    assert fresh.state_dict() == {"memory": {}} != selector.state_dict()
+    assert fresh.telemetry() == {}
+    assert [selector.senses(iteration) for iteration in range(4)] == [True, False, True, False]
+    with pytest.raises(ValueError, match="kappa needs another rule"):
+        selector.fresh(rule="literal")
+    assert AdaScope(rule="literal", literal_epsilon=0.1).literal_epsilon == 0.1
+
+
 @settings(max_examples=10, deadline=None)
 @given(SEEDS, st.sampled_from(["prompt", "sample", "batch"]))
 def test_permuting_the_batch_permutes_what_is_kept(seed, pooling):
@@ -151,7 +166,7 @@ def test_an_interval_within_a_step_of_its_average_does_not_move(away, moves):
 @pytest.mark.parametrize("mask_source", ["current", "previous"])
 def test_the_complement_of_adascope_senses_and_remembers_as_adascope_does(mask_source):
     alone, inner = (AdaScope(mask_source=mask_source) for _ in range(2))
-    complement = Complement(inner)
+    complement = Complement(inner, last_step="train")
     for seed in range(2):
         trajectory = _trajectory(_settling(4, 20, 5, seed), ["a", "a", "b", "b"])
         kept, ahead = alone(trajectory, seed), complement.ahead(trajectory.prompts, trajectory.schedule, seed)

@@ -69,7 +69,7 @@ def test_stride_and_subset_decode_less_and_leave_the_rest_unsensed():
         torch.testing.assert_close(curves.structure[:2, states], whole.structure[:2, states])
     assert curves.preference[:2].isfinite().all()
     assert curves.preference[2:].isnan().all()
-    for settings in ({"stride": 0}, {"num_samples": 0}, {"batch": 0}):
+    for settings in ({"stride": 0}, {"num_samples": -1}, {"batch": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             DecodedSensor(decode, _red, **settings)  # type: ignore[arg-type]
 
@@ -151,9 +151,9 @@ def test_the_knee_is_found_near_the_same_step_with_a_stride():
 def test_semantic_sensing_of_another_model_needs_a_clip_that_knows_its_pictures():
     config = Config.load(TINY, ["sensing.kind=semantic", "model.name=somebody/some-model"])
     backbone: Any = _Decodes()
-    with pytest.raises(ConfigError, match="needs a CLIP that knows the pictures of 'somebody/some-model'"):
+    with pytest.raises(ConfigError, match="needs a CLIP that knows the images of 'somebody/some-model'"):
         Trainer(config, reward=_red)  # before the model is looked for
-    with pytest.raises(ConfigError, match=r"needs a CLIP that knows the pictures of 'somebody/some-model', got none"):
+    with pytest.raises(ConfigError, match=r"needs a CLIP that knows the images of 'somebody/some-model', got none"):
         sensor_of(config, backbone, _red)
     named = Config.load(TINY, ["sensing.kind=semantic", "model.name=somebody/some-model", "sensing.clip=nowhere"])
     with pytest.raises(ValueError, match="got 'nowhere'"):

@@ -84,7 +84,10 @@ def test_a_constant_group_is_0_beside_another(scale):
     assert (advantage[3:] != 0).all()
 
 
-@pytest.mark.parametrize("estimator", [PerPromptTracker(clip=1.5), GroupRelative("group", clip=1.5), Whiten(clip=1.5)])
+@pytest.mark.parametrize(
+    "estimator",
+    [PerPromptTracker(advantage_clip=1.5), GroupRelative("group", advantage_clip=1.5), Whiten(advantage_clip=1.5)],
+)
 def test_clip_bounds_the_advantage(estimator):
     rewards = torch.tensor([0.0] * 20 + [100.0])
     advantage = estimator(rewards, ["a"] * 21, 1)

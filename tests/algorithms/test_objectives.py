@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adascope_fast.algorithms.objectives import ppo_clip, reinforce
+from adascope_fast.algorithms.objectives import Clipped, score_function
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())
 
@@ -19,10 +19,10 @@ def _double(values) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("known", VECTORS["ppo"], ids=["branches", "ddpo"])
-def test_ppo_clip_loss_and_gradient_are_the_known_ones(known):
+def test_clipped_loss_and_gradient_are_the_known_ones(known):
     log_prob = _double(known["logp"]).requires_grad_()
-    clips = {"clip_range": known["clip_low"], "clip_range_high": known["clip_high"]}
-    loss, ratio = ppo_clip(log_prob, _double(known["logp_old"]), _double(known["adv"]), **clips)
+    objective = Clipped(clip_range=known["clip_low"], clip_range_high=known["clip_high"])
+    loss, ratio = objective(log_prob, _double(known["logp_old"]), _double(known["adv"]))
     loss.mean().backward()
     assert log_prob.grad is not None
     assert loss.mean().item() == pytest.approx(known["loss"], rel=1e-12)
@@ -31,11 +31,10 @@ def test_ppo_clip_loss_and_gradient_are_the_known_ones(known):
     assert outside.double().mean().item() == pytest.approx(known["clipfrac"])
 
 
-def test_ppo_clip_takes_one_range_for_both_sides():
+def test_the_clip_takes_one_range_for_both_sides():
     log_prob, advantage = _double([0.3, -0.3, 0.3, -0.3]), _double([1.0, -1.0, -1.0, 1.0])
-    one, _ = ppo_clip(log_prob, torch.zeros(4, dtype=torch.float64), advantage, clip_range=0.2)
-    two, _ = ppo_clip(log_prob, torch.zeros(4, dtype=torch.float64), advantage, clip_range=0.2, clip_range_high=0.2)
-    high, _ = ppo_clip(log_prob, torch.zeros(4, dtype=torch.float64), advantage, clip_range=0.2, clip_range_high=0.3)
+    old = torch.zeros(4, dtype=torch.float64)
+    one, two, high = (Clipped(0.2, upper)(log_prob, old, advantage)[0] for upper in (None, 0.2, 0.3))
     assert torch.equal(one, two)
     np.testing.assert_allclose(one[:2], [-1.2, 0.8], rtol=1e-12)  # clipped at 1 + 0.2 and 1 - 0.2
     np.testing.assert_allclose(high[:2], [-1.3, 0.8], rtol=1e-12)
@@ -44,9 +43,12 @@ def test_ppo_clip_takes_one_range_for_both_sides():
 def test_reinforce_loss_and_gradient_are_the_known_ones():
     known = VECTORS["reinforce"]
     log_prob, advantage = _double(known["logp"]).requires_grad_(), _double(known["adv"]).requires_grad_()
-    reinforce(log_prob, advantage).mean().backward()
+    loss, ratio = score_function(log_prob, log_prob.detach() - 0.25, advantage)
+    loss.mean().backward()
     assert log_prob.grad is not None
-    assert reinforce(log_prob, advantage).mean().item() == pytest.approx(known["loss"], rel=1e-12)
+    assert loss.mean().item() == pytest.approx(known["loss"], rel=1e-12)
+    np.testing.assert_allclose(ratio, np.exp(0.25), rtol=1e-12)
+    assert not ratio.requires_grad
     np.testing.assert_allclose(log_prob.grad, known["dloss_dlogp"], rtol=1e-12)
     assert advantage.grad is None
 
@@ -62,8 +64,8 @@ def test_reinforce_loss_and_gradient_are_the_known_ones():
 def test_on_policy_ppo_has_the_gradient_of_reinforce(pairs):
     start, advantage = _double(pairs).unbind(1)
     first, second = start.clone().requires_grad_(), start.clone().requires_grad_()
-    ppo_clip(first, start, advantage, clip_range=1e-4)[0].sum().backward()
-    reinforce(second, advantage).sum().backward()
+    Clipped(1e-4)(first, start, advantage)[0].sum().backward()
+    score_function(second, start, advantage)[0].sum().backward()
     assert first.grad is not None
     assert second.grad is not None
     assert torch.equal(first.grad, second.grad)

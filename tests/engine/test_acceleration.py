@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from adascope_fast import backbones
-from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.acceleration import Acceleration, accelerate, halving, is_fused
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
+from adascope_fast.engine.acceleration import accelerate, halving
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Acceleration, Updates
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.training import checkpoint
@@ -33,11 +34,11 @@ def _step(model: Any, update: str = "replay", **changes: Any) -> tuple[Tensor, d
             parameter.add_(0.02)
     before = [parameter.detach().clone() for parameter in model.trainable_parameters()]
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
-    settings = {"guidance_scale": 1.0, "rollout_batch": 4, "microbatch": 4, "max_grad_norm": 1e9, "update": update}
-    schedule = model.schedule(4, eta=1.0, noise_level=0.7)
+    settings: dict[str, Any] = {"rollout_batch": 4, "microbatch": 4, "max_grad_norm": 1e9, "update": update}
+    schedule = model.schedule(4)
     engine = Engine(
-        model, schedule, ddpo(), StaticRange(1, 3), lambda images, _: images.mean((1, 2, 3)), optimizer,
-        Settings(**{**settings, **changes}),
+        model, schedule, ddpo(), StaticRange(start=1, end=3), lambda images, _: images.mean((1, 2, 3)), optimizer,
+        Updates(**{**settings, **changes}),
     )  # fmt: skip
     values = engine.step(EncodedPrompts.of(model, SCENES), SCENES, iteration=0, seed=1).values
     after = model.trainable_parameters()
@@ -50,7 +51,7 @@ def _step(model: Any, update: str = "replay", **changes: Any) -> tuple[Tensor, d
 @pytest.mark.parametrize("update", ["replay", "one_pass"])
 @pytest.mark.parametrize("name", ["scenes", "scenes-flow"])
 def test_a_compiled_denoiser_has_the_same_gradient(name: str, update: str):
-    plain, compiled = (backbones.load(name, rank=2) for _ in range(2))
+    plain, compiled = (backbones.load(name, lora_rank=2) for _ in range(2))
     done = accelerate(compiled.denoiser, Acceleration(compile="regional", compile_backend="aot_eager"), CPU)
     assert done["compile"].startswith("regional: ")
     torch._dynamo.utils.counters.clear()
@@ -62,14 +63,14 @@ def test_a_compiled_denoiser_has_the_same_gradient(name: str, update: str):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_inductors_gradient_is_the_same():
-    plain, compiled = (backbones.load("scenes", rank=2) for _ in range(2))
+    plain, compiled = (backbones.load("scenes", lora_rank=2) for _ in range(2))
     accelerate(compiled.denoiser, Acceleration(compile="regional"), CPU)
     want, got = _step(plain)[0], _step(compiled)[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
 
 
 def test_channels_last_has_the_same_gradient():
-    plain, other = (backbones.load("scenes", rank=2) for _ in range(2))
+    plain, other = (backbones.load("scenes", lora_rank=2) for _ in range(2))
     done = accelerate(other.denoiser, Acceleration(), CPU, decoder=other.vae)
     assert done["channels_last"] == "on: UNet2DConditionModel, AutoencoderKL"
     for convolution in (other.denoiser.conv_in, other.vae.decoder.conv_in):
@@ -107,7 +108,7 @@ def test_moments_that_are_loaded_lie_in_memory_as_their_parameters_do():
 
 def test_a_transformer_keeps_its_layout():
     """Its one convolution cuts patches, which do not overlap."""
-    flow = backbones.load("scenes-flow", rank=2)
+    flow = backbones.load("scenes-flow", lora_rank=2)
     assert accelerate(flow.denoiser, Acceleration(), CPU)["channels_last"] == "off: pays for convolutions"
     assert flow.denoiser.pos_embed.proj.weight.is_contiguous()
 
@@ -117,8 +118,8 @@ def test_what_does_not_pay_here_stays_off_and_says_why(make_toy: Callable):
     done = accelerate(toy.denoiser, Acceleration(), CPU)
     assert done["compile"] == "off: takes minutes on a CPU"
     assert done["channels_last"].startswith("off: ")
-    assert is_fused(Acceleration())
-    assert not is_fused(Acceleration(fused_optimizer="off"))
+    assert Acceleration().is_fused
+    assert not Acceleration(fused_optimizer="off").is_fused
     with pytest.raises(ValueError, match=r"got Sequential; set acceleration\.compile = 'full' or 'off'"):
         accelerate(toy.denoiser, Acceleration(compile="regional"), CPU)
     with pytest.raises(ValueError, match=r"acceleration\.cuda_graphs needs a CUDA device, got 'cpu'"):
@@ -167,17 +168,20 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_momentum(make_toy: Callab
     def parameters_after(worths: list[float]) -> tuple[Tensor, list[int]]:
         toy, skipped = make_toy(), []
         optimizer = torch.optim.AdamW(toy.trainable_parameters(), lr=0.1, fused=fused)
-        schedule = toy.schedule(4, eta=0.3, noise_level=0.7)
-        settings = Settings(guidance_scale=1.0, rollout_batch=4)
-        engine = Engine(toy, schedule, ddpo(), StaticRange(0, 3), lambda *_: torch.ones(2), optimizer, settings)
+        schedule = toy.schedule(4)
+        settings = Updates(rollout_batch=4)
+        engine = Engine(
+            toy, schedule, ddpo(), StaticRange(start=0, end=3), lambda *_: torch.ones(2), optimizer, settings
+        )
         encoded = EncodedPrompts.of(toy, ["a", "bb"])
         for worth in worths:
             generator = torch.Generator().manual_seed(1)
             sampler = {"guidance_scale": 1.0, "generator": generator, "batch": 4}
             trajectory = rollout(toy, schedule, encoded, ["a", "bb"], **sampler)
-            keep = torch.ones(2, 4, dtype=torch.bool)
-            advantages = torch.tensor([[worth], [-worth]]).expand(2, 4)
-            skipped.append(engine.update(encoded, trajectory, keep, advantages, generator)["updates_skipped"])
+            pairs = trajectory.pairs(torch.ones(2, 4, dtype=torch.bool))
+            rows = Pairs(trajectory, pairs, torch.tensor([worth, -worth])[pairs[:, 0]], None)
+            values = engine.update(engine.policy(encoded, schedule), rows, 4, generator)
+            skipped.append(values["updates_skipped"])
         return torch.cat([parameter.detach().flatten() for parameter in toy.trainable_parameters()]), skipped
 
     got, skipped = parameters_after([1.0, math.nan, 1.0])

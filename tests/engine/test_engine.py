@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adascope_fast import backbones
-from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
 from adascope_fast.schedules import Schedule
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep, StaticRange
 
 aten = torch.ops.aten
@@ -24,20 +26,27 @@ B, T = len(PROMPTS), 6
 CLIP_RANGE = 1e-4
 
 
-def _settings(**changes: Any) -> Settings:
-    values = {"guidance_scale": 1.0, "rollout_batch": 3, "microbatch": 4, "updates_per_iteration": 1}
-    return Settings(**{**values, "max_grad_norm": 1e9, **changes})
+def _updates(**changes: Any) -> Updates:
+    return Updates(**{"rollout_batch": 3, "microbatch": 4, "max_grad_norm": 1e9, **changes})
 
 
 def _score(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def _engine(backbone: Any, settings: Settings, *, learning_rate: float = 1.0, selector: Any = None) -> Engine:
-    schedule = backbone.schedule(T, eta=0.3, noise_level=0.7)
+def _engine(
+    backbone: Any,
+    settings: Updates,
+    *,
+    learning_rate: float = 1.0,
+    selector: Any = None,
+    guidance_scale: float = 1.0,
+) -> Engine:
+    schedule, sampler = backbone.schedule(T), Sampler(guidance_scale=guidance_scale)
+    selector = selector or EveryStep(last_step="train")
     optimizer = torch.optim.SGD(backbone.trainable_parameters(), lr=learning_rate)
     algorithm = ddpo(clip_range=CLIP_RANGE, buffer_size=4, min_count=2)
-    return Engine(backbone, schedule, algorithm, selector or EveryStep(), _score, optimizer, settings)
+    return Engine(backbone, schedule, algorithm, selector, _score, optimizer, settings, sampler=sampler)
 
 
 def _rollout(engine: Engine, prompts: list[str] = PROMPTS) -> tuple[EncodedPrompts, Trajectory]:
@@ -47,7 +56,7 @@ def _rollout(engine: Engine, prompts: list[str] = PROMPTS) -> tuple[EncodedPromp
         engine.schedule,
         encoded,
         prompts,
-        guidance_scale=engine.settings.guidance_scale,
+        guidance_scale=engine.sampler.guidance_scale,
         generator=torch.Generator().manual_seed(1),
         batch=100,
     )
@@ -64,7 +73,19 @@ def _advantages(b: int = B, t: int = T) -> Tensor:
 
 def _update(engine: Engine, keep: Tensor, advantages: Tensor, prompts: list[str] = PROMPTS) -> dict[str, Any]:
     encoded, trajectory = _rollout(engine, prompts)
-    return engine.update(encoded, trajectory, keep, advantages, torch.Generator().manual_seed(4))
+    return _replayed(engine, encoded, trajectory, keep, advantages)
+
+
+def _replayed(
+    engine: Engine, encoded: EncodedPrompts, trajectory: Trajectory, keep: Tensor, advantages: Tensor
+) -> dict[str, Any]:
+    rows, policy = _rows(trajectory, keep, advantages), engine.policy(encoded, engine.schedule)
+    return engine.update(policy, rows, trajectory.num_steps, torch.Generator().manual_seed(4))
+
+
+def _rows(trajectory: Trajectory, keep: Tensor, advantages: Tensor) -> Pairs:
+    pairs = trajectory.pairs(keep)
+    return Pairs(trajectory, pairs, advantages[pairs[:, 0], pairs[:, 1]], None)
 
 
 def _gradient(engine: Engine, keep: Tensor, advantages: Tensor, prompts: list[str] = PROMPTS) -> Tensor:
@@ -109,7 +130,7 @@ def _dense_gradient(
 def test_gradient_is_that_of_the_plain_loop_over_steps(
     make_toy: Callable, microbatch: int, guidance_scale: float, is_dense: bool
 ):
-    engine = _engine(make_toy(torch.float64), _settings(microbatch=microbatch, guidance_scale=guidance_scale))
+    engine = _engine(make_toy(torch.float64), _updates(microbatch=microbatch), guidance_scale=guidance_scale)
     keep = torch.ones(B, T, dtype=torch.bool) if is_dense else _ragged()
     _, trajectory = _rollout(engine)
     want = _dense_gradient(engine.backbone, trajectory, keep, _advantages(), guidance_scale)
@@ -119,21 +140,21 @@ def test_gradient_is_that_of_the_plain_loop_over_steps(
 def test_gradient_is_that_of_the_plain_loop_on_an_embedded_model():
     prompts = ["a small red circle on a grey background", "two large blue crosses on a black background"]
     keep, advantages = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1]]).bool(), _advantages(2)
-    model = backbones.load("scenes", rank=2)
+    model = backbones.load("scenes", lora_rank=2)
     with torch.no_grad():
         for parameter in model.trainable_parameters():  # a fresh adapter is zero and has no gradient in half of it
             parameter.add_(0.02)
-    engine = _engine(model, _settings(microbatch=4))
+    engine = _engine(model, _updates(microbatch=4))
     _, trajectory = _rollout(engine, prompts)
     want = _dense_gradient(model, trajectory, keep, advantages, 1.0).float()
     start = {name: value.clone() for name, value in model.adapter_tensors().items()}
     got = _gradient(engine, keep, advantages, prompts)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
-    recomputing = backbones.load("scenes", rank=2, gradient_checkpointing=True)
+    recomputing = backbones.load("scenes", lora_rank=2, gradient_checkpointing=True)
     recomputing.load_adapter_tensors(start)
     assert recomputing.denoiser.is_gradient_checkpointing
-    again = _gradient(_engine(recomputing, _settings(microbatch=4)), keep, advantages, prompts)
+    again = _gradient(_engine(recomputing, _updates(microbatch=4)), keep, advantages, prompts)
     torch.testing.assert_close(again, got, rtol=1e-5, atol=1e-6 * want.abs().max().item())
 
 
@@ -141,17 +162,17 @@ def test_gradient_is_that_of_the_plain_loop_on_an_embedded_model():
 def test_steps_that_are_not_kept_cost_no_denoiser_call(make_toy: Callable, guidance_scale: float):
     keep = _ragged()
     toy = make_toy()
-    engine = _engine(toy, _settings(guidance_scale=guidance_scale))
+    engine = _engine(toy, _updates(), guidance_scale=guidance_scale)
     encoded, trajectory = _rollout(engine)
     toy.num_rows = 0
-    values = engine.update(encoded, trajectory, keep, _advantages(), torch.Generator().manual_seed(4))
+    values = _replayed(engine, encoded, trajectory, keep, _advantages())
     assert values["pairs_trained"] == keep.sum()
     assert toy.num_rows == keep.sum() * (1 if guidance_scale == 1 else 2)
 
 
 @pytest.mark.parametrize("num_kept", [3, 4, 11, 30])
 def test_the_number_of_updates_does_not_depend_on_the_selection(make_toy: Callable, num_kept: int):
-    engine = _engine(make_toy(), _settings(updates_per_iteration=3, microbatch=2))
+    engine = _engine(make_toy(), _updates(updates_per_iteration=3, microbatch=2))
     keep = torch.zeros(B * T, dtype=torch.bool)
     keep[torch.randperm(B * T)[:num_kept]] = True
     steps = []
@@ -163,7 +184,7 @@ def test_the_number_of_updates_does_not_depend_on_the_selection(make_toy: Callab
 def test_several_updates_do_not_depend_on_the_microbatch(make_toy: Callable):
     results = []
     for microbatch in (1, 7, 1000):
-        engine = _engine(make_toy(torch.float64), _settings(updates_per_iteration=3, microbatch=microbatch))
+        engine = _engine(make_toy(torch.float64), _updates(updates_per_iteration=3, microbatch=microbatch))
         results.append((_update(engine, _ragged(), _advantages()), _flat(engine)))
     (values, parameters), *others = results
     for other_values, other_parameters in others:
@@ -174,27 +195,25 @@ def test_several_updates_do_not_depend_on_the_microbatch(make_toy: Callable):
 def test_each_update_is_made_of_its_own_pairs(make_toy: Callable):
     """Two updates that move next to nothing: together they are the gradient of all pairs, halves counted as wholes."""
     rate, keep = 1e-7, torch.ones(B, T, dtype=torch.bool)
-    one, two = (
-        _engine(make_toy(torch.float64), _settings(updates_per_iteration=n), learning_rate=rate) for n in (1, 2)
-    )
+    one, two = (_engine(make_toy(torch.float64), _updates(updates_per_iteration=n), learning_rate=rate) for n in (1, 2))
     whole, halves = (_gradient(engine, keep, _advantages()) / rate for engine in (one, two))
     torch.testing.assert_close(halves, 2 * whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
 
 
 def test_the_denoiser_sees_the_kept_pairs_in_microbatches(make_toy: Callable):
-    engine, sizes = _engine(make_toy(), _settings(microbatch=4)), []
+    engine, sizes = _engine(make_toy(), _updates(microbatch=4)), []
     encoded, trajectory = _rollout(engine)
     predict = engine.backbone.predict
     engine.backbone.predict = lambda sample, *rest: (sizes.append(len(sample)), predict(sample, *rest))[1]  # type: ignore[method-assign]
     keep = torch.zeros(B, T, dtype=torch.bool)
     keep[1:3, :5] = True
-    engine.update(encoded, trajectory, keep, _advantages(), torch.Generator().manual_seed(4))
+    _replayed(engine, encoded, trajectory, keep, _advantages())
     assert sizes == [4, 3, 3]
 
 
 def test_step_weights_multiply_the_advantages_of_their_steps(make_toy: Callable):
     def displacement(weight: Callable[[Schedule], Tensor] | None) -> Tensor:
-        engine = _engine(make_toy(torch.float64), _settings())
+        engine = _engine(make_toy(torch.float64), _updates())
         engine.algorithm = replace(engine.algorithm, step_weight=weight)
         before = _flat(engine)
         engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=0, seed=0)
@@ -209,16 +228,16 @@ def test_step_weights_multiply_the_advantages_of_their_steps(make_toy: Callable)
 
 
 def test_ratio_is_exactly_one_until_a_parameter_moves(make_toy: Callable):
-    first = _update(_engine(make_toy(), _settings()), _ragged(), _advantages())
+    first = _update(_engine(make_toy(), _updates()), _ragged(), _advantages())
     assert (first["ratio_max_deviation"], first["clipfrac"], first["approx_kl"]) == (0, 0, 0)
     assert first["rollout_drift"] < 1e-4
-    second = _update(_engine(make_toy(), _settings(updates_per_iteration=2)), _ragged(), _advantages())
+    second = _update(_engine(make_toy(), _updates(updates_per_iteration=2)), _ragged(), _advantages())
     assert second["ratio_max_deviation"] > CLIP_RANGE
     assert 0 < second["clipfrac"] <= 0.5, "only the second half of the pairs can leave the clip range"
 
 
 def test_a_nonfinite_gradient_skips_its_update_and_is_counted(make_toy: Callable):
-    engine = _engine(make_toy(), _settings(updates_per_iteration=2))
+    engine = _engine(make_toy(), _updates(updates_per_iteration=2))
     advantages = _advantages()
     advantages[2, 3] = math.nan
     before = _flat(engine)
@@ -233,7 +252,7 @@ def test_a_nonfinite_gradient_skips_its_update_and_is_counted(make_toy: Callable
 
 
 def test_gradients_are_scaled_down_to_the_largest_norm(make_toy: Callable):
-    free, bound = (_engine(make_toy(), _settings(max_grad_norm=norm)) for norm in (1e9, 1e-3))
+    free, bound = (_engine(make_toy(), _updates(max_grad_norm=norm)) for norm in (1e9, 1e-3))
     gradient, clipped = (_gradient(engine, _ragged(), _advantages()) for engine in (free, bound))
     assert gradient.norm() > 0.01
     assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-2)
@@ -255,27 +274,25 @@ class _Asks(TorchDispatchMode):
 
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_rollout_and_update_ask_the_device_nothing(make_toy: Callable, is_fused: bool):
-    engine = _engine(make_toy(), _settings(updates_per_iteration=2))
+    engine = _engine(make_toy(), _updates(updates_per_iteration=2))
     engine.optimizer = torch.optim.AdamW(engine.backbone.trainable_parameters(), lr=1e-3, fused=is_fused)
     encoded, trajectory = _rollout(engine)
-    pairs = trajectory.pairs(_ragged())
+    rows, policy = _rows(trajectory, _ragged(), _advantages()), engine.policy(encoded, engine.schedule)
     with _Asks() as asks:
         _rollout(engine)
-        engine._replay(encoded, trajectory, pairs, _advantages(), torch.Generator().manual_seed(4))
+        engine._replay(policy, rows, T, torch.Generator().manual_seed(4))
     assert bool(asks.found) is not is_fused, "only an optimiser that cannot skip by itself needs to be told"
 
 
 def test_fewer_pairs_than_updates_are_refused(make_toy: Callable):
-    engine = _engine(make_toy(), _settings(updates_per_iteration=4))
-    keep = torch.zeros(B, T, dtype=torch.bool)
-    keep[0, :3] = True
-    with pytest.raises(ValueError, match=r"each of the 4 updates .* kept 3; lower train\.updates_per_iteration"):
-        _update(engine, keep, _advantages())
+    engine = _engine(make_toy(), _updates(updates_per_iteration=6), selector=StaticRange(start=2, end=3))
+    with pytest.raises(ValueError, match=r"each of the 6 updates .* kept 5; lower train\.updates_per_iteration"):
+        engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=0, seed=0)
 
 
 def test_an_iteration_raises_the_reward_and_reports_what_it_did(make_toy: Callable):
     prompts = ["a"] * 24
-    engine = _engine(make_toy(), _settings(microbatch=100), selector=StaticRange(1, 4))
+    engine = _engine(make_toy(), _updates(microbatch=100), selector=StaticRange(start=1, end=4))
     engine.optimizer = torch.optim.Adam(engine.backbone.trainable_parameters(), lr=0.02)
     encoded = EncodedPrompts.of(engine.backbone, prompts)
     reports = [engine.step(encoded, prompts, iteration=i, seed=i) for i in range(20)]
@@ -290,7 +307,7 @@ def test_an_iteration_raises_the_reward_and_reports_what_it_did(make_toy: Callab
 
 def test_an_iteration_repeats_itself_bit_for_bit_from_its_seed(make_toy: Callable):
     def parameters_after(seed: int) -> Tensor:
-        engine = _engine(make_toy(), _settings(updates_per_iteration=2), learning_rate=0.1)
+        engine = _engine(make_toy(), _updates(updates_per_iteration=2), learning_rate=0.1)
         engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=0, seed=seed)
         return _flat(engine)
 
@@ -307,74 +324,10 @@ def test_the_denoiser_runs_within_autocast(make_toy: Callable):
         yield
 
     toy = make_toy()
-    plain = _engine(toy, _settings(microbatch=1000))
+    plain = _engine(toy, _updates(microbatch=1000))
     engine = Engine(
         toy, plain.schedule, plain.algorithm, plain.selector, _score, plain.optimizer, plain.settings,
         autocast=autocast,
     )  # fmt: skip
     engine.step(EncodedPrompts.of(toy, PROMPTS), PROMPTS, iteration=0, seed=0)
     assert len(inside) == 2  # the rollout, and one microbatch
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
-def test_an_objective_without_a_fused_operation_is_differentiated_as_it_stands(
-    make_toy: Callable, guidance_scale: float, kl_weight: float
-):
-    found = []
-    for clip in ("ppo", None):
-        engine = _engine(make_toy(torch.float64), _settings(guidance_scale=guidance_scale, updates_per_iteration=2))
-        engine.algorithm = replace(engine.algorithm, clip=clip, kl_weight=kl_weight)
-        found.append((_update(engine, _ragged(), _advantages()), _flat(engine)))
-    (values, fused), (others, plain) = found
-    torch.testing.assert_close(plain, fused, rtol=1e-9, atol=1e-12)
-    assert others == pytest.approx(values, rel=1e-5, abs=1e-9)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_the_kl_pulls_towards_the_reference_by_its_weight(make_toy: Callable, guidance_scale: float):
-    """With no advantage the gradient is that of the KL alone; the reference is another toy's output."""
-    toy, reference = make_toy(torch.float64), make_toy(torch.float64)
-    with torch.no_grad():
-        for parameter in reference.trainable_parameters():
-            parameter.mul_(0.9)
-
-    @contextmanager
-    def reference_policy():
-        own, toy.layers = toy.layers, reference.layers
-        yield
-        toy.layers = own
-
-    toy.reference_policy = reference_policy  # type: ignore[method-assign]
-    engine = _engine(toy, _settings(guidance_scale=guidance_scale, microbatch=4))
-    engine.algorithm = replace(engine.algorithm, kl_weight=0.25)
-    keep, nothing = _ragged(), torch.zeros(B, T, dtype=torch.float64)
-    encoded, trajectory = _rollout(engine)
-    pack = trajectory.pack(keep)
-    outputs = []
-    for model in (toy, reference):
-        condition = {"text": encoded.condition["text"][pack.prompt_index]}
-        output = model.predict(pack.sample, pack.timestep, condition)
-        if guidance_scale != 1:
-            empty = {"text": encoded.negative["text"].expand(len(pack), -1)}
-            without = model.predict(pack.sample, pack.timestep, empty)
-            output = without + guidance_scale * (output - without)
-        outputs.append(output)
-    _, weight_output, std = pack.coef.double().unbind(1)
-    distance = (outputs[0] - outputs[1].detach()).square().flatten(1).mean(1)
-    kl = weight_output.square() * distance / (2 * std.square())
-    want = torch.autograd.grad(0.25 * kl.mean(), toy.trainable_parameters())
-    got = _gradient(engine, keep, nothing)
-    torch.testing.assert_close(got, torch.cat([g.flatten() for g in want]), rtol=1e-5, atol=1e-8)
-    values = engine.update(encoded, trajectory, keep, nothing, torch.Generator().manual_seed(4))
-    assert values["kl"] > 0
-
-
-def test_without_a_kl_weight_there_is_no_reference_pass(make_toy: Callable):
-    toy = make_toy()
-
-    def reference_policy():
-        raise AssertionError("the reference policy was asked for")
-
-    toy.reference_policy = reference_policy
-    _update(_engine(toy, _settings()), _ragged(), _advantages())

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from adascope_fast import backbones
-from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.selectors.simple import EveryStep
 
@@ -42,10 +43,10 @@ class _Holder:
 
 
 def _peak(num_kept: int, *, microbatch: int = 2, checkpointing: bool = False) -> int:
-    model = backbones.load("scenes", rank=2, gradient_checkpointing=checkpointing)
-    schedule, generator = model.schedule(NUM_STEPS, eta=1.0, noise_level=0.7), torch.Generator().manual_seed(0)
+    model = backbones.load("scenes", lora_rank=2, gradient_checkpointing=checkpointing)
+    schedule, generator = model.schedule(NUM_STEPS), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
-    settings = Settings(guidance_scale=1.0, rollout_batch=2, microbatch=microbatch)
+    settings = Updates(rollout_batch=2, microbatch=microbatch)
     score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
     engine = Engine(model, schedule, ddpo(clip_range=1e-4), EveryStep(), score, optimizer, settings)
     encoded = EncodedPrompts.of(model, CAPTIONS)
@@ -53,9 +54,11 @@ def _peak(num_kept: int, *, microbatch: int = 2, checkpointing: bool = False) ->
     trajectory = rollout(model, schedule, encoded, CAPTIONS, **sampler)
     keep = torch.zeros(2, NUM_STEPS, dtype=torch.bool)
     keep[:, :num_kept] = True
+    pairs = trajectory.pairs(keep)
+    rows = Pairs(trajectory, pairs, torch.ones(len(pairs)), None)
     held = Held(model.denoiser)
     with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda holder: holder.tensor):
-        values = engine.update(encoded, trajectory, keep, torch.ones(2, NUM_STEPS), generator)
+        values = engine.update(engine.policy(encoded, schedule), rows, NUM_STEPS, generator)
     assert values["pairs_trained"] == 2 * num_kept
     assert held.now == 0
     return held.peak

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from adascope_fast import backbones
 from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.algorithms.policy_gradient import balanced, ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.per_sample import PerSampleGradients, PerSampleLinear
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.selectors.simple import EveryStep, RandomFraction, StaticRange
 
@@ -25,12 +27,20 @@ def _score(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def _engine(backbone: Any, selector: TimestepSelector, update: str, **settings: Any) -> Engine:
+def _engine(
+    backbone: Any,
+    selector: TimestepSelector,
+    update: str,
+    *,
+    guidance_scale: float = 1.0,
+    step_weight: str = "none",
+    **changes: Any,
+) -> Engine:
     optimizer = torch.optim.SGD(backbone.trainable_parameters(), lr=1.0)
-    algorithm = ddpo(clip_range=1e-4, step_weight=settings.pop("step_weight", "none"))
-    values = {"guidance_scale": 1.0, "rollout_batch": 3, "microbatch": 2, "max_grad_norm": 1e9, **settings}
-    schedule = backbone.schedule(T, eta=0.3, noise_level=0.7)
-    return Engine(backbone, schedule, algorithm, selector, _score, optimizer, Settings(update=update, **values))  # type: ignore[arg-type]
+    algorithm = ddpo(clip_range=1e-4, step_weight=step_weight)
+    settings: dict[str, Any] = {"rollout_batch": 3, "microbatch": 2, "max_grad_norm": 1e9, "update": update, **changes}
+    schedule, sampler = backbone.schedule(T), Sampler(guidance_scale=guidance_scale)
+    return Engine(backbone, schedule, algorithm, selector, _score, optimizer, Updates(**settings), sampler=sampler)
 
 
 def _displacement(engine: Engine, prompts: list[str]) -> tuple[Tensor, dict[str, Any]]:
@@ -42,10 +52,12 @@ def _displacement(engine: Engine, prompts: list[str]) -> tuple[Tensor, dict[str,
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @pytest.mark.parametrize(
-    "selector", [EveryStep(), StaticRange(1, 4), RandomFraction(0.5, seed=3)], ids=["every", "range", "ragged"]
+    "selector",
+    [EveryStep(last_step="train"), StaticRange(start=1, end=4), RandomFraction(fraction=0.5, seed=3)],
+    ids=["every", "range", "ragged"],
 )
 def test_the_gradient_is_that_of_the_replay(make_toy: Callable, selector: TimestepSelector, guidance_scale: float):
-    same = {"guidance_scale": guidance_scale, "step_weight": "balanced"}
+    same: dict[str, Any] = {"guidance_scale": guidance_scale, "step_weight": "balanced"}
     want, replayed = _displacement(_engine(make_toy(torch.float64), selector, "replay", **same), PROMPTS)
     got, values = _displacement(_engine(make_toy(torch.float64), selector, "one_pass", **same), PROMPTS)
     assert want.norm() > 1e-3
@@ -59,26 +71,26 @@ def test_the_gradient_is_that_of_the_replay(make_toy: Callable, selector: Timest
 def test_the_gradient_is_that_of_the_replay_on_an_embedded_model(name: str, checkpointing: bool):
     found = []
     for update in ("replay", "one_pass"):
-        model = backbones.load(name, rank=2, gradient_checkpointing=checkpointing)
+        model = backbones.load(name, lora_rank=2, gradient_checkpointing=checkpointing)
         with torch.no_grad():
             for parameter in model.trainable_parameters():
                 parameter.add_(0.02)
-        found.append(_displacement(_engine(model, StaticRange(1, 5), update, guidance_scale=2.0), SCENES)[0])
+        found.append(_displacement(_engine(model, StaticRange(start=1, end=5), update, guidance_scale=2.0), SCENES)[0])
     want, got = found
     torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-4 * want.abs().max().item())
 
 
 def test_the_denoiser_runs_once_a_step_and_no_more(make_toy: Callable):
     toy = make_toy()
-    _displacement(_engine(toy, StaticRange(1, 4), "one_pass"), PROMPTS)
+    _displacement(_engine(toy, StaticRange(start=1, end=4), "one_pass"), PROMPTS)
     assert toy.num_rows == len(PROMPTS) * T
 
 
 def test_the_batch_of_the_rollout_and_the_microbatch_do_not_matter(make_toy: Callable):
-    selector, found = RandomFraction(0.5, seed=3), []
+    selector, found = RandomFraction(fraction=0.5, seed=3), []
     for rollout_batch, microbatch in ((1, 1), (2, 2), (5, 3), (100, 100)):
         toy = make_toy(torch.float64)
-        sizes = {"rollout_batch": rollout_batch, "microbatch": microbatch}
+        sizes: dict[str, Any] = {"rollout_batch": rollout_batch, "microbatch": microbatch}
         found.append(_displacement(_engine(toy, selector, "one_pass", **sizes), PROMPTS)[0])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-7)
@@ -93,11 +105,11 @@ def test_adascope_needs_the_interval_of_earlier_rollouts(make_toy: Callable):
 
 
 @pytest.mark.parametrize("changes", [{"updates_per_iteration": 2}, {}])
-def test_several_updates_or_a_kl_are_refused(make_toy: Callable, changes: dict[str, int]):
+def test_several_updates_or_a_kl_are_refused(make_toy: Callable, changes: dict[str, Any]):
     toy = make_toy()
     engine = _engine(toy, EveryStep(), "replay")
     algorithm = ddpo(kl_weight=0.0 if changes else 0.1)
-    settings = Settings(guidance_scale=1.0, rollout_batch=3, update="one_pass", **changes)  # type: ignore[arg-type]
+    settings = Updates(rollout_batch=3, update="one_pass", **changes)
     with pytest.raises(ValueError, match="one update an iteration, without KL"):
         Engine(toy, engine.schedule, algorithm, EveryStep(), _score, engine.optimizer, settings)
 
@@ -152,5 +164,5 @@ def test_layers_that_mix_samples_or_are_not_linear_are_refused():
 
 
 def test_balanced_weights_are_finite_where_a_step_has_no_noise(make_toy: Callable):
-    schedule = make_toy().schedule(T, eta=0.3, noise_level=0.7)
+    schedule = make_toy().schedule(T)
     assert balanced(schedule).isfinite().all()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics
 from adascope_fast.rollout import EncodedPrompts, Trajectory
 from adascope_fast.schedules import dance_sde
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.selectors.simple import RandomFraction, StaticRange
 from adascope_fast.theory import measured_uncertainty
@@ -41,19 +43,22 @@ def test_sums_by_step():
     assert json.loads(json.dumps(found)) == found
 
 
-def _values(make_toy: Callable, selector: TimestepSelector, **settings: Any) -> dict[str, Any]:
+def _values(
+    make_toy: Callable, selector: TimestepSelector, *, guidance_scale: float = 1.0, **settings: Any
+) -> dict[str, Any]:
     toy = make_toy(torch.float64)
     optimizer = torch.optim.SGD(toy.trainable_parameters(), lr=1.0)
-    made = Settings(**{"guidance_scale": 1.0, "rollout_batch": 3, "microbatch": 4, **settings})
-    schedule = toy.schedule(T, eta=0.3, noise_level=0.7)
+    made = Updates(**{"rollout_batch": 3, "microbatch": 4, **settings})
+    schedule, sampler = toy.schedule(T), Sampler(guidance_scale=guidance_scale)
     score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
-    engine = Engine(toy, schedule, ddpo(clip_range=1e-4, min_count=2), selector, score, optimizer, made)
+    algorithm = ddpo(clip_range=1e-4, min_count=2)
+    engine = Engine(toy, schedule, algorithm, selector, score, optimizer, made, sampler=sampler)
     return engine.step(EncodedPrompts.of(toy, PROMPTS), PROMPTS, iteration=0, seed=0).values
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_an_iteration_tells_of_its_steps(make_toy: Callable, guidance_scale: float):
-    values = _values(make_toy, StaticRange(1, 4), updates_per_iteration=2, guidance_scale=guidance_scale)
+    values = _values(make_toy, StaticRange(start=1, end=4), updates_per_iteration=2, guidance_scale=guidance_scale)
     steps = values["steps"]
     assert steps["pairs"] == [0, 5, 5, 5, 0, 0]
     assert [share is None for share in steps["gradient_share"]] == [True, False, False, False, True, True]
@@ -61,26 +66,31 @@ def test_an_iteration_tells_of_its_steps(make_toy: Callable, guidance_scale: flo
     assert values["clipfrac"] == pytest.approx(sum(steps["clipfrac"][1:4]) / 3, abs=1e-5)
     assert values["ratio_max_deviation"] >= max(steps["ratio_deviation"][1:4]) > 0
     assert [0 < value < 1 for value in steps["uncertainty"]] == [True] * 6
-    small = _values(make_toy, StaticRange(1, 4), updates_per_iteration=2, guidance_scale=guidance_scale, microbatch=1)
+    small = _values(
+        make_toy, StaticRange(start=1, end=4), updates_per_iteration=2, guidance_scale=guidance_scale, microbatch=1
+    )
     for name, found in small["steps"].items():
         assert found == [value if value is None else pytest.approx(value, rel=1e-4, abs=1e-8) for value in steps[name]]
 
 
 def test_the_share_is_that_of_the_gradient_in_the_model_output(make_toy: Callable):
     """At ratio 1 the loss' gradient is -advantage * d log_prob / d output = -advantage * b * z / (std * d)."""
-    selector = RandomFraction(1.0)
+    selector = RandomFraction(fraction=1.0, last_step="train")
     toy = make_toy(torch.float64)
-    schedule, seen = toy.schedule(T, eta=0.3, noise_level=0.7), {}
+    schedule, seen = toy.schedule(T), {}
     optimizer = torch.optim.SGD(toy.trainable_parameters(), lr=1.0)
     score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
     algorithm = ddpo(clip_range=1e-4, min_count=2)
-    made = Settings(guidance_scale=1.0, rollout_batch=3, microbatch=4)
+    made = Updates(rollout_batch=3, microbatch=4)
     engine = Engine(toy, schedule, algorithm, selector, score, optimizer, made)
     replay = engine._replay
     engine._replay = lambda *arguments: (seen.update(arguments=arguments), replay(*arguments))[1]  # type: ignore[method-assign]
     values = engine.step(EncodedPrompts.of(toy, PROMPTS), PROMPTS, iteration=0, seed=0).values
     fresh = make_toy(torch.float64)  # the policy that drew the rollout
-    encoded, trajectory, _, advantages, _ = seen["arguments"]
+    policy, rows, *_ = seen["arguments"]
+    encoded, trajectory = policy.encoded, rows.trajectory
+    advantages = torch.zeros(len(PROMPTS), T, dtype=torch.float64)
+    advantages[rows.pairs[:, 0], rows.pairs[:, 1]] = rows.advantage.double()
     norms = torch.zeros(T, dtype=torch.float64)
     for step in range(T):
         sample = trajectory.latents[:, step].double()
@@ -94,7 +104,7 @@ def test_the_share_is_that_of_the_gradient_in_the_model_output(make_toy: Callabl
 
 
 def test_one_pass_tells_what_it_knows(make_toy: Callable):
-    steps = _values(make_toy, StaticRange(1, 4), update="one_pass")["steps"]
+    steps = _values(make_toy, StaticRange(start=1, end=4), update="one_pass")["steps"]
     assert steps["pairs"] == [0, 5, 5, 5, 0, 0]
     assert steps["gradient_share"] == [None] * 6, "there is no gradient of its own for a step"
 

@@ -9,12 +9,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from adascope_fast import backbones
-from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast import backbones, ops
 from adascope_fast.rollout import EncodedPrompts, PromptCache, Trajectory, predict, rollout
 from adascope_fast.schedules import Schedule
-from adascope_fast.selectors.simple import EveryStep
 from adascope_fast.training.draw import draw, initial_latents
 
 CAPTIONS = ["two small red circles on a grey background", "a large blue cross at the left on a white background"]
@@ -25,7 +22,7 @@ PLAIN_OPTIONS = {"scenes": {"eta": 0.0}, "scenes-flow": {"max_sequence_length": 
 
 @pytest.fixture(scope="module", params=list(PLAIN))
 def model(request: pytest.FixtureRequest) -> backbones.PipelineBackbone:
-    return backbones.load(request.param, rank=2)
+    return backbones.load(request.param, lora_rank=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def _sample(
 
 
 def _stochastic(backbone: Any, num_steps: int) -> Schedule:
-    return backbone.schedule(num_steps, eta=1.0, noise_level=0.7)
+    return backbone.schedule(num_steps)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -124,11 +121,10 @@ def test_x0_is_the_clean_latent_that_the_output_means(model):
 def test_replayed_log_prob_is_the_rollouts(model):
     schedule = _stochastic(model, 3)
     encoded, trajectory = _sample(model, schedule, CAPTIONS, guidance_scale=1.5)
-    settings = Settings(guidance_scale=1.5, rollout_batch=4, microbatch=4, updates_per_iteration=1, max_grad_norm=1.0)
-    optimizer = torch.optim.SGD(model.trainable_parameters())
-    engine = Engine(model, schedule, ddpo(), EveryStep(), lambda images, prompts: images, optimizer, settings)
     pairs = torch.tensor([[1, 2], [0, 0], [1, 0], [0, 1], [0, 2]])
-    replayed = engine.log_prob(encoded, trajectory.gather(pairs))
+    rows = trajectory.gather(pairs)
+    output, without = predict(model, encoded, rows.sample, rows.timestep, rows.prompt_index, 1.5)
+    replayed = ops.guided_transition_log_prob(rows.sample, output, without, 1.5, rows.prev_sample, rows.coef)
     torch.testing.assert_close(replayed, trajectory.log_prob[pairs[:, 0], pairs[:, 1]], rtol=0, atol=2e-5)
     assert replayed.requires_grad
 

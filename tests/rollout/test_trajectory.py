@@ -33,6 +33,10 @@ def _trajectory(schedule: Schedule | None = None) -> Trajectory:
     )
 
 
+def _packed(trajectory: Trajectory, keep: torch.Tensor) -> StepBatch:
+    return trajectory.gather(trajectory.pairs(keep))
+
+
 def _check(batch: StepBatch, expected: list[tuple[int, int]], schedule: Schedule) -> None:
     assert len(batch) == len(expected)
     for row, (sample, step) in enumerate(expected):
@@ -46,10 +50,10 @@ def _check(batch: StepBatch, expected: list[tuple[int, int]], schedule: Schedule
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_pack_holds_the_kept_pairs_sample_by_sample(pattern: str):
+def test_a_batch_holds_the_kept_pairs_sample_by_sample(pattern: str):
     trajectory = _trajectory()
     expected = [(i, j) for i, row in enumerate(PATTERNS[pattern]) for j, kept in enumerate(row) if kept]
-    _check(trajectory.pack(torch.tensor(PATTERNS[pattern]).bool()), expected, trajectory.schedule)
+    _check(_packed(trajectory, torch.tensor(PATTERNS[pattern]).bool()), expected, trajectory.schedule)
 
 
 def test_gather_keeps_the_order_it_is_given():
@@ -64,28 +68,24 @@ def test_a_deterministic_step_is_refused_by_its_number():
     keep[1, 2:] = True
     message = r"step 3 is deterministic \(std = 0\).*raise eta or noise_level, or keep the selector to steps 0\.\.2"
     with pytest.raises(ValueError, match=message):
-        trajectory.pack(keep)
+        _packed(trajectory, keep)
     keep[1, 3] = False
-    _check(trajectory.pack(keep), [(1, 2)], trajectory.schedule)
+    _check(_packed(trajectory, keep), [(1, 2)], trajectory.schedule)
 
 
 def test_a_sampler_without_noise_leaves_no_step_to_keep():
     trajectory = _trajectory(schedules.flow_ode(torch.linspace(1, 0, T + 1)))
     with pytest.raises(ValueError, match=r"step 0 is deterministic .* keep the selector to steps none"):
-        trajectory.pack(torch.ones(B, T, dtype=torch.bool))
+        _packed(trajectory, torch.ones(B, T, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 12), (5, [5, 5, 2]), (12, [12]), (100, [12])])
-def test_split_gives_consecutive_parts_and_loses_nothing(size: int, lengths: list[int]):
-    batch = _trajectory().pack(torch.ones(B, T, dtype=torch.bool))
-    parts = list(batch.split(size))
+def test_parts_of_a_batch_lose_nothing(size: int, lengths: list[int]):
+    batch = _packed(_trajectory(), torch.ones(B, T, dtype=torch.bool))
+    parts = [batch[rows] for rows in torch.arange(B * T).split(size)]
     assert [len(part) for part in parts] == lengths
     for name, value in vars(batch).items():
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value)
-
-
-def test_an_empty_batch_splits_into_nothing():
-    assert list(_trajectory().pack(torch.zeros(B, T, dtype=torch.bool)).split(3)) == []
 
 
 def test_take_picks_rows_of_every_tensor_of_a_condition():

@@ -308,8 +308,37 @@ def test_ddpm_window_is_ddim_outside():
 
 
 def test_final_alpha_of_1_makes_the_last_step_deterministic():
-    schedule = Schedule.from_diffusers(diffusers.DDIMScheduler(**{**SD15, "set_alpha_to_one": True}), 10)
+    alphas, timesteps = _alphas_cumprod().tolist(), range(901, 0, -100)
+    schedule = schedules.ddim(alphas, list(timesteps), stride=100, eta=1.0, final_alpha_cumprod=1.0)
     assert schedule.trainable.tolist() == [True] * 9 + [False]
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_with_noise_ddim_ends_at_the_first_training_level(set_alpha_to_one: bool, eta: float):
+    """As in ddpo-pytorch and TRL; the rows are Song et al.'s eq. 12 and 16 with alpha_bar[0] after the last step."""
+    scheduler = diffusers.DDIMScheduler(**{**SD15, "set_alpha_to_one": set_alpha_to_one})
+    schedule = Schedule.from_diffusers(scheduler, 10, eta=eta)
+    assert schedule.trainable.all()
+    alphas, steps = _alphas_cumprod(), np.arange(901, 0, -100)
+    now, after = alphas[steps], np.append(alphas[steps[1:]], alphas[0])
+    std = eta * np.sqrt((1 - after) / (1 - now) * (1 - now / after))
+    sample = np.sqrt(after / now)
+    output = np.sqrt(1 - after - std**2) - np.sqrt((1 - now) * after / now)
+    np.testing.assert_allclose(schedule.coef, np.stack([sample, output, std], 1), rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("set_alpha_to_one", "final"), [(True, 1.0), (False, None)])
+def test_without_noise_ddim_ends_where_diffusers_does(set_alpha_to_one: bool, final: float | None, latents):
+    scheduler: Any = diffusers.DDIMScheduler(**{**SD15, "set_alpha_to_one": set_alpha_to_one})
+    schedule = Schedule.from_diffusers(scheduler, 10, eta=0.0)
+    alphas, timesteps = _alphas_cumprod().tolist(), range(901, 0, -100)
+    by_hand = schedules.ddim(alphas, list(timesteps), stride=100, eta=0.0, final_alpha_cumprod=final)
+    torch.testing.assert_close(schedule.coef, by_hand.coef, rtol=3e-5, atol=1e-6)
+    scheduler.set_timesteps(10)
+    sample, output, noise = latents
+    theirs = scheduler.step(output, int(scheduler.timesteps[-1]), sample, eta=0.0).prev_sample
+    _close(_apply(schedule, 9, sample, output, noise), theirs)
 
 
 def test_to_moves_every_table():
@@ -330,15 +359,24 @@ def _from(scheduler: Any, **options: Any) -> Schedule:
         (lambda: _from(diffusers.DDIMScheduler(**{**SD15, "prediction_type": "score"})), "not 'score'"),
         (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)), "mu is None"),
         (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)), "sigmas fall"),
-        (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), kind="ddim"), "not 'ddim'"),
-        (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), eta=1.0), "flow_sde has no eta"),
-        (lambda: _from(diffusers.DDIMScheduler(**SD15), noise_level=0.7), "ddim has no noise_level"),
+        (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), kind="ddim"), "got 'ddim'"),
+        (
+            lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), eta=1.0),
+            "flow_sde takes sampler.noise_level, got sampler.eta = 1.0",
+        ),
+        (
+            lambda: _from(diffusers.DDIMScheduler(**SD15), noise_level=0.7),
+            "ddim takes sampler.eta, got sampler.noise_level = 0.7",
+        ),
         (lambda: _from(diffusers.EDMEulerScheduler()), "not EDMEulerScheduler"),
         (lambda: _from(diffusers.LCMScheduler()), "not LCMScheduler"),
         (lambda: _from(diffusers.DDPMScheduler()), "clip_sample is True"),
         (lambda: _from(diffusers.DPMSolverMultistepScheduler(thresholding=True)), "thresholding is True"),
-        (lambda: _from(diffusers.DDIMScheduler(**SD15), kind="euler"), "DDIMScheduler, not 'euler'"),
-        (lambda: _from(diffusers.EulerDiscreteScheduler(), kind="euler", eta=1.0), "euler has no eta"),
+        (lambda: _from(diffusers.DDIMScheduler(**SD15), kind="euler"), "for DDIMScheduler, got 'euler'"),
+        (
+            lambda: _from(diffusers.EulerDiscreteScheduler(), kind="euler", eta=1.0),
+            "euler takes no noise, got sampler.eta = 1.0",
+        ),
         (lambda: Schedule.from_diffusers(diffusers.DDIMScheduler(**SD15), 1001), "1..1000"),
         (lambda: schedules.ddim([0.9, 0.5], [2], stride=1, eta=1.0), "0..1"),
         (lambda: schedules.ddim([0.9, 0.0], [1], stride=1, eta=1.0), "step 0 has no finite mean"),

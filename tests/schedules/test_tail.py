@@ -11,10 +11,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from adascope_fast.adascope.selector import AdaScope
+from adascope_fast.adascope.sensing import LatentSensor
 from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.engine import Engine, Settings
+from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.schedules import Schedule, flow_sde
+from adascope_fast.schedules.settings import Sampler
 from adascope_fast.schedules.tail import Tails, tail
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.selectors.simple import EveryStep, RandomFraction, StaticRange
@@ -88,18 +91,21 @@ def test_the_last_step_is_the_guess_and_a_finished_sample_has_no_tail():
 
 
 def _sampler(toy: Any) -> Schedule:
-    return toy.schedule(T, eta=0.3, noise_level=0.7)
+    return toy.schedule(T)
 
 
-def _engine(toy: Any, selector: TimestepSelector, **settings: Any) -> Engine:
+def _engine(toy: Any, selector: TimestepSelector, *, tail_share: float, update: Any = "replay") -> Engine:
     optimizer = torch.optim.SGD(toy.trainable_parameters(), lr=1.0)
-    values = {"guidance_scale": 1.0, "rollout_batch": 3, "microbatch": 2, "max_grad_norm": 1e9, **settings}
+    settings = Updates(rollout_batch=3, microbatch=2, max_grad_norm=1e9, update=update)
+    sampler = Sampler(tail_share=tail_share)
     score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
-    return Engine(toy, _sampler(toy), ddpo(clip_range=1e-4), selector, score, optimizer, Settings(**values))
+    return Engine(toy, _sampler(toy), ddpo(clip_range=1e-4), selector, score, optimizer, settings, sampler=sampler)
 
 
 @pytest.mark.parametrize("update", ["replay", "one_pass"])
-@pytest.mark.parametrize("selector", [StaticRange(1, 4), RandomFraction(0.2, seed=3)], ids=["range", "ragged"])
+@pytest.mark.parametrize(
+    "selector", [StaticRange(start=1, end=4), RandomFraction(fraction=0.2, seed=3)], ids=["range", "ragged"]
+)
 def test_a_rollout_costs_what_its_tails_say(make_toy: Callable, selector: TimestepSelector, update: str):
     toy = make_toy()
     keep = selector.ahead(PROMPTS, _sampler(toy), 0)
@@ -123,7 +129,7 @@ def _rollout(toy: Any, keep: Tensor | None, batch: int, guidance_scale: float = 
 
 def test_the_trained_steps_are_those_of_the_whole_rollout_and_the_rest_is_unknown(make_toy: Callable):
     toy = make_toy(torch.float64)
-    keep = RandomFraction(0.2, seed=3).ahead(PROMPTS, _sampler(toy), 0)
+    keep = RandomFraction(fraction=0.2, seed=3).ahead(PROMPTS, _sampler(toy), 0)
     whole, short = _rollout(toy, None, 5), _rollout(toy, keep, 5)
     for sample, row in enumerate(keep):
         end = int(row.nonzero().max()) + 1
@@ -139,7 +145,7 @@ def test_the_trained_steps_are_those_of_the_whole_rollout_and_the_rest_is_unknow
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_a_sample_does_not_depend_on_its_batch(make_toy: Callable, guidance_scale: float):
     toy = make_toy(torch.float64)
-    keep = RandomFraction(0.2, seed=3).ahead(PROMPTS, _sampler(toy), 0)
+    keep = RandomFraction(fraction=0.2, seed=3).ahead(PROMPTS, _sampler(toy), 0)
     want = _rollout(toy, keep, 5, guidance_scale).latents
     for batch in (1, 2):
         torch.testing.assert_close(
@@ -167,13 +173,15 @@ def test_the_tail_of_a_rollout_is_the_solver_by_hand(make_toy: Callable):
 
 
 def test_steps_that_are_known_too_late_are_refused_with_what_to_change(make_toy: Callable):
-    engine = _engine(make_toy(), AdaScope(sense_every=2), tail_share=0.4)
+    engine = _engine(make_toy(), AdaScope(sensor=LatentSensor(every=2)), tail_share=0.4)
     with pytest.raises(ValueError, match=r"selector\.mask_source = 'previous'"):
         engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=1, seed=1)
 
 
 def test_adascope_samples_in_full_when_it_senses_and_short_in_between(make_toy: Callable):
-    engine = _engine(make_toy(), AdaScope(end_hi=0.5, sense_every=2, mask_source="previous"), tail_share=0.4)
+    engine = _engine(
+        make_toy(), AdaScope(latest_end=0.5, sensor=LatentSensor(every=2), mask_source="previous"), tail_share=0.4
+    )
     encoded = EncodedPrompts.of(engine.backbone, PROMPTS)
     first, second, third = (engine.step(encoded, PROMPTS, iteration=number, seed=number).values for number in range(3))
     assert first["forwards_sampled"] == third["forwards_sampled"] == len(PROMPTS) * T
