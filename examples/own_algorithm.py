@@ -37,9 +37,7 @@ class Imitation(Algorithm):
         pairs = samples.trajectory.pairs(keep)
         return Pairs(samples.trajectory, pairs, torch.ones(len(pairs), device=pairs.device), is_live=None)
 
-    def loss(
-        self, policy: Policy, rows: tuple[StepBatch, torch.Tensor], *, is_on_policy: bool, scale: float
-    ) -> Loss:
+    def loss(self, policy: Policy, rows: tuple[StepBatch, torch.Tensor], *, is_on_policy: bool, scale: float) -> Loss:
         """Minus the log-probability of each pair, unreduced; the engine divides by the number of rows."""
         pairs, _ = rows
         output, without = policy.outputs(pairs.sample, pairs.timestep, pairs.prompt_index)

@@ -15,15 +15,15 @@ PROMPTS = [HOSTILE, "two small red circles on a grey background", "a large blue 
 TILE, COLUMNS, NUM_STEPS = 64, 4, 20
 
 
-def pictures_of(seed: int) -> np.ndarray:
+def images_of(seed: int) -> np.ndarray:
     """A grid of discs, the first prompts' rows first."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:TILE, :TILE]
-    pictures = np.full((len(PROMPTS) * COLUMNS, 3, TILE, TILE), 0.85, np.float32)
-    for picture in pictures:
+    images = np.full((len(PROMPTS) * COLUMNS, 3, TILE, TILE), 0.85, np.float32)
+    for image in images:
         inside = (x - random.uniform(15, 48)) ** 2 + (y - random.uniform(15, 48)) ** 2 < random.uniform(6, 16) ** 2
-        picture[:, inside] = random.uniform(0, 0.8, (3, 1))
-    return pictures
+        image[:, inside] = random.uniform(0, 0.8, (3, 1))
+    return images
 
 
 def record_of(iteration: int) -> dict:
@@ -103,8 +103,8 @@ def make_run(folder: Path, *, iterations: int = 30) -> Path:
         "command": "adascope-fast train configs/quickstart.toml",
     }
     (folder / "run.json").write_text(json.dumps(run))
-    save_grid(pictures_of(0), COLUMNS, samples / "before.png")
-    save_grid(pictures_of(1), COLUMNS, samples / "after.png")
+    save_grid(images_of(0), COLUMNS, samples / "before.png")
+    save_grid(images_of(1), COLUMNS, samples / "after.png")
     (samples / "grid.json").write_text(json.dumps({"prompts": PROMPTS, "columns": COLUMNS, "tile": TILE}))
     return folder
 

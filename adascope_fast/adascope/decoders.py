@@ -96,11 +96,11 @@ class LinearDecoder:
         return F.pixel_shuffle(F.conv2d(around, self._map["weight"], self._map["bias"]), patch).clamp(0, 1)
 
 
-def fitted(latents: Float[Tensor, "n c h w"], pictures: Float[Tensor, "n 3 height width"]) -> dict[str, Tensor]:
+def fitted(latents: Float[Tensor, "n c h w"], images: Float[Tensor, "n 3 height width"]) -> dict[str, Tensor]:
     """`weight` [3 patch^2, c, 3, 3] and `bias` of the convolution before a pixel shuffle, by ridge regression."""
-    channels, patch = latents.shape[1], pictures.shape[-1] // latents.shape[-1]
+    channels, patch = latents.shape[1], images.shape[-1] // latents.shape[-1]
     around = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1).double()
-    target = F.unfold(pictures, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
+    target = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
     centre, middle = around.mean(0), target.mean(0)
     x, y = around - centre, target - middle
     gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)

@@ -14,10 +14,10 @@ def plan(
 ) -> None:
     """Say what a training would cost: parameters, operations, memory. No weights are read."""
     config = configured(arguments, command="plan")
-    from adascope_fast.planning.measured import checked
+    from adascope_fast.planning.measured import measured_table
     from adascope_fast.planning.plan import plan as plan_of
 
     result = plan_of(config)
     print(result.table(tflops))
     if measure:
-        print(checked(config, result))
+        print(measured_table(config, result))

@@ -62,7 +62,7 @@ class CudaGauge:
 
 
 @dataclass(frozen=True)
-class Check:
+class Measurement:
     """A plan's peak beside the measured one, in bytes, and seconds of an iteration's parts."""
 
     microbatch: int
@@ -89,7 +89,7 @@ class Check:
         return "\n".join(lines)
 
 
-def check(config: Config, plan: Plan, gauge: Gauge | None = None) -> Check:
+def measured_step(config: Config, plan: Plan, gauge: Gauge | None = None) -> Measurement:
     """Run one training step of `config` with random weights, and say what the iteration takes by it.
 
     Raises:
@@ -118,15 +118,15 @@ def check(config: Config, plan: Plan, gauge: Gauge | None = None) -> Check:
     train_s = gauge.seconds(lambda: step.train(plan.microbatch))
     peak = gauge.peak_bytes()
     del beside, average
-    rows = min(config.train.rollout_batch, plan.pictures)
+    rows = min(config.train.rollout_batch, plan.images)
     step.infer(rows)
     infer_s = gauge.seconds(lambda: step.infer(rows))
     step.decode(1)
-    return _check(plan, peak, train_s, infer_s / rows, gauge.seconds(lambda: step.decode(1)))
+    return _measurement(plan, peak, train_s, infer_s / rows, gauge.seconds(lambda: step.decode(1)))
 
 
-def checked(config: Config, plan: Plan) -> str:
-    """The table of `check`, or why there is none."""
+def measured_table(config: Config, plan: Plan) -> str:
+    """The table of `measured_step`, or why there is none."""
     reason = ""
     if not torch.cuda.is_available():
         reason = "torch sees no GPU"
@@ -134,22 +134,22 @@ def checked(config: Config, plan: Plan) -> str:
         reason = 'train.device = "cpu"'
     else:
         try:
-            return check(config, plan).table()
+            return measured_step(config, plan).table()
         except (ValueError, torch.OutOfMemoryError) as error:
             reason = str(error)
     return f"not measured        {reason}"
 
 
-def _check(plan: Plan, peak: float, train_s: float, infer_s: float, decode_s: float) -> Check:
+def _measurement(plan: Plan, peak: float, train_s: float, infer_s: float, decode_s: float) -> Measurement:
     """From the seconds of a training step, and of one picture's inference and decoding, to those of an iteration."""
     seconds_per_flop = infer_s / plan.step_flops
     step_flops = plan.microbatch * plan.training_flops
     known = {
         "update": plan.flops["update"] / plan.training_flops * train_s / plan.microbatch,
-        "decoding": plan.pictures * decode_s,
+        "decoding": plan.images * decode_s,
     }
     seconds = {name: known.get(name, flops * seconds_per_flop) for name, flops in plan.flops.items()}
-    return Check(plan.microbatch, plan.update_bytes[plan.microbatch], peak, seconds, step_flops / train_s)
+    return Measurement(plan.microbatch, plan.update_bytes[plan.microbatch], peak, seconds, step_flops / train_s)
 
 
 class _Step:
@@ -161,19 +161,19 @@ class _Step:
         self._is_bf16 = config.train.mixed_precision == "bf16"
         self._optimizer = torch.optim.AdamW(backbone.trainable_parameters(), lr=1e-6, fused=True)
 
-    def train(self, pictures: int) -> None:
+    def train(self, images: int) -> None:
         """Forward, backward, update."""
-        self._predict(pictures * self._copies).square().mean().backward()
+        self._predict(images * self._copies).square().mean().backward()
         self._optimizer.step()
 
     @torch.no_grad()
-    def infer(self, pictures: int) -> None:
+    def infer(self, images: int) -> None:
         """A denoising step."""
-        self._predict(pictures * self._copies)
+        self._predict(images * self._copies)
 
-    def decode(self, pictures: int) -> None:
+    def decode(self, images: int) -> None:
         """Latents to pictures."""
-        self.backbone.decode(torch.randn(pictures, *self.backbone.latent_shape, device=self._device))
+        self.backbone.decode(torch.randn(images, *self.backbone.latent_shape, device=self._device))
 
     def _predict(self, rows: int) -> torch.Tensor:
         sample = torch.randn(rows, *self.backbone.latent_shape, device=self._device)

@@ -28,7 +28,7 @@ class Plan:
     """The cost of a run. Memory is in bytes, each peak with all that is held; `flops` are of one iteration, by part."""
 
     title: str
-    pictures: int
+    images: int
     parameters: dict[str, int]
     trained: int
     forward_flops: float
@@ -79,7 +79,7 @@ def plan(config: Config) -> Plan:
     backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
-    pictures, prompts = train.prompts_per_iteration * train.samples_per_prompt, train.prompts_per_iteration
+    images, prompts = train.prompts_per_iteration * train.samples_per_prompt, train.prompts_per_iteration
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)
     autocast = torch.bfloat16 if train.mixed_precision == "bf16" else None
@@ -87,24 +87,24 @@ def plan(config: Config) -> Plan:
         [denoiser_cost(backbone, rows, backward=backward, autocast=autocast) for rows in (1, 2)]
         for backward in (False, True)
     )
-    decoded = min(pictures, train.rollout_batch, backbone.num_decoded_at_once())
+    decoded = min(images, train.rollout_batch, backbone.num_decoded_at_once())
     decode = measure(lambda: backbone.decode(torch.empty(1, *backbone.latent_shape, device="meta")), backward=False)
     inference_flops, backward_flops = inference[0].forward_flops, training[0].backward_flops
     once = guided * inference_flops
-    pairs = fraction * pictures * steps
+    pairs = fraction * images * steps
     backward = guided * backward_flops
     flops = {
-        "rollout": pictures * steps * once,
+        "rollout": images * steps * once,
         "update": pairs * (backward if train.update == "one_pass" else once + backward),
         "reference policy": pairs * once if has_reference else 0.0,
-        "decoding": pictures * decode.forward_flops,
+        "decoding": images * decode.forward_flops,
         "text": (prompts + 1) * _text_flops(backbone),
     }
     weights = weight_bytes(backbone, config)
-    latents = 4.0 * pictures * (2 * steps + 1) * torch.Size(backbone.latent_shape).numel()
+    latents = 4.0 * images * (2 * steps + 1) * torch.Size(backbone.latent_shape).numel()
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
     is_one_pass = train.update == "one_pass"
-    held = weights + latents + 4.0 * pictures * trained * is_one_pass  # its gradients are kept sample by sample
+    held = weights + latents + 4.0 * images * trained * is_one_pass  # its gradients are kept sample by sample
     microbatch = train.usual_microbatch(config.sampler.guidance_scale)
 
     def update_peak(size: int) -> float:
@@ -112,8 +112,8 @@ def plan(config: Config) -> Plan:
 
     return Plan(
         title=f"{config.model.name}: {type(backbone).__name__}, {backbone.resolution} pixels, "
-        f"{pictures} pictures x {steps} steps, guidance {config.sampler.guidance_scale:g}",
-        pictures=pictures,
+        f"{images} pictures x {steps} steps, guidance {config.sampler.guidance_scale:g}",
+        images=images,
         parameters=_parameters(backbone),
         trained=trained,
         forward_flops=inference_flops,
@@ -123,9 +123,7 @@ def plan(config: Config) -> Plan:
         fraction=fraction,
         weight_bytes=weights,
         held_bytes=held,
-        rollout_bytes=held
-        + peak_of(inference, guided * min(train.rollout_batch, pictures))
-        + _folded(backbone, config),
+        rollout_bytes=held + peak_of(inference, guided * min(train.rollout_batch, images)) + _folded(backbone, config),
         decode_bytes=held + decoded * decode.peak_bytes,
         update_bytes={size: update_peak(size) for size in sorted({*MICROBATCHES, microbatch})},
         microbatch=microbatch,

@@ -54,15 +54,15 @@ def pretrain(folder: Path, *, recipe: loop.Recipe = RECIPE) -> AutoencoderKL:
     model = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_at(step: int) -> Tensor:
-        pictures = draw(scenes_for(step, BATCH), step) * 2 - 1
+        images = draw(scenes_for(step, BATCH), step) * 2 - 1
         noise = torch.Generator().manual_seed(step)
-        posterior = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
+        posterior = model.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         latents = posterior.mean
         spread = latents.detach().std()
         noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=noise)
-        error = model.decode(noisy).sample - pictures
+        error = model.decode(noisy).sample - images
         # Objects cover a few percent of the frame; without a weight their colours are learned last.
-        is_object = (pictures - pictures[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.1
+        is_object = (images - images[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.1
         weight = 1 + OBJECT_WEIGHT * is_object
         return (weight * (error.abs() + error.square())).mean() + 1e-4 * latents.square().mean()
 

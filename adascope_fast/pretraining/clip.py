@@ -35,7 +35,7 @@ from adascope_fast.rewards.clip import features, prepared
 RECIPE = loop.Recipe(num_steps=650, learning_rate=3e-3, warmup=60, ema=0.99)
 MUON = 2.0  # learning rate of Muon over AdamW's
 BATCH = 64
-NUM_PICTURES = 12288
+NUM_IMAGES = 12288
 LATENT_NOISE = 0.3  # of the latents' standard deviation
 MAX_BLUR, GRAIN = 1.2, 0.02  # pixels; of the values
 PATCH, TEXT_WIDTH, VISION_WIDTH, PROJECTION = 8, 64, 96, 64
@@ -76,10 +76,10 @@ def build(tokenizer: Any) -> CLIPModel:
     return model
 
 
-def pretrain(folder: Path, work: Path, *, recipe: loop.Recipe = RECIPE, num_pictures: int = NUM_PICTURES) -> CLIPModel:
+def pretrain(folder: Path, work: Path, *, recipe: loop.Recipe = RECIPE, num_images: int = NUM_IMAGES) -> CLIPModel:
     """Write the CLIP to `folder` and return it; a stopped run resumes from `work`."""
     tokenizer = captions.build_tokenizer()
-    pictures, scenes = _pictures(work / "pictures.safetensors", num_pictures)
+    images, scenes = _drawings(work / "pictures.safetensors", num_images)
     tokens = tokenize(tokenizer, [scene.caption for scene in TRAINING_SCENES])
     torch.manual_seed(3)
     model = build(tokenizer)
@@ -87,8 +87,8 @@ def pretrain(folder: Path, work: Path, *, recipe: loop.Recipe = RECIPE, num_pict
 
     def loss_at(step: int) -> Tensor:
         rng, generator = random.Random(step), torch.Generator().manual_seed(step)
-        rows = torch.randint(len(pictures), (BATCH,), generator=generator)
-        shown, said = _mirrored(pictures[rows].float() / 255, [scenes[row] for row in rows.tolist()], rng)
+        rows = torch.randint(len(images), (BATCH,), generator=generator)
+        shown, said = _mirrored(images[rows].float() / 255, [scenes[row] for row in rows.tolist()], rng)
         shown = torch.cat([_worn(shown[: BATCH // 2], generator), shown[BATCH // 2 :]])
         right = [_ROW[scene] for scene in said]
         near = [_ROW[scene] for one in said for scene in _neighbours(one, rng)]
@@ -116,10 +116,10 @@ def tokenize(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def given_back(
-    vae: AutoencoderKL, pictures: Float[Tensor, "b 3 64 64"], noise: float, seed: int
+    vae: AutoencoderKL, images: Float[Tensor, "b 3 64 64"], noise: float, seed: int
 ) -> Float[Tensor, "b 3 64 64"]:
     """Pictures as the autoencoder gives them back, from latents with `noise` of their standard deviation added."""
-    latents = vae.encode(pictures * 2 - 1).latent_dist.mean  # type: ignore[union-attr]
+    latents = vae.encode(images * 2 - 1).latent_dist.mean  # type: ignore[union-attr]
     latents += noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     return (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)  # type: ignore[union-attr]
 
@@ -141,25 +141,25 @@ def _neighbours(scene: Scene, rng: random.Random) -> list[Scene]:
     return [other for other in found if other in _ROW]
 
 
-def _mirrored(pictures: Tensor, scenes: list[Scene], rng: random.Random) -> tuple[Tensor, list[Scene]]:
+def _mirrored(images: Tensor, scenes: list[Scene], rng: random.Random) -> tuple[Tensor, list[Scene]]:
     """Some pictures turned over sideways, with the scenes that they show then; none into a held-out scene."""
-    pictures, said = pictures.clone(), list(scenes)
+    images, said = images.clone(), list(scenes)
     for row, scene in enumerate(scenes):
         other = replace(scene, position={"left": "right", "right": "left"}.get(scene.position or "", scene.position))
         if rng.random() < 0.5 and other in _ROW:
-            pictures[row], said[row] = pictures[row].flip(-1), other
-    return pictures, said
+            images[row], said[row] = images[row].flip(-1), other
+    return images, said
 
 
-def _worn(pictures: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+def _worn(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
     """Pictures blurred by different widths, with grain."""
-    b = len(pictures)
+    b = len(images)
     width = MAX_BLUR * torch.rand(b, 1, generator=generator) + 1e-3
     kernel = torch.softmax(-torch.arange(-2.0, 3.0).square() / (2 * width.square()), 1).repeat_interleave(3, 0)
-    rows = F.pad(pictures, (2, 2, 2, 2), mode="replicate").flatten(0, 1)[None]
+    rows = F.pad(images, (2, 2, 2, 2), mode="replicate").flatten(0, 1)[None]
     across = F.conv2d(rows, kernel[:, None, None, :], groups=3 * b)
-    both = F.conv2d(across, kernel[:, None, :, None], groups=3 * b).view(pictures.shape)
-    return both + GRAIN * torch.randn(pictures.shape, generator=generator)
+    both = F.conv2d(across, kernel[:, None, :, None], groups=3 * b).view(images.shape)
+    return both + GRAIN * torch.randn(images.shape, generator=generator)
 
 
 def _sines(side: int, width: int) -> Float[Tensor, "n width"]:
@@ -170,7 +170,7 @@ def _sines(side: int, width: int) -> Float[Tensor, "n width"]:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
 
 
-def _pictures(path: Path, count: int) -> tuple[Tensor, list[Scene]]:
+def _drawings(path: Path, count: int) -> tuple[Tensor, list[Scene]]:
     """Drawn training scenes [count, 3, 64, 64] as bytes, the first quarter as given back, and the scenes."""
     rng = random.Random(5)
     scenes = [rng.choice(TRAINING_SCENES) for _ in range(count)]
@@ -186,5 +186,5 @@ def _pictures(path: Path, count: int) -> tuple[Tensor, list[Scene]]:
     return load_file(path)["pictures"], scenes
 
 
-def _bytes(pictures: Tensor) -> Tensor:
-    return (pictures * 255).round().to(torch.uint8)
+def _bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)

@@ -99,9 +99,9 @@ def _latents(vae: Any, path: Path) -> tuple[Tensor, list]:
     if not path.is_file():
         parts = []
         for start in tqdm(range(0, NUM_LATENTS, 64), desc="latents", mininterval=1.0):
-            pictures = draw(scenes[start : start + 64], 10**7 + start) * 2 - 1
+            images = draw(scenes[start : start + 64], 10**7 + start) * 2 - 1
             with torch.no_grad():
-                parts.append(vae.encode(pictures).latent_dist.mean)
+                parts.append(vae.encode(images).latent_dist.mean)
         save_file({"latents": torch.cat(parts).contiguous()}, path)
     return load_file(path)["latents"], scenes
 

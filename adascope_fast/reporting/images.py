@@ -27,9 +27,9 @@ def save_grid(images: Any, columns: int, path: Path) -> None:
     num, height, width, _ = pixels.shape
     rows = -(-num // columns)
     grid = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for index, picture in enumerate(pixels):
+    for index, image in enumerate(pixels):
         top, left = index // columns * height, index % columns * width
-        grid[top : top + height, left : left + width] = picture
+        grid[top : top + height, left : left + width] = image
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(path)
 
@@ -48,9 +48,9 @@ def contact_sheet(images: Any, captions: Sequence[str], columns: int, path: Path
     rows = -(-num // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (cell + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pixels):
+    for index, image in enumerate(pixels):
         left, top = gap + index % columns * (width + gap), gap + index // columns * (cell + gap)
-        enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         sheet.paste(enlarged, (left, top))
         for number, line in enumerate(lines[index]):
             draw.text((left, top + height + 3 + number * line_height), line, fill=(40, 40, 40), font=font)
@@ -65,9 +65,9 @@ def cut_rows(path: Path, num_rows: int) -> list[str]:
         return [_data_url(grid.crop((0, row * height, grid.width, (row + 1) * height))) for row in range(num_rows)]
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="PNG", optimize=True)
+    image.convert("RGB").save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

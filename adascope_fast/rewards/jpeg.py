@@ -12,9 +12,9 @@ def jpeg_incompressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Size [b] in kilobytes of each picture's JPEG; the prompts do not matter."""
     pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for image in pixels:
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=95)
+        Image.fromarray(image).save(file, format="JPEG", quality=95)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 

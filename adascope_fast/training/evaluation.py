@@ -24,7 +24,7 @@ class HeldOutScores:
     """Scores [prompts, samples] and the pictures of the first prompts, row by row."""
 
     scores: Float32[Tensor, "p s"]
-    pictures: Float[Tensor, "n 3 h w"]
+    shown: Float[Tensor, "n 3 h w"]
     breakdown: dict[str, float]
     diversity: float | None
     contrast: float
@@ -74,7 +74,7 @@ def evaluate(
     guidance_scale: float,
     seed: int,
     batch: int,
-    num_pictured: int,
+    num_shown: int,
     breakdown: Callable[[Tensor, list[str]], dict[str, float]] | None = None,
     similarity: Callable[[Tensor, list[str]], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -101,7 +101,7 @@ def evaluate(
     parts = breakdown(images, repeated) if breakdown else {}
     return HeldOutScores(
         scores,
-        images[: num_pictured * samples_per_prompt].cpu(),
+        images[: num_shown * samples_per_prompt].cpu(),
         parts,
         diversity(images.unflatten(0, (len(prompts), samples_per_prompt))),
         contrast(images),

@@ -268,7 +268,7 @@ class Trainer:
                 guidance_scale=sampler.guidance_scale if scale is None else scale,
                 seed=settings.seed,
                 batch=self.config.train.rollout_batch,
-                num_pictured=settings.grid_prompts,
+                num_shown=settings.grid_prompts,
                 breakdown=getattr(self.reward, "breakdown", None),
                 similarity=self.similarity,
                 on_step=on_step,
@@ -284,10 +284,10 @@ class Trainer:
         if name is not None:
             values[name] = summary | {"scores": evaluation.scores.tolist()}
             columns = self.config.evaluation.samples_per_prompt
-            save_grid(evaluation.pictures, columns, folder.samples / f"{name}.png")
+            save_grid(evaluation.shown, columns, folder.samples / f"{name}.png")
             shown = self.held_out[: self.config.evaluation.grid_prompts]
             folder.write(
-                "samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.pictures.shape[-1]}
+                "samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.shown.shape[-1]}
             )
         if name == "after":
             before = torch.tensor(values["before"]["scores"])

@@ -28,30 +28,30 @@ RESULTS = Path(__file__).parent / "results" / "scenes_clip.json"
 
 
 @torch.no_grad()
-def accuracy(clip: ClipSimilarity, *, num_pictures: int, noise: float | None = None) -> float:
+def accuracy(clip: ClipSimilarity, *, num_images: int, noise: float | None = None) -> float:
     """Share of drawn pictures, `num_pictures` a caption, whose own caption is nearest among the held-out ones."""
     captions = [scene.caption for scene in pretraining.HELD_OUT]
     said, own = clip.embed_prompts(captions, torch.device("cpu")), torch.arange(len(captions))
     vae = None if noise is None else pretraining.embedded_vae()
     right = 0
-    for number in range(num_pictures):
-        pictures = draw(pretraining.HELD_OUT, pretraining.LATE_DRAW + number)
+    for number in range(num_images):
+        images = draw(pretraining.HELD_OUT, pretraining.LATE_DRAW + number)
         if vae is not None and noise is not None:
-            pictures = pretraining.given_back(vae, pictures, noise, number)
-        right += int(((clip.embed_images(pictures) @ said.T).argmax(1) == own).sum())
-    return right / (num_pictures * len(captions))
+            images = pretraining.given_back(vae, images, noise, number)
+        right += int(((clip.embed_images(images) @ said.T).argmax(1) == own).sum())
+    return right / (num_images * len(captions))
 
 
 def on_rollouts(clip: ClipSimilarity, name: str, *, num_prompts: int, num_steps: int) -> dict[str, float]:
     """Of pictures of a base model: agreement with `scene_attributes`, and similarity to right and wrong captions."""
     captions = [scene.caption for scene in pretraining.HELD_OUT][:: max(1, len(pretraining.HELD_OUT) // num_prompts)]
     backbone = backbones.load(name)
-    pictures = sample(backbone, captions, [0, 1], num_steps=num_steps, guidance_scale=1.0)
+    images = sample(backbone, captions, [0, 1], num_steps=num_steps, guidance_scale=1.0)
     said = [caption for caption in captions for _ in range(2)]
-    right, wrong = clip(pictures, said), clip(pictures, [*said[2:], *said[:2]])
-    found: Any = spearmanr(right, SceneAttributes()(pictures, said))
+    right, wrong = clip(images, said), clip(images, [*said[2:], *said[:2]])
+    found: Any = spearmanr(right, SceneAttributes()(images, said))
     return {
-        "num_pictures": len(pictures),
+        "num_pictures": len(images),
         "similarity": right.mean().item(),
         "similarity_to_the_next_caption": wrong.mean().item(),
         "rank_correlation_with_scene_attributes": float(found.statistic),
@@ -72,8 +72,8 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in clip.model.parameters()),
         "num_captions": len(pretraining.HELD_OUT),
         "num_pictures": 4 * len(pretraining.HELD_OUT),
-        "accuracy_drawings": accuracy(clip, num_pictures=4),
-        "accuracy_given_back": accuracy(clip, num_pictures=4, noise=0.15),
+        "accuracy_drawings": accuracy(clip, num_images=4),
+        "accuracy_given_back": accuracy(clip, num_images=4, noise=0.15),
         "rollouts": {name: on_rollouts(clip, name, num_prompts=43, num_steps=20) for name in ("scenes", "scenes-flow")},
     }
     arguments.out.write_text(json.dumps(values, indent=1) + "\n")

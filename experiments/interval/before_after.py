@@ -40,9 +40,9 @@ def before_after(run: Path, *, num_prompts: int) -> Image.Image:
     for half, (name, title) in enumerate(halves):
         left = MARGIN + half * (width * SCALE + GUTTER)
         draw.text((left, 8), title, fill="black", font=font)
-        with Image.open(run / "samples" / f"{name}.png") as pictures:
+        with Image.open(run / "samples" / f"{name}.png") as images:
             for row in range(len(prompts)):
-                strip = pictures.crop((0, row * height, width, (row + 1) * height))
+                strip = images.crop((0, row * height, width, (row + 1) * height))
                 top = HEADER + row * (height * SCALE + CAPTION)
                 sheet.paste(strip.resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC), (left, top))
     for row, prompt in enumerate(prompts):

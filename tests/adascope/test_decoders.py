@@ -56,7 +56,7 @@ def test_a_linear_teacher_is_learned_exactly():
 
 def test_the_map_is_numpys_least_squares():
     rng = np.random.default_rng(0)
-    latents, pictures = rng.normal(size=(20, 1, 3, 3)), rng.uniform(size=(20, 3, 3, 3))
+    latents, images = rng.normal(size=(20, 1, 3, 3)), rng.uniform(size=(20, 3, 3, 3))
     rows = np.stack(
         [
             np.pad(x[0], 1, mode="edge")[i : i + 3, j : j + 3].ravel()
@@ -65,11 +65,11 @@ def test_the_map_is_numpys_least_squares():
             for j in range(3)
         ]
     )
-    target = pictures.transpose(0, 2, 3, 1).reshape(-1, 3)
+    target = images.transpose(0, 2, 3, 1).reshape(-1, 3)
     x, y = rows - rows.mean(0), target - target.mean(0)
     ridge = (RIDGE * len(x)) ** 0.5
     want = np.linalg.lstsq(np.vstack([x, ridge * np.eye(9)]), np.vstack([y, np.zeros((9, 3))]), rcond=None)[0]
-    got = fitted(torch.from_numpy(latents).float(), torch.from_numpy(pictures).float())
+    got = fitted(torch.from_numpy(latents).float(), torch.from_numpy(images).float())
     np.testing.assert_allclose(got["weight"].reshape(3, 9).T, want, atol=1e-5)
     np.testing.assert_allclose(got["bias"], target.mean(0) - rows.mean(0) @ want, atol=1e-5)
 

@@ -111,9 +111,9 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_its_layout():
     row = slice(29, 30)
     guidance["output_uncond"], alone = guidance["output_uncond"][row], [x[row] for x in (*rows, x0_coef)]
     single = step.transition_step_with_x0(*alone, prev_x0=prev_x0[row], **guidance)
-    picture = [x.view(1, 4, 15, 18).to(memory_format=torch.channels_last) for x in (*alone[:3], prev_x0[row])]
+    image = [x.view(1, 4, 15, 18).to(memory_format=torch.channels_last) for x in (*alone[:3], prev_x0[row])]
     guidance["output_uncond"] = guidance["output_uncond"].view(1, 4, 15, 18)
-    moved = step.transition_step_with_x0(*picture[:3], *alone[3:], prev_x0=picture[3], **guidance)
+    moved = step.transition_step_with_x0(*image[:3], *alone[3:], prev_x0=image[3], **guidance)
     for whole, lone, shifted in zip(together, single, moved, strict=True):
         assert whole is not None
         assert lone is not None

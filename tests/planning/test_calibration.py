@@ -139,8 +139,8 @@ def test_the_page_and_its_figures(found: tuple[Config, Calibration], tmp_path: P
     assert page.count('class="shade"') == 4
     assert f"{result.configured.mean_start:.1f} ± {result.configured.std_start:.1f}" in page
     assert json.loads((path.parent / "calibration.json").read_text())["theory"] == result.theory
-    with Image.open(path.parent / "calibration.png") as picture:
-        assert picture.size[0] > 1000
+    with Image.open(path.parent / "calibration.png") as image:
+        assert image.size[0] > 1000
     assert f"selector.kappa={result.proposed.kappa:.3g}" in result.text()
 
 

@@ -20,7 +20,7 @@ from adascope_fast.config import Config
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Updates
 from adascope_fast.planning.flops import Cost, measure
-from adascope_fast.planning.measured import check, checked
+from adascope_fast.planning.measured import measured_step, measured_table
 from adascope_fast.planning.plan import denoiser_cost, fraction_trained, peak_of, plan, weight_bytes
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
@@ -159,11 +159,11 @@ def test_the_parts_of_a_plan_add_up():
     settings = ["sampler.guidance_scale=3.0", "sampler.num_steps=10", "selector.name=static_range", "selector.start=2"]
     config = Config.load(None, [*settings, "selector.end=6", "train.microbatch=3"])
     result = plan(config)
-    pictures = config.train.prompts_per_iteration * config.train.samples_per_prompt
+    images = config.train.prompts_per_iteration * config.train.samples_per_prompt
     assert result.fraction == 0.4
-    assert result.flops["rollout"] == pictures * 10 * 2 * result.forward_flops
+    assert result.flops["rollout"] == images * 10 * 2 * result.forward_flops
     backward = denoiser_cost(backbones.outline("scenes"), 1, backward=True).backward_flops
-    assert result.flops["update"] == pytest.approx(pictures * 4 * 2 * (result.forward_flops + backward))
+    assert result.flops["update"] == pytest.approx(images * 4 * 2 * (result.forward_flops + backward))
     sizes = sorted(result.update_bytes)
     assert 3 in sizes
     assert [result.update_bytes[size] for size in sizes] == sorted(result.update_bytes.values())
@@ -172,7 +172,7 @@ def test_the_parts_of_a_plan_add_up():
     assert "microbatch 3  <- as configured" in table
     assert "at 0.001 TFLOP/s" in table
     more = plan(Config.load(None, [*settings, "selector.end=6", "algorithm.kl_weight=0.1", "model.train=full"]))
-    assert more.flops["reference policy"] == pytest.approx(pictures * 4 * 2 * more.forward_flops)
+    assert more.flops["reference policy"] == pytest.approx(images * 4 * 2 * more.forward_flops)
     assert more.weight_bytes > result.weight_bytes
     assert more.trained == more.parameters["unet"] == result.parameters["unet"]
 
@@ -181,8 +181,8 @@ def test_one_pass_and_a_folded_adapter_take_what_they_keep():
     settings = ["selector.name=window", "train.rollout_batch=2", "acceleration.fold_adapter=off"]
     replay = plan(Config.load(None, settings))
     one_pass = plan(Config.load(None, [*settings, "train.update=one_pass"]))
-    assert one_pass.held_bytes - replay.held_bytes == 4 * replay.pictures * replay.trained
-    assert one_pass.update_bytes[8] - replay.update_bytes[8] == 4 * (replay.pictures + 8) * replay.trained
+    assert one_pass.held_bytes - replay.held_bytes == 4 * replay.images * replay.trained
+    assert one_pass.update_bytes[8] - replay.update_bytes[8] == 4 * (replay.images + 8) * replay.trained
     folded = plan(Config.load(None, [*settings[:2], "acceleration.fold_adapter=on"]))
     layers = {name for name in backbones.load("scenes").adapter_tensors() if "lora_A" in name}
     assert folded.rollout_bytes - replay.rollout_bytes >= 4 * 32 * 32 * len(layers)
@@ -231,13 +231,13 @@ def test_a_measured_step_stands_beside_the_plan(more: list[str]):
     planned = plan(config)
     # A training step of 2 pairs takes 0.6 s, an inference step of 4 pictures 0.4 s, decoding a picture 0.05 s.
     gauge = FakeGauge(1e12, planned.update_bytes[2] / 1.25, [0.6, 0.4, 0.05])
-    result = check(config, planned, gauge)
-    pairs = planned.pictures * 5
+    result = measured_step(config, planned, gauge)
+    pairs = planned.images * 5
     assert result.deviation == pytest.approx(0.25)
     assert result.seconds["rollout"] == pytest.approx(pairs * 0.1)
     assert result.seconds["reference policy"] == pytest.approx(pairs * 0.1)
     assert result.seconds["update"] == pytest.approx(pairs * 0.3)
-    assert result.seconds["decoding"] == pytest.approx(planned.pictures * 0.05)
+    assert result.seconds["decoding"] == pytest.approx(planned.images * 0.05)
     assert result.flops_per_s == pytest.approx(planned.flops["update"] / pairs * 2 / 0.6)
     table = result.table()
     assert "at microbatch 2 (planned" in table
@@ -249,15 +249,15 @@ def test_a_step_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch
     config = Config.load(None, ["train.device=cpu"])
     planned = plan(config)
     with pytest.raises(ValueError, match=r"it takes .* GiB, and 1\.0 MiB are free"):
-        check(config, planned, FakeGauge(2**20, 0, []))
+        measured_step(config, planned, FakeGauge(2**20, 0, []))
     quantised = Config.load(None, ["model.quantize=nf4"])
     with pytest.raises(ValueError, match="quantised weights are not made from random ones"):
-        check(quantised, planned, FakeGauge(1e12, 0, []))
+        measured_step(quantised, planned, FakeGauge(1e12, 0, []))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert checked(config, planned) == "not measured        torch sees no GPU"
+    assert measured_table(config, planned) == "not measured        torch sees no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert checked(config, planned).endswith('train.device = "cpu"')
-    assert checked(quantised, planned).endswith("quantised weights are not made from random ones")
+    assert measured_table(config, planned).endswith('train.device = "cpu"')
+    assert measured_table(quantised, planned).endswith("quantised weights are not made from random ones")
 
 
 def test_offloaded_text_encoders_of_an_outline_take_no_memory():
@@ -321,4 +321,4 @@ def test_published_models_are_planned(name: str):
 def test_memory_of_sd15_is_planned_within_a_tenth(more: list[str]):
     settings = [f"model.name={PUBLISHED / 'sd15'}", "model.dtype=bfloat16", "train.microbatch=4", *more]
     config = Config.load(None, settings)
-    assert abs(check(config, plan(config)).deviation) <= 0.1
+    assert abs(measured_step(config, plan(config)).deviation) <= 0.1

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from run_folders import COLUMNS, HOSTILE, NUM_STEPS, PROMPTS, make_run, page_of, pictures_of, record_of, words_of
+from run_folders import COLUMNS, HOSTILE, NUM_STEPS, PROMPTS, images_of, make_run, page_of, record_of, words_of
 
 from adascope_fast.reporting import figures, write_report
 from adascope_fast.reporting.by_step import MEANINGS, starts_and_ends
@@ -183,8 +183,8 @@ def test_pictures_pair_up_by_prompt(run: Path):
     assert len(strips) == 2 * len(PROMPTS)
     for index, strip in enumerate(strips):
         row, after = divmod(index, 2)
-        pictures = pictures_of(after)[row * COLUMNS : (row + 1) * COLUMNS]
-        want = np.rint(np.concatenate(list(pictures), axis=2).transpose(1, 2, 0) * 255)
+        images = images_of(after)[row * COLUMNS : (row + 1) * COLUMNS]
+        want = np.rint(np.concatenate(list(images), axis=2).transpose(1, 2, 0) * 255)
         np.testing.assert_array_equal(strip, want)
 
 

@@ -38,8 +38,8 @@ def drawings() -> Tensor:
     return draw(clip.HELD_OUT, 77)
 
 
-def _accuracy(judge: ClipSimilarity, pictures: Tensor) -> float:
-    likeness = judge.embed_images(pictures) @ judge.embed_prompts(CAPTIONS, torch.device("cpu")).T
+def _accuracy(judge: ClipSimilarity, images: Tensor) -> float:
+    likeness = judge.embed_images(images) @ judge.embed_prompts(CAPTIONS, torch.device("cpu")).T
     return (likeness.argmax(1) == torch.arange(len(CAPTIONS))).double().mean().item()
 
 
@@ -81,10 +81,10 @@ def test_pictures_are_prepared_as_by_transformers_own_processor(size: tuple[int,
     """Bicubic on bytes against floats: they differ by rounding, and a little more where it overshoots."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    picture = coarse.resize(size, Image.Resampling.BICUBIC)
+    image = coarse.resize(size, Image.Resampling.BICUBIC)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    want = torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    want = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     got = prepared(pixels, 32, processor.image_mean, processor.image_std)
     assert got.shape == want.shape == (1, 3, 32, 32)
     assert (got - want).abs().mean() < 0.02
@@ -133,14 +133,14 @@ def test_pickled_weights_are_refused(tmp_path: Path):
 def test_pretraining_leaves_a_folder_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(clip, "BATCH", 4)
     recipe = loop.Recipe(num_steps=3, learning_rate=1e-3, save_every=1)
-    model = clip.pretrain(tmp_path / "clip", tmp_path / "work", recipe=recipe, num_pictures=64)
+    model = clip.pretrain(tmp_path / "clip", tmp_path / "work", recipe=recipe, num_images=64)
     judge = ClipSimilarity.load(str(tmp_path / "clip"))
     for name, value in model.state_dict().items():
         assert torch.equal(judge.model.state_dict()[name], value), name
     described = json.loads((tmp_path / "clip" / "preprocessor_config.json").read_text())
     assert described["image_mean"] == list(clip.MEAN)
     assert judge(torch.rand(2, 3, 64, 64), CAPTIONS[:2]).isfinite().all()
-    clip.pretrain(tmp_path / "again", tmp_path / "work", recipe=recipe, num_pictures=64)  # nothing is left to do
+    clip.pretrain(tmp_path / "again", tmp_path / "work", recipe=recipe, num_images=64)  # nothing is left to do
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(
         torch.equal(value, again[name]) for name, value in load_file(tmp_path / "clip" / "model.safetensors").items()
@@ -149,7 +149,7 @@ def test_pretraining_leaves_a_folder_that_loads(tmp_path: Path, monkeypatch: pyt
 
 def test_the_command_makes_it_and_replaces_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = loop.Recipe(num_steps=1, learning_rate=1e-3)
-    monkeypatch.setattr(clip, "pretrain", partial(clip.pretrain, recipe=recipe, num_pictures=64))
+    monkeypatch.setattr(clip, "pretrain", partial(clip.pretrain, recipe=recipe, num_images=64))
     arguments = ["pretrain", "scenes-clip", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     made = CliRunner().invoke(app, arguments)
     assert (made.exit_code, made.stdout.strip().splitlines()[-1]) == (0, str(tmp_path / "out"))
@@ -161,12 +161,12 @@ def test_the_command_makes_it_and_replaces_nothing_unasked(tmp_path: Path, monke
 
 def test_a_mirrored_picture_has_the_mirrored_caption():
     left = [scene for scene in clip.TRAINING_SCENES if scene.position == "left"][:40]
-    pictures = draw(left, 3)
-    turned, said = clip._mirrored(pictures, left, random.Random(0))
+    images = draw(left, 3)
+    turned, said = clip._mirrored(images, left, random.Random(0))
     changed = [row for row in range(40) if said[row] != left[row]]
     assert 8 < len(changed) < 32
     for row in range(40):
-        same = torch.equal(turned[row], pictures[row])
+        same = torch.equal(turned[row], images[row])
         assert same == (row not in changed)
         assert said[row].position == ("right" if row in changed else "left")
         assert said[row] in clip._ROW
@@ -185,11 +185,11 @@ def test_neighbours_differ_in_one_attribute_and_are_never_held_out():
 
 
 def test_blur_keeps_the_mean_and_takes_the_detail():
-    pictures = torch.zeros(4, 3, 20, 20)
-    pictures[:, :, 10, 10] = 1.0
-    worn = clip._worn(pictures, torch.Generator().manual_seed(0))
-    assert worn.shape == pictures.shape
-    assert abs(worn.mean() - pictures.mean()) < 5e-3
+    images = torch.zeros(4, 3, 20, 20)
+    images[:, :, 10, 10] = 1.0
+    worn = clip._worn(images, torch.Generator().manual_seed(0))
+    assert worn.shape == images.shape
+    assert abs(worn.mean() - images.mean()) < 5e-3
     assert worn[:, :, 10, 10].mean() < 0.8
 
 

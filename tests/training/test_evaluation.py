@@ -30,7 +30,7 @@ def _evaluate(toy: object, seed: int = 1, batch: int = 3) -> HeldOutScores:
         guidance_scale=1.0,
         seed=seed,
         batch=batch,
-        num_pictured=2,
+        num_shown=2,
         breakdown=lambda images, prompts: {"count": float(len(prompts))},
         similarity=lambda images, prompts: torch.tensor([len(prompt) / 10 for prompt in prompts]),
     )
@@ -42,8 +42,8 @@ def test_scores_are_those_of_each_prompts_own_pictures(make_toy: Callable):
     lengths = torch.tensor([[1.0], [3.0], [2.0]])
     assert ((evaluation.scores - lengths) > 0).all()
     assert ((evaluation.scores - lengths) < 1).all(), "a picture's mean lies between 0 and 1"
-    assert evaluation.pictures.shape == (4, 3, 3, 3)
-    torch.testing.assert_close(evaluation.scores[:2] - lengths[:2], evaluation.pictures.mean((1, 2, 3)).view(2, 2))
+    assert evaluation.shown.shape == (4, 3, 3, 3)
+    torch.testing.assert_close(evaluation.scores[:2] - lengths[:2], evaluation.shown.mean((1, 2, 3)).view(2, 2))
     summary = evaluation.summary()
     assert (summary["num_images"], summary["attributes"]) == (6, {"count": 6.0})
     assert summary["clip_score"] == pytest.approx((0.1 + 0.3 + 0.2) / 3)
@@ -72,7 +72,7 @@ def test_contrast_is_the_mean_standard_deviation_of_a_picture():
 
 def test_the_summary_tells_how_varied_the_pictures_are(make_toy: Callable):
     evaluation = _evaluate(make_toy())
-    summary, shown = evaluation.summary(), evaluation.pictures.view(2, 2, 3, 3, 3)
+    summary, shown = evaluation.summary(), evaluation.shown.view(2, 2, 3, 3, 3)
     third = 3 * summary["diversity"] - 2 * diversity(shown)  # type: ignore[operator]  # two of three prompts shown
     assert 0.01 < third < 1
     assert 0 < summary["contrast"] < 0.5

@@ -109,8 +109,8 @@ def test_a_run_leaves_every_file_that_it_promises(alone: tuple[Path, Result]):
     assert evaluation["difference"]["mean"] == pytest.approx(gain)
     assert gain != 0
     for name in ("before.png", "after.png"):
-        with Image.open(folder / "samples" / name) as picture:
-            assert picture.size == (64, 64)
+        with Image.open(folder / "samples" / name) as image:
+            assert image.size == (64, 64)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
     assert [path.name for path in (folder / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
     run = json.loads((folder / "run.json").read_text())
