@@ -14,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-all test-lowest lint types bench bench-cpu experiment-quickstart gpu wheel docs
+.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu experiment-quickstart gpu wheel docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -34,9 +34,17 @@ $(DOCS_READY): $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(OFFLINE) $(VENV)/adascope-fast train configs/quickstart.toml $(ARGS)
 
-# The kernels run a second time under Triton's interpreter, in a process of its own: the switch is read at import.
+# Two processes at a time, each with one thread and a closing line of its own: what trains whole runs, and the rest.
 test: $(READY)
-	$(TEST)
+	$(MAKE) --jobs=2 --output-sync=line test-runs test-parts
+
+RUNS := tests/bench tests/commands tests/examples tests/experiments tests/planning tests/training
+test-runs: $(READY)
+	$(TEST) $(RUNS)
+
+# The kernels run a second time under Triton's interpreter, in a process of its own: the switch is read at import.
+test-parts: $(READY)
+	$(TEST) $(addprefix --ignore=,$(RUNS))
 	TRITON_INTERPRET=1 $(TEST) tests/kernels
 
 test-all: $(READY)

@@ -55,6 +55,6 @@ def test_what_needs_no_torchvision_runs_beside_it(broken: dict[str, str]):
 
 def test_another_failure_is_not_blamed_on_a_torchvision_that_works(broken: dict[str, str], tmp_path: Path):
     (tmp_path / "torchvision" / "__init__.py").write_text("")
-    code = "import adascope_fast; adascope_fast._HOME['Trainer'] = 'no_such_module'; adascope_fast.Trainer"
+    code = "from adascope_fast.lazy import lazy; lazy('adascope_fast', {'Trainer': 'no_such_module'})('Trainer')"
     done = _run(code, broken)
     assert "ModuleNotFoundError: No module named 'adascope_fast.no_such_module'" in done.stderr.splitlines()[-1]

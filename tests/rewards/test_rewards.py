@@ -194,7 +194,7 @@ def test_a_reward_module_is_found_in_the_current_folder(tmp_path: Path, monkeypa
         ),
         ("no_such_module:reward", "'no_such_module:reward' could not be imported .*no_such_module"),
         ("math:no_such_function", "'math:no_such_function' could not be imported .*no_such_function"),
-        (":reward", r'reward.name is not valid, got ":reward"'),
+        (":reward", r'reward.name must be module:object, got ":reward"'),
         ("math:pi", "reward 'math:pi' must be a function of .*, got float"),
     ],
 )
