@@ -34,9 +34,9 @@ $(DOCS_READY): $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(OFFLINE) $(VENV)/adascope-fast train configs/quickstart.toml $(ARGS)
 
-# Two processes at a time, each with one thread and a closing line of its own: what trains whole runs, and the rest.
+# Two processes side by side, each with one thread and a closing line of its own: what trains whole runs, and the rest.
 test: $(READY)
-	$(MAKE) --jobs=2 --output-sync=line test-runs test-parts
+	$(MAKE) --jobs=2 test-runs test-parts
 
 RUNS := tests/bench tests/commands tests/examples tests/experiments tests/planning tests/training
 test-runs: $(READY)
