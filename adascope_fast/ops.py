@@ -107,7 +107,7 @@ def _door(twin: Callable[P, R], module: str) -> Callable[P, R]:
     def door(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
-        verdict, reason = _decide(device, is_double=bool(tensors) and tensors[0].dtype == torch.float64)
+        verdict, reason = _decide(device, is_double=len(tensors) > 0 and tensors[0].dtype == torch.float64)
         if verdict == "triton":
             if name not in _kernels:
                 _kernels[name] = getattr(import_module(f"adascope_fast.kernels.{module}"), name)
