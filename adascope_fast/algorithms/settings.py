@@ -26,7 +26,7 @@ class Attribution(Section):
     attribution: AttributionName = "uniform"
     """Shares: alike (the paper), by `gamma`, by the sensed preference a step adds, or by what it adds to the cosine of
     guess and result (after CoCA, 2505.19196); a step where that falls gets nothing."""
-    gamma: Annotated[Share, imported, only_with(attribution=["discount"])] = 0.99
+    gamma: Annotated[Share, only_with(attribution=["discount"])] = 0.99
     """Discount of each step that follows."""
 
 
