@@ -219,7 +219,7 @@ class Awm(_Grouped, _Algorithm):
     """Noise levels drawn for each image in an iteration, each once, among the steps that the selector keeps."""
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
     """w(t) E: 1, t, t^2 times E, or the (generalised) Huber loss of E times t."""
-    huber_power: Annotated[Share, imported, only_with(weighting=["ghuber"])] = 0.25
+    huber_power: Annotated[Share, only_with(weighting=["ghuber"])] = 0.25
     """Exponent of the generalised Huber loss."""
     kl_weight: PositiveOrZero = 1e-3
     """Weight of the mean squared difference from the reference policy's output; 0 costs no reference pass."""
