@@ -50,7 +50,7 @@ BELOW: dict[str, set[str]] = {
     "theory": {"ops", "rollout", "schedules"},
     "selectors": _LATENTS | {"theory"},
     "adascope": _LATENTS | {"distributed", "loading", "selectors", "theory"},
-    "algorithms": _LATENTS | {"reference"},
+    "algorithms": _LATENTS | {"loading", "reference"},
     "backbones": {"backbone", "loading", "ops", "schedules"},
     "rewards": {"backbone", "loading", "prompts"},
     "metrics": {"prompts", "rewards"},

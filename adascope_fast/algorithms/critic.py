@@ -17,6 +17,7 @@ from adascope_fast.algorithms.advantages import Whiten
 from adascope_fast.algorithms.algorithm import Context, Samples
 from adascope_fast.algorithms.objectives import Clipped
 from adascope_fast.algorithms.policy_gradient import PolicyGradient, shared_by
+from adascope_fast.loading import load_optimizer_tensors, optimizer_tensors, prefixed, select
 
 SIDE = 8  # of the latents that the critic sees
 
@@ -83,33 +84,21 @@ class Dpok(PolicyGradient):
         """Critic, its optimiser's moments, and what it is trained on."""
         if self._critic is None or self._optimizer is None:
             return dict(self._saved)
-        found = {f"critic.{name}": value for name, value in self._critic.state_dict().items()}
-        for index, entry in self._optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
-        return found | {f"buffer.{name}": value for name, value in self._buffer.items()}
+        found = prefixed(self._critic.state_dict(), "critic") | prefixed(self._buffer, "buffer")
+        return found | prefixed(optimizer_tensors(self._optimizer), "optimizer")
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `tensors`; the critic is made at its next use, when the size of a latent is known."""
         self._saved, self._critic, self._optimizer = dict(tensors), None, None
-        self._buffer = {
-            name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")
-        }
+        self._buffer = select(tensors, "buffer")
 
     def _restore(self) -> None:
         assert self._critic is not None
         assert self._optimizer is not None
         if not self._saved:
             return
-        part = "critic."
-        weights = {name.removeprefix(part): value for name, value in self._saved.items() if name.startswith(part)}
-        self._critic.load_state_dict(weights)
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in self._saved.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._critic.load_state_dict(select(self._saved, "critic"))
+        load_optimizer_tensors(self._optimizer, select(self._saved, "optimizer"))
         self._saved = {}
 
 
