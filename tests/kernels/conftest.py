@@ -11,7 +11,9 @@ def poisoned_memory(monkeypatch):
     def poison(make):
         def made(*args, **kwargs):
             memory = make(*args, **kwargs)
-            return memory.fill_(math.nan) if memory.is_floating_point() and not memory.is_meta else memory
+            if memory.is_floating_point() and not memory.is_meta:
+                memory.detach().fill_(math.nan)
+            return memory
 
         return made
 
