@@ -1,13 +1,28 @@
 """The command line: `adascope-fast train | sample | merge | pretrain | plan | calibrate | config | report | explain`.
 
-A user's mistake is one line on standard error and exit code 2; ADASCOPE_FAST_DEBUG=1 shows where it was raised.
-What each command does is in `commands`.
+A user's mistake is one line on standard error and exit code 2; what failed on the way, numbers that are not finite or a
+full disk, is one line and exit code 1; ADASCOPE_FAST_DEBUG=1 shows where it was raised. SIGINT, SIGTERM and SIGHUP end
+with exit code 130. What each command does is in `commands`.
 """
 
-import os
+# ruff: noqa: E402 - a signal is answered from the first line on, while libraries are being imported
+
 import signal
-import sys
+import threading
 from typing import Any
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if threading.current_thread() is threading.main_thread():
+    for _signal in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(_signal) is signal.SIG_DFL:  # nohup's SIGHUP stays ignored
+            signal.signal(_signal, _stop)
+
+import os
+import sys
 
 import typer
 
@@ -35,7 +50,6 @@ for command in (train, sample, merge, pretrain, plan, calibrate, config, report,
 
 def main() -> None:
     """Entry point of the `adascope-fast` command."""
-    signal.signal(signal.SIGTERM, _stop)
     try:
         try:
             app()
@@ -45,15 +59,24 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        if os.environ.get("ADASCOPE_FAST_DEBUG") == "1":
+    except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError, RuntimeError) as error:
+        if os.environ.get("ADASCOPE_FAST_DEBUG") == "1" or _is_a_fault(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else 1)
 
 
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _is_a_fault(error: Exception) -> bool:
+    """Whether it is ours, and its traceback worth more than its words: torch tells a want of memory so, too."""
+    is_memory = "memory" in str(error).lower() or "allocate" in str(error).lower()
+    return isinstance(error, RuntimeError) and not is_memory
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError | RuntimeError) and "train." not in text:
+        return f"memory ran out ({text[:200]}); lower model.resolution, train.rollout_batch or train.microbatch"
+    return text
 
 
 if __name__ == "__main__":

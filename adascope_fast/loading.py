@@ -9,6 +9,7 @@ so without this equal weights of two files, or of a file and of memory, do not g
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,15 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
             if has_bars:
                 library.enable_progress_bar()
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` the mode that the user's umask asks for: safetensors makes its own 0600."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """`adascope-fast` as a function of its arguments: what it printed, and the exit code."""
 
 import io
-import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -25,17 +24,14 @@ class Outcome:
 
 def call(*arguments: str | Path) -> Outcome:
     """`adascope-fast ARGUMENTS` in this process."""
-    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    try:
-        with (
-            mock.patch.object(sys, "argv", ["adascope-fast", *map(str, arguments)]),
-            redirect_stdout(out),
-            redirect_stderr(err),
-            pytest.raises(SystemExit) as stopped,
-        ):
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["adascope-fast", *map(str, arguments)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        cli.main()
     assert isinstance(stopped.value.code, int)
     return Outcome(stopped.value.code, out.getvalue(), err.getvalue())
 

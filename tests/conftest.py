@@ -24,6 +24,12 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The key that runs are signed with is none of the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 class ToyBackbone:
     """A two-layer denoiser of 2 x 3 x 3 latents; a prompt is told by its letters. Counts the rows it predicts."""
 

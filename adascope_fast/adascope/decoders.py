@@ -4,18 +4,15 @@
 autoencoder is many times cheaper than the VAE it imitates; the linear map is next to free, and blurred.
 """
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adascope_fast.loading import align, aligned, load_whole
+from adascope_fast.loading import align, load_whole
 
 RIDGE = 1e-4
 MAX_PLACES = 2**16  # of the latents that the linear map is fitted to
@@ -60,31 +57,31 @@ class LinearDecoder:
     Fitted once, by least squares, to what the VAE makes of the first latents it is shown.
 
     Args:
-        teacher: decodes latents to pictures in [0, 1]: the VAE.
-        path: a safetensors file that keeps the map, and is read where it exists; None: it is kept in memory alone.
+        teacher: decodes latents to images in [0, 1]: the VAE.
     """
 
-    def __init__(self, teacher: Callable[[Tensor], Tensor], path: Path | None = None) -> None:
-        self._teacher, self._path = teacher, path
+    def __init__(self, teacher: Callable[[Tensor], Tensor]) -> None:
+        self._teacher = teacher
         self._map: dict[str, Tensor] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The map, once there is one."""
+        return dict(self._map or {})
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Have the map that `tensors` gave."""
+        self._map = dict(tensors) or None
 
     @torch.no_grad()
     def prepare(self, latents: Float[Tensor, "n c h w"]) -> None:
-        """Have a map: the one in memory, else that of the file, else one fitted to the finite ones of `latents`."""
+        """Have a map: the one that there is, else one fitted to the finite ones of `latents`."""
         if self._map is not None:
-            return
-        if self._path is not None and self._path.is_file():
-            self._map = aligned(load_file(self._path))
             return
         latents = latents[latents.flatten(1).isfinite().all(1)].float()
         if not len(latents):
             raise ValueError("the linear decoder is fitted to finite latents, got none; set sensing.decoder = 'vae'")
         latents = latents[: max(1, MAX_PLACES // latents[0, 0].numel())]
         self._map = fitted(latents, self._teacher(latents).float())
-        if self._path is not None:
-            partial = self._path.with_name(f".{self._path.name}.partial")
-            save_file(self._map, partial)
-            os.replace(partial, self._path)
 
     @torch.no_grad()
     def __call__(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:

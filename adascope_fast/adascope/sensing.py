@@ -45,6 +45,14 @@ class Sensor(Protocol):
 
     def __call__(self, trajectory: Trajectory) -> Curves: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it has learned, for a checkpoint."""
+        ...
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on with what `tensors` gave."""
+        ...
+
 
 @dataclass(frozen=True)
 class LatentSensor:
@@ -62,13 +70,20 @@ class LatentSensor:
         structure, preference = latent_curves(trajectory)
         return Curves(preference, volatility=structure)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Empty: it learns nothing."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """There is nothing to load."""
+
 
 @dataclass(frozen=True)
 class DecodedSensor:
     """The reward, and the text-image similarity if there is one, of the decoded guess at every state.
 
     Args:
-        decode: latents [n, *latent] to pictures.
+        decode: latents [n, *latent] to images; one that learns has `prepare`, `tensors` and `load_tensors` besides.
         reward: the reward in training, which is the preference.
         similarity: similarity of picture and prompt, which is the structure; None takes the volatility of the latents.
         stride: states from one that is decoded to the next; the picture is always judged. Between them preference is
@@ -76,8 +91,7 @@ class DecodedSensor:
             lines are zero but at the states that were judged.
         num_samples: of each prompt that are decoded, those first in the batch; 0: all.
         every: iterations from one that is sensed to the next.
-        batch: pictures decoded at once.
-        prepare: called with a rollout's final latents before its first picture is decoded.
+        batch: images decoded at once.
     """
 
     decode: Callable[[Tensor], Tensor]
@@ -87,7 +101,6 @@ class DecodedSensor:
     num_samples: int = 0
     every: int = 1
     batch: int = 64
-    prepare: Callable[[Tensor], None] | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -111,8 +124,8 @@ class DecodedSensor:
         prompts = [trajectory.prompts[row] for row in rows.tolist()]
         preference = torch.full((b, t + 1), torch.nan, device=device)
         structure = torch.full((b, t + 1), torch.nan, device=device)
-        if self.prepare is not None:
-            self.prepare(trajectory.latents[:, -1])
+        if (prepare := getattr(self.decode, "prepare", None)) is not None:
+            prepare(trajectory.latents[:, -1])
         judged = [self._judge(_state(trajectory, rows, state), prompts) for state in states]
         preference[rows] = interpolated(torch.stack([reward for reward, _ in judged], 1), states)
         if self.similarity is None:
@@ -121,6 +134,16 @@ class DecodedSensor:
         structure[rows] = splined(torch.stack([likeness for _, likeness in judged], 1), states)
         return Curves(preference, structure=structure)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the decoder, if it has any."""
+        found = getattr(self.decode, "tensors", None)
+        return {} if found is None else found()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Give the decoder what `tensors` gave."""
+        if (load := getattr(self.decode, "load_tensors", None)) is not None:
+            load(tensors)
+
     def _judge(self, latents: Tensor, prompts: list[str]) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
         """Reward and similarity; NaN for latents that are not finite, which no judge sees."""
         finite = latents.flatten(1).isfinite().all(1)
@@ -128,6 +151,10 @@ class DecodedSensor:
         usable, similarity = finite.nonzero()[:, 0], self.similarity
         for part in usable.split(self.batch):
             images: Tensor = self.decode(latents[part])
+            whole = images.flatten(1).isfinite().all(1)
+            part, images = part[whole], images[whole]
+            if not len(part):
+                continue
             said = [prompts[row] for row in part.tolist()]
             scores[0, part] = self.reward(images, said).float().to(scores.device)
             if similarity is not None:

@@ -3,7 +3,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,6 @@ from adascope_fast.config import Config, ConfigError
 if TYPE_CHECKING:
     from adascope_fast.training.trainer import Result
 
-MAY_CHANGE_ON_RESUME = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers", "run.folder"}
-
 
 def train(
     arguments: Annotated[
@@ -23,14 +21,22 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Resume with a reward, prompts or model that have changed.")
+    ] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Resume a run of someone else's that imports Python code.")
+    ] = False,
 ) -> None:
     """Train a model and write a report."""
-    config = resumed(resume, arguments or []) if resume else configured(arguments, command="train")
+    arguments = arguments or []
+    refuse_without_resume(resume, arguments, overwrite=overwrite, accept_changes=accept_changes, trust_code=trust_code)
+    config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
     from adascope_fast.training.trainer import Trainer  # torch takes a second; a mistake in the config should not
 
     trainer = Trainer(config)
     try:
-        result = trainer.resume() if resume else trainer.train(overwrite=overwrite)
+        result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)
     except KeyboardInterrupt:
         if not (Path(config.run.folder) / "config.toml").is_file():
             raise  # stopped before the run began: there is nothing to continue
@@ -40,39 +46,44 @@ def train(
             file=sys.stderr,
         )
         sys.exit(130)
-    print(outcome(result, config))
+    print(outcome(result))
 
 
-def resumed(folder: Path, overrides: list[str]) -> Config:
-    """The configuration of a started run, with what may change in its middle changed; written back if it did."""
-    if not (folder / "config.toml").is_file():
-        raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
-    from adascope_fast.training.run_folder import load_config
-
-    before = load_config(folder)
-    after = Config.load(folder / "config.toml", [*overrides, f"run.folder={folder}"])
-    changed = differences(before.model_dump(), after.model_dump())
-    if changed - MAY_CHANGE_ON_RESUME:
+def refuse_without_resume(resume: Path | None, arguments: list[str], *, overwrite: bool, **flags: bool) -> None:
+    """ConfigError for options that contradict each other."""
+    if resume is None:
+        for name, is_on in flags.items():
+            if is_on:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --resume RUN, got it without; remove it")
+        return
+    if overwrite:
+        raise ConfigError("--resume continues a run and --overwrite replaces it, got both; give one of them")
+    if arguments and "=" not in arguments[0]:
         raise ConfigError(
-            f"a resumed run repeats the one left alone, so {', '.join(sorted(changed - MAY_CHANGE_ON_RESUME))} cannot "
-            f"change; only {', '.join(sorted(MAY_CHANGE_ON_RESUME - {'run.folder'}))} can, or start a new run"
+            f"--resume takes the configuration from the run's folder, got {arguments[0]!r} besides; remove it, or "
+            f"name what to change as section.field=value"
         )
-    if changed:
-        (folder / "config.toml").write_text(after.to_toml(), encoding="utf-8")
+
+
+def resumed(folder: Path, overrides: list[str], *, trust_code: bool) -> Config:
+    """The configuration of a started run, with what may change in its middle changed."""
+    from adascope_fast.training import origin, trust
+    from adascope_fast.training.run_folder import is_run, load_run_files, refuse_another
+
+    if not is_run(folder):
+        raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
+    before = load_run_files(folder).config
+    after = before.changed([*overrides, f"run.folder={folder}"])
+    refuse_another(before, after)
+    _, _, signature = origin.read(folder)
+    python = "Trainer({config}, {arguments}).resume()"
+    origin.refuse_given(folder, origin.ARGUMENTS, instead=python)
+    for line in trust.refuse_foreign(folder, after, signature, is_trusted=trust_code):
+        print(f"importing {line}, as the run's configuration says", file=sys.stderr)
     return after
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
-    """`section.key` of what differs between two configurations; of a section with another choice, the choice alone."""
-    found: set[str] = set()
-    for section in new:
-        one, other = old[section] or {}, new[section] or {}  # None where the selector senses nothing
-        keys = {key for key in one | other if one.get(key) != other.get(key)}
-        found |= {f"{section}.{key}" for key in keys & {"name", "kind"} or keys}
-    return found
-
-
-def outcome(result: "Result", config: Config) -> str:
+def outcome(result: "Result") -> str:
     """What was gained, trained and spent, and where to read it."""
     before, after, gain = result.before, result.after, result.difference
     seconds = {name: round(value, 1) for name, value in result.seconds.items()}
@@ -81,10 +92,17 @@ def outcome(result: "Result", config: Config) -> str:
         reach = "no interval from one prompt"
     parts = ", ".join(f"{name} {value:g}" for name, value in seconds.items() if name != "run")
     lines = [
-        f"held-out {config.reward.name}: {before['mean']:.3f} -> {after['mean']:.3f} "
-        f"({gain['mean']:+.3f}, {reach}, {after['num_images']} pictures)",
-        f"steps trained: {result.fraction_trained:.0%} of the (picture, step) pairs",
+        f"held-out {result.reward}: {before['mean']:.3f} -> {after['mean']:.3f} "
+        f"({gain['mean']:+.3f}, {reach}, {after['num_images']} images)",
+        f"steps trained: {result.fraction_trained:.0%} of the (image, step) pairs",
         f"seconds: {parts}; with evaluation {seconds['run']:g} in all",
         f"report: {result.report}",
     ]
+    held_out = before.get("num_not_finite", 0) + after.get("num_not_finite", 0)
+    if held_out or result.samples_dropped or result.updates_skipped:
+        lines.insert(
+            2,
+            f"not finite, and left out: {result.samples_dropped} images of the training, {held_out} of the "
+            f"evaluations, {result.updates_skipped} updates",
+        )
     return "\n".join(lines)

@@ -206,6 +206,14 @@ class Config(Section):
             logger.warning("%s", line)
         return config
 
+    def changed(self, overrides: Sequence[str]) -> Self:
+        """The same with `section.field=value` overrides on top; `ConfigError` where they are wrong."""
+        values, left_out = apply_overrides(type(self), self.model_dump(exclude_none=True), overrides)
+        config = self.of(values)
+        for line in left_out:
+            logger.warning("%s", line)
+        return config
+
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         """The validated configuration of nested plain values; `ConfigError` where they are wrong."""

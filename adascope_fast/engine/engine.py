@@ -9,6 +9,7 @@ cannot matter; the number of optimiser updates is fixed, so a selector changes t
 update of an iteration takes its own log-probability as the old one (no parameter has moved, so the ratio is 1 exactly).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,6 +45,10 @@ class IterationStatistics:
 
     values: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+PARTS = ("rollout", "reward", "sensing", "update")
+"""Of an iteration's seconds."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,10 @@ class Engine:
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
         policy = self.policy(encoded, schedule)
         collection = _Collection(self, encoded, prompts, schedule, generator, iteration)
-        samples = self.algorithm.collect(collection)
+        try:
+            samples = self.algorithm.collect(collection)
+        except _NothingFiniteError:
+            return self._nothing(collection)
         trajectory = samples.trajectory
         with self._part("sensing"):
             chosen = self.selector(trajectory, iteration)
@@ -112,6 +120,8 @@ class Engine:
             if keep is None:
                 keep = self.algorithm.steps(chosen, schedule.trainable)
             keep = keep.to(chosen.device)
+            if collection.num_dropped and self._too_few(keep):
+                return self._nothing(collection)
             self._refuse_too_few(keep)
             uncertainty = measured_uncertainty(trajectory)
         context = Context(
@@ -130,12 +140,30 @@ class Engine:
             "reward_mean": samples.rewards.mean().item(),
             "reward_std": samples.rewards.std(correction=0).item(),
             "fraction_trained": per_row * values["pairs_trained"] / (chosen.numel() * self.settings.inner_epochs),
+            "samples_dropped": collection.num_dropped,
             "forwards_sampled": collection.num_forwards,
             "microbatch": self.microbatch,
             "selector": self.selector.telemetry(),
             "steps": {"uncertainty": as_json(uncertainty)} | statistics.by_step(),
         }
         return IterationStatistics(values, dict(self._seconds))
+
+    def _nothing(self, collection: "_Collection") -> IterationStatistics:
+        """An iteration that had too few finite images to learn from: nothing has changed."""
+        nothing = UpdateStatistics(self.schedule.num_steps)
+        values = nothing.read() | {
+            "updates_skipped": self.settings.num_updates,
+            "reward_mean": math.nan,
+            "reward_std": math.nan,
+            "loss": math.nan,
+            "fraction_trained": 0.0,
+            "samples_dropped": collection.num_dropped,
+            "forwards_sampled": collection.num_forwards,
+            "microbatch": self.microbatch,
+            "selector": {},
+            "steps": {},
+        }
+        return IterationStatistics(values, dict.fromkeys(PARTS, 0.0) | self._seconds)
 
     def policy(self, encoded: EncodedPrompts, schedule: Schedule) -> ModelPolicy:
         """The model as a loss sees it."""
@@ -169,18 +197,23 @@ class Engine:
 
     def _refuse_too_few(self, keep: Bool[Tensor, "b t"]) -> None:
         """ValueError where the updates cannot all have something to train; ties may leave them less, or nothing."""
+        if message := self._too_few(keep):
+            raise ValueError(message)
+
+    def _too_few(self, keep: Bool[Tensor, "b t"]) -> str:
         num_updates, num_pairs = self.settings.updates_per_iteration, int(keep.sum())
         if num_pairs < num_updates:
-            raise ValueError(
+            return (
                 f"each of the {num_updates} updates needs an (image, step) pair, the selector kept {num_pairs}; "
                 f"lower train.updates_per_iteration or keep more steps"
             )
         num_samples = int(keep.any(1).sum())
         if self.settings.minibatch == "samples" and num_samples < num_updates:
-            raise ValueError(
+            return (
                 f"minibatches of whole images need one for each update, got {num_samples} images for {num_updates} "
                 f'updates; lower train.updates_per_iteration, or set train.minibatch = "pairs"'
             )
+        return ""
 
     def _replay(self, policy: ModelPolicy, rows: Rows, num_steps: int, generator: torch.Generator) -> UpdateStatistics:
         """The updates; after their plan nothing here waits for the device, if the optimiser can skip a step itself."""
@@ -262,6 +295,10 @@ class Engine:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+class _NothingFiniteError(Exception):
+    """No image of a rollout is finite."""
+
+
 class _Collection:
     """What `collect` is given: rollouts and their rewards. Keeps what the update needs of them."""
 
@@ -278,7 +315,7 @@ class _Collection:
         self.keep: Bool[Tensor, "b t"] | None = None
         """The steps to train, where they were decided before the rollout."""
         self.gradients: PerSampleGradients | None = None
-        self.num_forwards = 0
+        self.num_forwards = self.num_dropped = 0
         self._engine, self._encoded, self._schedule = engine, encoded, schedule
         self._generator, self._iteration = generator, iteration
 
@@ -298,7 +335,26 @@ class _Collection:
             with engine._part("reward"):
                 rewards = scoring.rewards()
         self.num_forwards += trajectory.log_prob.numel() if tails is None else tails.num_forwards
-        return Samples(trajectory, rewards)
+        return self._finite(trajectory, rewards)
+
+    def _finite(self, trajectory: Trajectory, rewards: Float32[Tensor, " b"]) -> Samples:
+        """The samples whose image is finite; the others leave the iteration, and the groups that they were drawn for.
+
+        Raises:
+            _NothingFiniteError: there are none.
+        """
+        is_finite = rewards.isfinite()
+        if bool(is_finite.all()):
+            return Samples(trajectory, rewards)
+        rows = is_finite.nonzero()[:, 0]
+        self.num_dropped += len(rewards) - len(rows)
+        if not len(rows):
+            raise _NothingFiniteError
+        if self.keep is not None:
+            self.keep = self.keep[rows.to(self.keep.device)]
+        if self.gradients is not None:
+            self.gradients.keep(rows)
+        return Samples(trajectory.rows(rows), rewards[rows])
 
     def _ahead(self, prompts: list[str]) -> Bool[Tensor, "b t"]:
         keep = self._engine.selector.ahead(prompts, self._schedule, self._iteration)

@@ -121,6 +121,10 @@ class PerSampleGradients:
         for total, gradient in zip(self._sums, gradients, strict=True):
             total.index_add_(0, rows, gradient.to(total.dtype))
 
+    def keep(self, samples: Tensor) -> None:
+        """Forget the gradients of all but these samples."""
+        self._sums = [total[samples] for total in self._sums]
+
     def weighted(self, weight: Float[Tensor, " b"]) -> list[Tensor]:
         """The sum over samples of weight * gradient, for each parameter."""
         return [torch.tensordot(weight.to(total.dtype), total, dims=1) for total in self._sums]

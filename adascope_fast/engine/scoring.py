@@ -3,6 +3,8 @@
 On a GPU the pictures of a finished batch are decoded at once and scored by a thread on a stream of its own, so a reward
 that works on the CPU, or waits for a server, delays nothing. On the CPU there is nothing to overlap with: all is done
 when the rewards are asked for.
+
+No reward sees an image that is not finite, or that was made of such latents: its score is NaN.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +43,7 @@ class Scoring:
         if not (latents.is_cuda if self._overlap is None else self._overlap):
             self._results.append((rows, latents))
             return
-        images, prompts = self._backbone.decode(latents), self._prompts[rows]
+        images, prompts = decoded_whole(self._backbone, latents), self._prompts[rows]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "reward")
             self._stream = torch.cuda.Stream(latents.device) if latents.is_cuda else None
@@ -49,14 +51,17 @@ class Scoring:
         self._results.append(self._pool.submit(self._score_aside, images, prompts, decoded))
 
     def rewards(self) -> Float32[Tensor, " b"]:
-        """The reward of every sample, in order; waits for the thread. An error of the reward is raised here."""
+        """The reward of every sample, in order, NaN where its image is not finite; waits for the thread.
+
+        An error of the reward is raised here.
+        """
         values = [result.result() if isinstance(result, Future) else self._now(*result) for result in self._results]
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         return torch.cat(values)
 
     def _now(self, rows: slice, latents: Tensor) -> Tensor:
-        return self._reward(self._backbone.decode(latents), self._prompts[rows])
+        return score_finite(self._reward, decoded_whole(self._backbone, latents), self._prompts[rows])
 
     @torch.no_grad()
     def _score_aside(self, images: Tensor, prompts: list[str], decoded: Any) -> Tensor:
@@ -64,4 +69,23 @@ class Scoring:
             if self._stream is not None:
                 self._stream.wait_event(decoded)
                 images.record_stream(self._stream)
-            return self._reward(images, prompts)
+            return score_finite(self._reward, images, prompts)
+
+
+def decoded_whole(backbone: Backbone, latents: Float[Tensor, "m *latent"]) -> Float[Tensor, "m 3 h w"]:
+    """Images of latents, NaN throughout where latents or image are not finite."""
+    images = backbone.decode(latents)
+    is_whole = latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1)
+    return torch.where(is_whole[:, None, None, None], images, torch.nan)
+
+
+def score_finite(reward: Reward, images: Float[Tensor, "m 3 h w"], prompts: list[str]) -> Float32[Tensor, " m"]:
+    """The reward of the images that are finite, which alone it is shown; NaN for the others."""
+    is_finite = images.flatten(1).isfinite().all(1)
+    if bool(is_finite.all()):
+        return reward(images, prompts)
+    rows = is_finite.nonzero()[:, 0]
+    scores = torch.full((len(images),), torch.nan, device=images.device)
+    if len(rows):
+        scores[rows] = reward(images[rows], [prompts[row] for row in rows.tolist()]).float()
+    return scores

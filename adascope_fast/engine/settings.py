@@ -31,6 +31,11 @@ class Updates(Section):
     """(image, step) pairs per backward pass; absent: `rollout_batch` or more; halved where memory runs out."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """What to do with an update whose gradient is not finite, and with images that are not: leave them out and count
+    them, or stop the run."""
+    stop_after: Count = 3
+    """Iterations in a row without a finite update, after which the run stops all the same."""
 
     @property
     def num_updates(self) -> int:

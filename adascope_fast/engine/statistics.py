@@ -56,7 +56,7 @@ class UpdateStatistics:
 
     def read(self) -> dict[str, Any]:
         """Means over trained rows (the loss: over all), counts, the largest |ratio - 1|, the mean norm; waits."""
-        norms = torch.stack(self._norms)
+        norms = torch.stack(self._norms) if self._norms else torch.zeros(0)
         good = norms.isfinite()
         norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
         deviation = torch.stack(self._deviations or [torch.zeros_like(norm)]).max()

@@ -50,6 +50,17 @@ class Trajectory:
     def num_steps(self) -> int:
         return self.log_prob.shape[1]
 
+    def rows(self, samples: Int64[Tensor, " m"]) -> "Trajectory":
+        """The trajectories of some samples alone."""
+        return Trajectory(
+            self.latents[samples],
+            self.x0[samples],
+            self.log_prob[samples],
+            self.schedule,
+            [self.prompts[sample] for sample in samples.tolist()],
+            self.prompt_index[samples],
+        )
+
     def pairs(self, keep: Bool[Tensor, "b t"]) -> Int64[Tensor, "n 2"]:
         """The chosen (sample, step) pairs, sample by sample. A deterministic step is refused: it has no log_prob."""
         trainable = self.schedule.trainable.to(keep.device)

@@ -1,6 +1,5 @@
 """What a configuration names, built: device and optimiser, the sensor and the selector."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,22 +58,16 @@ def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.
     )
 
 
-def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path | None = None) -> Sensor:
-    """The sensor that a configuration names.
-
-    Args:
-        reward: the one in training.
-        folder: of the run, which keeps the linear decoder; None: it is fitted again in every process.
-    """
+def sensor_of(config: Config, backbone: Backbone, reward: Reward) -> Sensor:
+    """The sensor that a configuration names, for the reward in training."""
     sensing = config.sensing
     if sensing is None or sensing.kind == "latent":
         return LatentSensor() if sensing is None else LatentSensor(sensing.every)
-    decode, prepare = backbone.decode, None
+    decode = backbone.decode
     if sensing.decoder == "tiny":
         decode = TinyDecoder(sensing.tiny or "")
     elif sensing.decoder == "linear":
-        decode = LinearDecoder(backbone.decode, None if folder is None else folder / "decoder.safetensors")
-        prepare = decode.prepare
+        decode = LinearDecoder(backbone.decode)
     return DecodedSensor(
         decode,
         lambda images, texts: rewards.score_guesses(reward, images, texts),
@@ -82,7 +75,6 @@ def sensor_of(config: Config, backbone: Backbone, reward: Reward, folder: Path |
         stride=sensing.stride,
         num_samples=sensing.num_samples,
         every=sensing.every,
-        prepare=prepare,
     )
 
 

@@ -1,23 +1,25 @@
-"""Pictures from a trained run next to the base model's: deterministic, and the same as plain diffusers draws."""
+"""Images from a trained run next to the base model's: deterministic, and the same as plain diffusers draws."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
 from adascope_fast import backbones
 from adascope_fast.backbone import Backbone, Ema
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.engine.scoring import decoded_whole
 from adascope_fast.rollout import EncodedPrompts, rollout
-from adascope_fast.training import checkpoint
-from adascope_fast.training.run_folder import load_config
+from adascope_fast.training import checkpoint, origin
+from adascope_fast.training.run_folder import load_run_files
 
 
 def initial_latents(backbone: Backbone, seeds: Sequence[int]) -> Float[Tensor, "n *latent"]:
-    """Standard normal latents on the CPU, one seed a picture: `torch.Generator().manual_seed(seed)` in diffusers."""
+    """Standard normal latents on the CPU, one seed an image: `torch.Generator().manual_seed(seed)` in diffusers."""
     drawn = [torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(drawn)
 
@@ -31,7 +33,10 @@ def draw(
     guidance_scale: float,
     batch: int = 16,
 ) -> Float[Tensor, "n 3 h w"]:
-    """One picture of every (prompt, seed), prompt by prompt, with the model's own deterministic sampler."""
+    """One image of every (prompt, seed), prompt by prompt, with the model's own deterministic sampler.
+
+    FloatingPointError where one is not finite.
+    """
     schedule = backbone.deterministic_schedule(num_steps)
     device = schedule.coef.device
     trajectory = rollout(
@@ -44,25 +49,50 @@ def draw(
         batch=batch,
         initial=initial_latents(backbone, seeds).repeat(len(prompts), 1, 1, 1).to(device),
     )
-    return backbone.decode(trajectory.latents[:, -1]).cpu()
+    images = decoded_whole(backbone, trajectory.latents[:, -1]).cpu()
+    count = int((~images.flatten(1).isfinite().all(1)).sum())
+    if count:
+        raise FloatingPointError(
+            f"images must be finite, and {count} of {len(images)} are not: the weights or the type that they are "
+            f'stored in fail; try model.dtype = "float32"'
+        )
+    return images
 
 
-def load_run(folder: Path, **changes: Any) -> tuple[Config, backbones.PipelineBackbone]:
+def load_run(
+    folder: Path, *, pipeline: DiffusionPipeline | None = None, **changes: Any
+) -> tuple[Config, backbones.PipelineBackbone]:
     """The configuration of a run and its model with the newest weights; an unfinished run will do.
 
     Args:
+        pipeline: the one that the run was made with, where that was passed in Python.
         changes: arguments of `backbones.load` in place of the configuration's.
+
+    Raises:
+        ConfigError: there is no whole checkpoint, or the pipeline is not the one that was trained.
     """
-    config = load_config(folder)
-    found = checkpoint.numbered(folder / "checkpoints")
-    if not found:
+    started = load_run_files(folder)
+    config, found = started.config, started.checkpoint
+    if found is None:
         raise ConfigError(f"{str(folder)!r} has no checkpoint yet; let the run finish an iteration first")
-    backbone = backbones.load(config.model.name, **config.model.options() | changes)
-    tensors, _ = checkpoint.load(found[-1])
-    backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
+    if pipeline is None:
+        instead = "adascope_fast.training.draw.load_run({folder}, {arguments})"
+        origin.refuse_given(folder, ["pipeline"], instead=instead)
+    options = config.model.options()
+    backbone = backbones.load(config.model.name if pipeline is None else pipeline, **options | changes)
+    if options["quantize"] == "none":  # else the weights are other ones, if they are read without it
+        before, _, _ = origin.read(folder)
+        dtype, is_given = getattr(torch, options["dtype"]), pipeline is not None
+        now = origin.of_pipeline(backbone.pipeline.components, backbone.name, dtype, is_given=is_given)
+        if changed := origin.differences(before, {"pipeline": now}):
+            raise ConfigError(
+                f"trained weights belong to the model that they were trained on, and {'; '.join(changed)}; "
+                f"restore that model, or set model.name in config.toml to where it is now"
+            )
+    backbone.load_adapter_tensors(checkpoint.select(found.tensors, "adapter"))
     if config.model.average_decay:
         ema = Ema(backbone.trainable_parameters(), config.model.average_decay)
-        ema.load(checkpoint.select(tensors, "ema"))
+        ema.load(checkpoint.select(found.tensors, "ema"))
         ema.swap()
     if torch.cuda.is_available() and config.train.device != "cpu":
         backbone.to(torch.device("cuda"))

@@ -1,7 +1,9 @@
-"""Held-out reward on fixed seeds, before and after, with a 95 % interval; and how varied the pictures are.
+"""Held-out reward on fixed seeds, before and after, with a 95 % interval; and how varied the images are.
 
-Pictures of one prompt resemble each other, so the interval is over prompts (means of their pictures), not pictures.
+Images of one prompt resemble each other, so the interval is over prompts (means of their images), not images.
 A reward that rises while `diversity` or `contrast` falls is a policy that has found a way around the task.
+
+An image that is not finite is shown to no reward: its score is NaN, the means leave it out, and it is counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone
+from adascope_fast.engine.scoring import decoded_whole, score_finite
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.schedules import Schedule
 
@@ -21,7 +24,7 @@ NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Scores [prompts, samples] and the pictures of the first prompts, row by row."""
+    """Scores [prompts, samples], NaN where an image is not finite, and the images of the first prompts, row by row."""
 
     scores: Float32[Tensor, "p s"]
     shown: Float[Tensor, "n 3 h w"]
@@ -30,38 +33,45 @@ class HeldOutScores:
     contrast: float
     clip_score: float | None = None
 
+    @property
+    def num_not_finite(self) -> int:
+        """Images that are not finite."""
+        return int((~self.scores.isfinite()).sum())
+
     def summary(self) -> dict[str, Any]:
-        """Mean with its 95 % interval, number of pictures, their variety, and the reward's parts where it has any."""
+        """Mean with its 95 % interval, number of images, their variety, and the reward's parts where it has any."""
         parts = {"attributes": self.breakdown} if self.breakdown else {}
         variety = {"diversity": self.diversity, "contrast": self.contrast}
         variety |= {} if self.clip_score is None else {"clip_score": self.clip_score}
-        return {**interval(self.scores), "num_images": self.scores.numel(), **variety, **parts}
+        counts = {"num_images": self.scores.numel(), "num_not_finite": self.num_not_finite}
+        return {**interval(self.scores), **counts, **variety, **parts}
 
 
 def interval(scores: Float32[Tensor, "p s"]) -> dict[str, float]:
-    """`mean`, `low` and `high`: the normal 95 % interval of the mean over prompts."""
-    means = scores.double().mean(1)
-    mean = means.mean().item()
+    """`mean`, `low` and `high`: the normal 95 % interval of the mean over prompts; what is NaN is left out."""
+    means = scores.double().nanmean(1)
+    means = means[means.isfinite()]
+    mean = means.mean().item() if len(means) else float("nan")
     reach = NORMAL_95 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 
 def diversity(images: Float[Tensor, "p s 3 h w"]) -> float | None:
-    """Root mean square difference of two pictures of the same prompt, mean over pairs, then over prompts.
+    """Root mean square difference of two images of the same prompt, mean over pairs, then over prompts.
 
-    0: all pictures of a prompt are alike; black against white is 1. None with a single picture a prompt.
+    0: all images of a prompt are alike; black against white is 1. None with a single image a prompt.
     """
     num = images.shape[1]
     if num < 2:
         return None
     rows = images.flatten(2).float()
     pairs = [rows[:, i + 1 :] - rows[:, i : i + 1] for i in range(num - 1)]  # [p, s - 1 - i, d] each
-    return torch.cat([pair.square().mean(2).sqrt() for pair in pairs], 1).mean().item()
+    return torch.cat([pair.square().mean(2).sqrt() for pair in pairs], 1).nanmean().item()
 
 
 def contrast(images: Float[Tensor, "n 3 h w"]) -> float:
-    """Standard deviation of a picture's values, mean over pictures; 0 is a picture of one grey, 0.5 the most."""
-    return images.flatten(1).float().std(1, correction=0).mean().item()
+    """Standard deviation of an image's values, mean over images; 0 is an image of one grey, 0.5 the most."""
+    return images.flatten(1).float().std(1, correction=0).nanmean().item()
 
 
 def evaluate(
@@ -79,10 +89,13 @@ def evaluate(
     similarity: Callable[[Tensor, list[str]], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> HeldOutScores:
-    """Score `samples_per_prompt` pictures of each prompt; the same seed gives the same noise to any policy.
+    """Score `samples_per_prompt` images of each prompt; the same seed gives the same noise to any policy.
 
     Args:
-        similarity: of picture and prompt, whose mean is the CLIP score.
+        similarity: of image and prompt, whose mean is the CLIP score.
+
+    Raises:
+        FloatingPointError: no image is finite.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     generator = torch.Generator(schedule.coef.device).manual_seed(seed)
@@ -96,14 +109,17 @@ def evaluate(
         batch=batch,
         on_step=on_step,
     )
-    images = backbone.decode(trajectory.latents[:, -1])
-    scores = score(images, repeated).cpu().view(len(prompts), samples_per_prompt)
-    parts = breakdown(images, repeated) if breakdown else {}
+    images = decoded_whole(backbone, trajectory.latents[:, -1])
+    scores = score_finite(score, images, repeated).cpu()
+    rows = scores.isfinite().nonzero()[:, 0]
+    if not len(rows):
+        raise FloatingPointError(f"none of the {len(images)} held-out images is finite")
+    whole, named = images[rows.to(images.device)], [repeated[row] for row in rows.tolist()]
     return HeldOutScores(
-        scores,
+        scores.view(len(prompts), samples_per_prompt),
         images[: num_shown * samples_per_prompt].cpu(),
-        parts,
+        breakdown(whole, named) if breakdown else {},
         diversity(images.unflatten(0, (len(prompts), samples_per_prompt))),
         contrast(images),
-        None if similarity is None else similarity(images, repeated).double().mean().item(),
+        None if similarity is None else similarity(whole, named).double().mean().item(),
     )

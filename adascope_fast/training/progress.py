@@ -33,8 +33,8 @@ class Progress:
             self._inner = tqdm(total=total, desc=name, unit="step", leave=False, position=1)
         self._inner.update(done - self._inner.n)
 
-    def done(self, record: Mapping[str, Any]) -> None:
-        """An iteration is over."""
+    def done(self, record: Mapping[str, Any], more: Mapping[str, str] | None = None) -> None:
+        """An iteration is over; `more` is shown beside what is always shown."""
         self._close_inner()
         chosen = record["selector"]
         shown = {"reward": f"{record['reward_mean']:.3f}", "trained": f"{record['fraction_trained']:.0%}"}
@@ -42,7 +42,7 @@ class Progress:
             shown["sensing"] = f"{record['sensing_share']:.0%}"
         if "mean_start" in chosen:
             shown["interval"] = f"[{chosen['mean_start']:.1f}, {chosen['mean_end']:.1f})"
-        self._run.set_postfix(shown, refresh=False)
+        self._run.set_postfix(shown | dict(more or {}), refresh=False)
         self._run.update()
 
     @contextmanager

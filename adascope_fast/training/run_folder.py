@@ -1,20 +1,28 @@
 """The folder of a run: what is written when, so that it can be resumed after a kill at any moment.
 
-`config.toml` (resolved), `stats.jsonl` (a line an iteration), `evaluation.json`, `samples/`, `checkpoints/NNNNNN/`,
-`adapter/` (diffusers LoRA format), `run.json` (status, versions, cost), `report.html`.
+`config.toml` (resolved), `parts.json` (what the run was made of besides), `stats.jsonl` (a line an iteration),
+`evaluation.json`, `samples/`, `checkpoints/NNNNNN/`, `adapter/` (diffusers LoRA format), `run.json` (status, versions,
+cost), `report.html`. A checkpoint also has the configuration, the log and the evaluation as they were.
 """
 
 import json
+import logging
+import math
 import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import ValidationError
@@ -23,53 +31,100 @@ from torch import Tensor
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.sources import read_toml
 from adascope_fast.training import checkpoint
+from adascope_fast.training.checkpoint import Checkpoint
+from adascope_fast.training.lock import NAME as LOCK
+from adascope_fast.training.lock import locked
 
+PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out"}
+"""Where things are: they may have been moved, and `origin` sees to it that they are the same."""
+MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers"} | PLACES
+"""What a resumed run may have otherwise than before."""
 PACKAGES = ("adascope-fast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that was started: its configuration, and its newest whole checkpoint if it has one."""
+
+    config: Config
+    checkpoint: Checkpoint | None
 
 
 class RunFolder:
-    """A run's files. `create` makes a new one, `open` continues one."""
+    """A run's files. `create` makes a new one, `open` continues one; one process has it at a time, until `close`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, held: ExitStack) -> None:
+        self.path, self._held = path, held
+        earlier = _json(path / "run.json")
+        self._seconds, self._peak = (_number(earlier.get(key)) for key in ("seconds_total", "peak_memory_mb"))
 
     @staticmethod
     def check(config: Config, *, overwrite: bool) -> None:
         """ConfigError if `create` would replace what it must not; nothing is written."""
         path = Path(config.run.folder)
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.is_dir() and not _contents(path):
+            return
+        if path.exists() or path.is_symlink():
             if not overwrite:
                 raise ConfigError(
                     f"a run never replaces what is there, and run.folder = {str(path)!r} exists; "
                     f"continue it with --resume {path}, replace it with --overwrite, or set run.folder"
                 )
-            if not (path / "config.toml").is_file():
+            if not is_run(path):
                 raise ConfigError(
                     f"--overwrite replaces runs only, and {str(path)!r} holds no config.toml; choose another run.folder"
                 )
+            with locked(path):
+                pass  # no other process has it
 
     @classmethod
-    def create(cls, config: Config, *, overwrite: bool) -> "RunFolder":
-        """A new folder with its `config.toml`; an existing run is replaced only if asked."""
+    def create(cls, config: Config, *, overwrite: bool, heading: str = "") -> Self:
+        """A new folder with its `config.toml`; an existing run is replaced only if asked.
+
+        Args:
+            heading: comment lines of `config.toml`.
+        """
         cls.check(config, overwrite=overwrite)
-        path = Path(config.run.folder)
+        path, held = Path(config.run.folder), ExitStack()
         try:
-            if path.exists():
-                shutil.rmtree(path)
-            (path / "samples").mkdir(parents=True)
-            _write(path / "config.toml", config.to_toml())
+            path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(path))
+            cls.check(config, overwrite=overwrite)  # another process may have begun it meanwhile
+            for old in _contents(path):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            (path / "samples").mkdir()
+            _write(path / "config.toml", heading + config.to_toml())
         except OSError as error:
+            held.close()
             raise ConfigError(
                 f"run.folder must be writable, {str(path)!r} is not ({error.strerror}); set run.folder to another place"
             ) from None
-        return cls(path)
+        except ConfigError:
+            held.close()
+            raise
+        return cls(path, held)
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
-        """The folder of a run that was started before, by this version."""
-        load_config(path)
-        (path / "samples").mkdir(exist_ok=True)
-        return cls(path)
+    def open(cls, path: Path) -> Self:
+        """The folder of a run that was started before."""
+        if not is_run(path):
+            raise ConfigError(no_run(path))
+        held = ExitStack()
+        try:
+            held.enter_context(locked(path))
+            (path / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            held.close()
+            raise ConfigError(
+                f"run.folder must be writable, {str(path)!r} is not ({error.strerror}); give access, or copy it"
+            ) from None
+        return cls(path, held)
+
+    def close(self) -> None:
+        """Let other processes have the run."""
+        self._held.close()
 
     @property
     def samples(self) -> Path:
@@ -79,52 +134,62 @@ class RunFolder:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one iteration to `stats.jsonl`."""
-        with (self.path / "stats.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def write_config(self, config: Config) -> None:
+        """Replace `config.toml`, all but its heading, if it says something else."""
+        path = self.path / "config.toml"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        heading = "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+        if text != heading + config.to_toml():
+            _write(path, heading + config.to_toml())
 
-    def stats(self, *, before: int | None = None) -> list[dict[str, Any]]:
-        """The logged iterations; `before` leaves out those from that one on. A line cut short by a kill is ignored."""
-        path = self.path / "stats.jsonl"
-        records = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if before is None or record["iteration"] < before:
-                records.append(record)
-        return records
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one iteration to `stats.jsonl`; what is not finite is null there."""
+        with (self.path / "stats.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+    def stats(self) -> list[dict[str, Any]]:
+        """The logged iterations. A line cut short by a kill is ignored."""
+        return _records(self._log())
 
     def save_checkpoint(
-        self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+        self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Config, keep: int
     ) -> None:
-        """Write the state from which `next_iteration` can start; older ones beyond `keep` go."""
-        folder = self.path / "checkpoints"
-        checkpoint.save(folder / f"{next_iteration:06d}", tensors, {"next_iteration": next_iteration, **state})
-        for old in checkpoint.numbered(folder)[:-keep]:
-            shutil.rmtree(old)
+        """Write the state from which `next_iteration` can start, with what else the run has so far; older ones go.
 
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint; the statistics logged after it are dropped, since they will be made again."""
-        found = checkpoint.numbered(self.path / "checkpoints")
-        tensors, state = checkpoint.load(found[-1]) if found else ({}, {"next_iteration": 0})
-        kept = self.stats(before=state["next_iteration"])
-        _write(self.path / "stats.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        return (tensors, state) if found else None
+        Raises:
+            FloatingPointError: the tensors are not finite.
+            OSError: it cannot be written; the one before it is whole.
+        """
+        folder = self.path / "checkpoints"
+        told = {"evaluation": self.read("evaluation.json"), "config": config.to_toml()}
+        state = {"next_iteration": next_iteration, **state, **told}
+        checkpoint.save(folder / f"{next_iteration:06d}", tensors, state, self._log())
+        for old in checkpoint.numbered(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, found: Checkpoint | None) -> None:
+        """Put log and evaluation back to what they were at a checkpoint: what came later will be made again."""
+        _write(self.path / "stats.jsonl", "" if found is None else found.log)
+        if found is not None:
+            self.write("evaluation.json", found.state["evaluation"])
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, empty if it is not there."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        """A JSON file of the folder; empty if it is not there, or is no longer JSON."""
+        return _json(self.path / name)
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
-        """Replace a JSON file of the folder in one go."""
-        _write(self.path / name, json.dumps(values, indent=1))
+        """Replace a JSON file of the folder in one go; what is not finite is null there."""
+        _write(self.path / name, json.dumps(_plain(values), indent=1, allow_nan=False))
 
-    def describe(self, status: str, device: torch.device, seconds: float, chosen: Mapping[str, str]) -> None:
-        """Write `run.json`: status, command, machine, versions, commit, peak memory, seconds, and what was chosen."""
+    def describe(
+        self, status: str, device: torch.device, seconds: float, chosen: Mapping[str, str], **more: Any
+    ) -> None:
+        """Write `run.json`: status, command, machine, versions, commit, peak memory, seconds, and what was chosen.
+
+        Args:
+            seconds: of this process; those of the processes before it are added.
+            more: what else there is to say.
+        """
         on_gpu = device.type == "cuda"
         peak = (
             torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -133,24 +198,97 @@ class RunFolder:
             "run.json",
             {
                 "status": status,
+                **more,
                 "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "device": torch.cuda.get_device_name()
                 if on_gpu
                 else f"{platform.machine()} CPU, {os.cpu_count()} cores",
                 "versions": {"python": platform.python_version(), **_versions()},
                 "commit": _commit(),
-                "peak_memory_mb": round(peak / 2**20),
-                "seconds_total": round(seconds, 1),
+                "peak_memory_mb": max(round(peak / 2**20), round(self._peak)),
+                "seconds_total": round(self._seconds + seconds, 1),
                 "acceleration": dict(chosen),
             },
         )
 
+    def _log(self) -> str:
+        path = self.path / "stats.jsonl"
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, by what a run leaves there; its configuration may be lost."""
+    return any((folder / name).exists() for name in ("config.toml", "run.json", "stats.jsonl", "checkpoints"))
+
+
+def no_run(folder: Path) -> str:
+    """What to say of a folder that is no run."""
+    return f"a run's folder holds a config.toml, {str(folder)!r} does not; check the path"
+
 
 def load_config(folder: Path) -> Config:
     """The configuration of a run; ConfigError where the folder is none, or an earlier version's."""
+    return load_run_files(folder).config
+
+
+def load_run_files(folder: Path) -> Started:
+    """Configuration and newest whole checkpoint of a run. Nothing is written.
+
+    A `config.toml` that is lost or can no longer be read is taken from the checkpoint, which a warning says.
+
+    Raises:
+        ConfigError: the folder is no run, or an earlier version's; no checkpoint is whole; `config.toml` is another
+            than that of the checkpoint, in more than may change.
+    """
+    if not is_run(folder):
+        raise ConfigError(no_run(folder))
+    try:
+        config = _config(folder)
+    except ConfigError as error:
+        found = None
+        with suppress(ConfigError):
+            found = checkpoint.newest(folder / "checkpoints")
+        if found is None:
+            raise
+        logger.warning("%s; the configuration in the newest checkpoint is used", error)
+        return Started(Config.of(tomllib.loads(found.state["config"])), found)
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is not None:
+        before = Config.of(tomllib.loads(found.state["config"]))
+        if changed := differences(before, config) - MAY_CHANGE:
+            raise ConfigError(
+                f"{folder / 'config.toml'} must say what the run was made with, and {', '.join(sorted(changed))} "
+                f"{'is' if len(changed) == 1 else 'are'} another than in its checkpoint; undo the change, or remove "
+                f"the file: the checkpoint has it too"
+            )
+    return Started(config, found)
+
+
+def refuse_another(before: Config, after: Config) -> None:
+    """ConfigError where `after` changes what a resumed run must repeat."""
+    changed = differences(before, after)
+    if changed - MAY_CHANGE:
+        raise ConfigError(
+            f"a resumed run repeats the one left alone, so {', '.join(sorted(changed - MAY_CHANGE))} cannot "
+            f"change; only {', '.join(sorted(MAY_CHANGE - {'run.folder'}))} can, or start a new run"
+        )
+
+
+def differences(old: Config, new: Config) -> set[str]:
+    """`section.key` of what differs between two configurations; of a section with another choice, the choice alone."""
+    found: set[str] = set()
+    one_by_section, other_by_section = old.model_dump(), new.model_dump()
+    for section in other_by_section:  # None where the selector senses nothing
+        one, other = one_by_section[section] or {}, other_by_section[section] or {}
+        keys = {key for key in one | other if one.get(key) != other.get(key)}
+        found |= {f"{section}.{key}" for key in keys & {"name", "kind"} or keys}
+    return found
+
+
+def _config(folder: Path) -> Config:
     path = folder / "config.toml"
     if not path.is_file():
-        raise ConfigError(f"a run's folder holds a config.toml, {str(folder)!r} does not; check the path")
+        raise ConfigError(no_run(folder))
     values = read_toml(path)
     try:
         Config.model_validate(values)
@@ -167,8 +305,9 @@ def load_config(folder: Path) -> Config:
 
 def _made_by(folder: Path) -> str:
     """The version and commit of `run.json`, in words."""
-    run = RunFolder(folder).read("run.json")
-    version, commit = run.get("versions", {}).get("adascope-fast"), run.get("commit")
+    run = _json(folder / "run.json")
+    versions, commit = run.get("versions"), run.get("commit")
+    version = versions.get("adascope-fast") if isinstance(versions, dict) else None
     if not version and not commit:
         return "the version that made it"
     return f"that version ({version or 'unknown'}{f', commit {commit}' if commit else ''})"
@@ -180,6 +319,46 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _contents(folder: Path) -> list[Path]:
+    """What is in a folder besides the lock."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    records = []
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            records.append(record)
+    return records
+
+
+def _number(value: Any) -> float:
+    is_one = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_one else 0.0
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no numbers that are not finite: null in their place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -191,6 +370,7 @@ def _versions() -> dict[str, str]:
     return found | {"torch": str(torch.__version__)}
 
 
+@cache
 def _commit() -> str:
     """The commit of the checkout that this package runs from, empty if it runs from an installation."""
     here = Path(__file__).parents[1]

@@ -5,10 +5,11 @@ and repeats the run that was left alone bit for bit.
 """
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from adascope_fast import backbones, prompts, reporting, rewards
 from adascope_fast.adascope.settings import Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
-from adascope_fast.config import Config
+from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.acceleration import accelerate
 from adascope_fast.engine.engine import Engine
+from adascope_fast.loading import follow_umask
 from adascope_fast.reporting.images import save_grid
 from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
-from adascope_fast.training import checkpoint
+from adascope_fast.training import checkpoint, origin, trust
 from adascope_fast.training.building import (
     accelerator_of,
     algorithm_of,
@@ -41,8 +43,9 @@ from adascope_fast.training.building import (
     sensor_of,
 )
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
+from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.progress import Progress
-from adascope_fast.training.run_folder import RunFolder
+from adascope_fast.training.run_folder import RunFolder, load_run_files, refuse_another
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Result:
     seconds: dict[str, float]
     folder: Path
     report: Path
+    reward: str
+    samples_dropped: int
+    """Images of the training that were not finite."""
+    updates_skipped: int
+    """Updates whose gradient was not finite."""
 
 
 class Trainer:
@@ -65,7 +73,7 @@ class Trainer:
 
     Args:
         config: everything that decides the run.
-        reward: (pictures [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
+        reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
         train_prompts, held_out_prompts: lists in place of `config.prompts`.
         pipeline: a loaded diffusers pipeline in place of `config.model.name`.
         algorithm: in place of `config.algorithm`.
@@ -86,6 +94,14 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config = config
+        given = {
+            "reward": reward,
+            "train_prompts": train_prompts,
+            "held_out_prompts": held_out_prompts,
+            "algorithm": algorithm,
+            "selector": selector,
+        }
+        self._given = {name for name, value in given.items() if value is not None}
         self.reward = reward or rewards.load(config.reward)
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts = _given(train_prompts, config.prompts.train, "train_prompts")
@@ -103,35 +119,116 @@ class Trainer:
             backbones.check(config.model.name, base=config.model.base, revision=config.model.revision)
 
     def train(self, *, overwrite: bool = False) -> Result:
-        """Run from the start. Ctrl-C leaves a run that `resume` continues."""
-        start = time.perf_counter()
+        """Run from the start. Ctrl-C leaves a run that `resume` continues.
+
+        Raises:
+            FloatingPointError: images, updates or weights are not finite, and `train.on_nonfinite` and
+                `train.stop_after` say to stop; nothing is exported.
+            ConfigError: `config.run.folder` exists and is not to be overwritten, or another process has it.
+        """
+        self._start = time.perf_counter()
         RunFolder.check(self.config, overwrite=overwrite)
         self.prepare()  # may refuse; only then is an older run replaced
-        return self._run(RunFolder.create(self.config, overwrite=overwrite), start)
+        folder = RunFolder.create(self.config, overwrite=overwrite, heading=self._heading())
+        try:
+            origin.write(folder.path, self._parts(), signature=trust.signature(self.config))
+            return self._run(folder, 0)
+        finally:
+            folder.close()
 
-    def resume(self) -> Result:
-        """Continue the run in `config.run.folder` from its newest checkpoint."""
-        start = time.perf_counter()
+    def resume(self, *, accept_changes: bool = False) -> Result:
+        """Continue the run in `config.run.folder` from its newest whole checkpoint.
+
+        Args:
+            accept_changes: go on with another reward, pipeline or other part than before, and write down that it is.
+
+        Raises:
+            FloatingPointError: as `train`.
+            ConfigError: there is nothing to do, another process has the run, no checkpoint is whole, the configuration
+                changes what must be repeated, or what the run was made of is not what it was. Nothing has changed.
+        """
+        self._start = time.perf_counter()
         folder = RunFolder.open(Path(self.config.run.folder))
-        self.prepare()
-        return self._run(folder, start)
+        try:
+            started = load_run_files(folder.path)
+            refuse_another(started.config, self.config)
+            first = 0 if started.checkpoint is None else started.checkpoint.next_iteration
+            self._refuse_nothing_to_do(folder, first)
+            before, changes, signature = origin.read(folder.path)
+            if not accept_changes:
+                origin.refuse_changed(origin.differences(before, self._named_parts()))
+            self.prepare()
+            changed = origin.differences(before, self._parts())
+            if not accept_changes:
+                origin.refuse_changed(changed)
+            if started.checkpoint is not None:
+                self._restore(started.checkpoint)
+            folder.restore(started.checkpoint)
+            folder.write_config(self.config)
+            if changed:
+                changes = [*changes, *(f"from iteration {first} on: {change}" for change in changed)]
+                origin.write(folder.path, self._parts(), signature=signature, changes=changes)
+            return self._run(folder, first)
+        finally:
+            folder.close()
 
-    def _run(self, folder: RunFolder, start: float) -> Result:
-        device = self.accelerator.device
+    def _refuse_nothing_to_do(self, folder: RunFolder, done: int) -> None:
+        wanted, is_finished = self.config.train.iterations, folder.read("run.json").get("status") == "finished"
+        if done > wanted or (done == wanted and is_finished):
+            raise ConfigError(
+                f"the run in {str(folder.path)!r} has made {done} iterations, and train.iterations = {wanted} leaves "
+                f"nothing to do; set train.iterations to more than {done} to train on"
+            )
+
+    def _named_parts(self) -> dict[str, origin.Part]:
+        """What can be compared before the model is loaded."""
+        given = self._given
+        return {
+            "reward": origin.of_object(self.reward, is_given="reward" in given),
+            "train_prompts": origin.of_prompts(self.train_prompts, is_given="train_prompts" in given),
+            "held_out_prompts": origin.of_prompts(self.held_out, is_given="held_out_prompts" in given),
+        }
+
+    def _parts(self) -> dict[str, origin.Part]:
+        """What the run is made of, once `prepare` has loaded it and before it is trained."""
+        found = {
+            "pipeline": self._pipeline_part,
+            "algorithm": origin.of_object(self.algorithm, is_given="algorithm" in self._given),
+            "selector": origin.of_object(self.selector, is_given="selector" in self._given),
+        }
+        return self._named_parts() | found
+
+    def _heading(self) -> str:
+        """Comment lines of `config.toml` about what was passed in Python."""
+        lines = [f"# {name} = {part.name}: passed in Python" for name, part in self._parts().items() if part.is_given]
+        return "".join(f"{' '.join(line.split())}\n" for line in lines) + ("\n" if lines else "")
+
+    def _run(self, folder: RunFolder, first: int) -> Result:
         if self.config.log.trackers:
             self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
-        folder.describe("running", device, 0.0, self.acceleration)
-        status = "interrupted"
+        self._describe(folder, "running")
+        status, why = "failed", ""
         try:
-            self._iterate(folder)
+            self._iterate(folder, first)
             status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise
         finally:
             self._progress.close()
             self.accelerator.end_training()
-            seconds = time.perf_counter() - start
-            folder.describe(status, device, seconds, self.acceleration)
-            report = reporting.write_report(folder.path)
-        return self._result(folder, report, seconds)
+            # Where a full disk stopped the run, it is what is told, and not that no more can be written.
+            with nullcontext() if status == "finished" else suppress(OSError):
+                self._describe(folder, status, **({"reason": why} if why else {}))
+                report = reporting.write_report(folder.path)
+        return self._result(folder, report)
+
+    def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
+        seconds = time.perf_counter() - self._start
+        folder.describe(status, self.accelerator.device, seconds, self.acceleration, **more)
 
     def prepare(self) -> None:
         """Load the model and build what trains it, as `train` does first; may refuse."""
@@ -144,6 +241,12 @@ class Trainer:
             **config.model.options(),
             seed=_seed(config.run.seed, "adapter"),
             keep_reference=self.algorithm.needs_reference,
+        )
+        self._pipeline_part = origin.of_pipeline(
+            self.backbone.pipeline.components,
+            self.backbone.name,
+            getattr(torch, config.model.dtype),
+            is_given=self._pipeline is not None,
         )
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
@@ -163,8 +266,8 @@ class Trainer:
         chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)
         self.acceleration = {"attention": self.backbone.attention, **chosen}
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
-        sensor = sensor_of(config, self.backbone, self.reward, Path(config.run.folder))
-        self.selector = self._selector or selector_of(config, sensor)
+        self.sensor = sensor_of(config, self.backbone, self.reward)
+        self.selector = self._selector or selector_of(config, self.sensor)
         self.engine = Engine(
             self.backbone,
             self.schedule,
@@ -179,9 +282,9 @@ class Trainer:
             progress=self._progress.part,
         )
 
-    def _iterate(self, folder: RunFolder) -> None:
+    def _iterate(self, folder: RunFolder, first: int) -> None:
         train = self.config.train
-        first = self._restore(folder)
+        watch = NonFinite(self.config, folder.stats())
         if "before" not in folder.read("evaluation.json"):
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
@@ -200,28 +303,34 @@ class Trainer:
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
-            # First the log, then the checkpoint: what is logged beyond the checkpoint is made again after a kill.
             folder.log(record | {"seconds": report.seconds})
+            watch.add(record)
             is_last = iteration + 1 == train.iterations
-            if (iteration + 1) % train.checkpoint_every == 0 or is_last:
-                self._save(folder, iteration + 1)
-            self._progress.done(record)
-            if self.config.log.trackers:
-                numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-                self.accelerator.log(numbers | {f"seconds/{k}": v for k, v in report.seconds.items()}, step=iteration)
             every = self.config.evaluation.every
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
+            # The checkpoint has the log and the evaluations so far; what comes after it is made again after a kill.
+            if (iteration + 1) % train.checkpoint_every == 0 or is_last:
+                self._save(folder, iteration + 1)
+                self._describe(folder, "running")
+            self._progress.done(record, watch.words())
+            if self.config.log.trackers:
+                numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+                self.accelerator.log(numbers | {f"seconds/{k}": v for k, v in report.seconds.items()}, step=iteration)
+        watch.refuse_nothing_learned()
         self._evaluate(folder, "after", iteration=train.iterations)
         with self._averaged():
+            self._refuse_not_finite(self.backbone.adapter_tensors())
             self.backbone.save_adapter(folder.adapter)
+            follow_umask(folder.adapter)
 
-    def _restore(self, folder: RunFolder) -> int:
-        """Load the newest checkpoint if there is one; the iteration to continue with."""
-        found = folder.load_checkpoint()
-        if found is None:
-            return 0
-        tensors, state = found
+    def _refuse_not_finite(self, tensors: dict[str, Tensor]) -> None:
+        if name := checkpoint.not_finite(tensors):
+            raise FloatingPointError(f"weights must be finite, and {name} is not any more; {remedy(self.config)}")
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        """Take weights, moments and states from a checkpoint."""
+        tensors, state = found.tensors, found.state
         self.backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
         if self.ema is not None:
             self.ema.load(checkpoint.select(tensors, "ema"))
@@ -229,15 +338,17 @@ class Trainer:
         self.algorithm.load_state_dict(state["algorithm"])
         self.algorithm.load_tensors(checkpoint.select(tensors, "algorithm"))
         self.selector.load_state_dict(state["selector"])
-        return state["next_iteration"]
+        self.sensor.load_tensors(checkpoint.select(tensors, "sensor"))
 
     def _save(self, folder: RunFolder, next_iteration: int) -> None:
         tensors = checkpoint.prefixed(self.backbone.adapter_tensors(), "adapter")
         tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(self.optimizer), "optimizer")
         tensors |= checkpoint.prefixed(self.ema.tensors() if self.ema else {}, "ema")
         tensors |= checkpoint.prefixed(self.algorithm.tensors(), "algorithm")
+        tensors |= checkpoint.prefixed(self.sensor.tensors(), "sensor")
+        self._refuse_not_finite(tensors)
         state = {"algorithm": self.algorithm.state_dict(), "selector": self.selector.state_dict()}
-        folder.save_checkpoint(next_iteration, tensors, state, self.config.train.keep_checkpoints)
+        folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
 
     def prompts_of(self, iteration: int) -> list[str]:
         """This iteration's prompts, each repeated for its group; a short list is gone through several times."""
@@ -259,26 +370,29 @@ class Trainer:
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
-            evaluation = evaluate(
-                self.backbone,
-                schedule,
-                self.score,
-                self.held_out,
-                samples_per_prompt=settings.samples_per_prompt,
-                guidance_scale=sampler.guidance_scale if scale is None else scale,
-                seed=settings.seed,
-                batch=self.config.train.rollout_batch,
-                num_shown=settings.grid_prompts,
-                breakdown=getattr(self.reward, "breakdown", None),
-                similarity=self.similarity,
-                on_step=on_step,
-            )
+            try:
+                evaluation = evaluate(
+                    self.backbone,
+                    schedule,
+                    self.score,
+                    self.held_out,
+                    samples_per_prompt=settings.samples_per_prompt,
+                    guidance_scale=sampler.guidance_scale if scale is None else scale,
+                    seed=settings.seed,
+                    batch=self.config.train.rollout_batch,
+                    num_shown=settings.grid_prompts,
+                    breakdown=getattr(self.reward, "breakdown", None),
+                    similarity=self.similarity,
+                    on_step=on_step,
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"after {iteration} iterations {error}; {remedy(self.config)}") from None
         self._record(folder, evaluation, name, iteration)
 
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
-        values = folder.read("evaluation.json") or {"reward": self.config.reward.name, "history": []}
+        values = folder.read("evaluation.json") or {"reward": self._reward_name(), "history": []}
         summary = evaluation.summary()
-        shown = ("mean", "low", "high", "diversity", "contrast")
+        shown = ("mean", "low", "high", "diversity", "contrast", "num_not_finite")
         point = {"iteration": iteration, **{key: summary[key] for key in shown}}
         values["history"] = [*(old for old in values["history"] if old["iteration"] < iteration), point]
         if name is not None:
@@ -290,7 +404,8 @@ class Trainer:
                 "samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.shown.shape[-1]}
             )
         if name == "after":
-            before = torch.tensor(values["before"]["scores"])
+            rows = values["before"]["scores"]
+            before = torch.tensor([[math.nan if score is None else score for score in row] for row in rows])
             values["difference"] = interval(evaluation.scores - before)
         folder.write("evaluation.json", values)
 
@@ -302,22 +417,35 @@ class Trainer:
         """The reward [b] of pictures [b, 3, h, w] and their prompts, checked."""
         return rewards.score(self.reward, images, texts)
 
-    def _result(self, folder: RunFolder, report: Path, seconds: float) -> Result:
+    def _reward_name(self) -> str:
+        own = self._named_parts()["reward"].name.rpartition(":")[2]
+        return own if "reward" in self._given else self.config.reward.name
+
+    def _result(self, folder: RunFolder, report: Path) -> Result:
         stats, values = folder.stats(), folder.read("evaluation.json")
+        seconds = folder.read("run.json")["seconds_total"]
         parts: dict[str, float] = {}
         for record in stats:
             for name, part in record["seconds"].items():
                 parts[name] = parts.get(name, 0.0) + part
         fraction = sum(record["fraction_trained"] for record in stats) / max(1, len(stats))
+        known = {when: _with_nan(values[when]) for when in ("before", "after", "difference")}
         return Result(
-            values["before"],
-            values["after"],
-            values["difference"],
-            fraction,
-            parts | {"run": seconds},
-            folder.path,
-            report,
+            **known,
+            fraction_trained=fraction,
+            seconds=parts | {"run": seconds},
+            folder=folder.path,
+            report=report,
+            reward=values["reward"],
+            samples_dropped=sum(record.get("samples_dropped") or 0 for record in stats),
+            updates_skipped=sum(record.get("updates_skipped") or 0 for record in stats),
         )
+
+
+def _with_nan(estimate: dict[str, Any]) -> dict[str, Any]:
+    """The same with NaN where JSON has null."""
+    nan = {name: math.nan for name in ("mean", "low", "high") if estimate.get(name) is None}
+    return estimate | nan
 
 
 def _given(values: Sequence[str] | None, source: str, name: str) -> list[str]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from command_line import SMALLEST, TINY, call, refused
 
-from adascope_fast.commands.train import differences, outcome
+from adascope_fast.commands.train import outcome
 from adascope_fast.config import Config
+from adascope_fast.training.run_folder import differences
 from adascope_fast.training.trainer import Result
 
 REWARDS = """
@@ -66,9 +67,9 @@ def test_one_prompt_has_no_interval(tmp_path: Path):
     before = {"mean": 0.5, "low": math.nan, "high": math.nan, "num_images": 4}
     gain = {"mean": 0.25, "low": math.nan, "high": math.nan}
     after = before | {"mean": 0.75}
-    result = Result(before, after, gain, 0.5, {"run": 1.0}, tmp_path, tmp_path / "report.html")
-    first = outcome(result, Config()).splitlines()[0]
-    assert first == "held-out scene_attributes: 0.500 -> 0.750 (+0.250, no interval from one prompt, 4 pictures)"
+    result = Result(before, after, gain, 0.5, {"run": 1.0}, tmp_path, tmp_path / "report.html", "redness", 0, 0)
+    first = outcome(result).splitlines()[0]
+    assert first == "held-out redness: 0.500 -> 0.750 (+0.250, no interval from one prompt, 4 images)"
 
 
 def test_an_existing_run_is_left_alone_without_overwrite(run: Path):
@@ -105,7 +106,7 @@ def test_ctrl_c_says_how_to_resume_and_resume_finishes(tmp_path: Path, reward_mo
 
 def test_what_differs_between_two_configurations_is_named():
     def between(old: list[str], new: list[str]) -> set[str]:
-        return differences(Config.load(None, old).model_dump(), Config.load(None, new).model_dump())
+        return differences(Config.load(None, old), Config.load(None, new))
 
     assert between([], []) == set()
     assert between(["selector.name=every_step"], ["selector.name=every_step"]) == set(), "without sensing"

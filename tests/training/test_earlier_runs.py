@@ -10,7 +10,7 @@ from command_line import SMALLEST, TINY, call, refused
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.reporting import write_report
 from adascope_fast.training.draw import load_run
-from adascope_fast.training.run_folder import RunFolder, load_config
+from adascope_fast.training.run_folder import load_config
 
 # What commit ece68db wrote for a run of the smallest configuration: every key of every choice.
 EARLIER = """
@@ -134,7 +134,7 @@ def test_the_report_of_an_earlier_run_is_made_all_the_same(earlier: Path):
 def test_whatever_the_selector_an_earlier_run_is_told(tmp_path: Path, name: str):
     text = EARLIER.replace('name = "adascope"', f'name = "{name}"\nstart = 2\nend = 5')
     folder = _folder(tmp_path / "run", text)
-    for load in (load_config, load_run, RunFolder.open):
+    for load in (load_config, load_run):
         with pytest.raises(ConfigError, match=r"was made by an earlier version .* the version that made it, or start"):
             load(folder)
     assert not (folder / "samples").exists()
