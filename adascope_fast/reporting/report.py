@@ -58,6 +58,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.resolve().name,
         "status": run.get("status", "unknown"),
+        "told": _told(run, _json(folder / "parts.json")),
         "progress": _progress(stats, config),
         "headline": _headline(evaluation, config),
         "variety": _variety(evaluation),
@@ -82,13 +83,54 @@ def _contents(folder: Path) -> dict[str, Any]:
             for key, label in DIAGNOSTICS
             if (chart := figures.line_chart(_points(stats, key), label, css="d"))
         ],
-        "nonfinite": sum(int(record.get("nonfinite") or 0) for record in stats),
+        "nonfinite": _nonfinite(stats, evaluation),
         "columns": [column.replace("_", " ") for column in COLUMNS],
         "rows": [(record["iteration"], *(number(_value(record, column)) for column in COLUMNS)) for record in stats],
         "config_text": config_text,
         "facts": _facts(run, config),
         "versions": run.get("versions") or {},
     }
+
+
+def _told(run: Record, parts: Record) -> list[str]:
+    """What a reader must know before anything else: why the run failed, and what is not as its configuration says."""
+    lines = [str(run["reason"])] if run.get("reason") else []
+    for name, part in _mapping(parts.get("parts")).items():
+        if _mapping(part).get("is_given") is True:
+            lines.append(f"{name.replace('_', ' ')} passed in Python, not by the configuration: {part.get('name')}")
+    changes = parts.get("changes")
+    return lines + [f"Changed {change}" for change in (changes if isinstance(changes, list) else [])]
+
+
+def _nonfinite(stats: Sequence[Record], evaluation: Record) -> list[str]:
+    """Counts of what was not finite, in words; empty where all was."""
+    counts = {
+        "images of the training": _total(stats, "samples_dropped"),
+        "images of the evaluations": _total(list(_ends(evaluation)), "num_not_finite"),
+        "updates": _total(stats, "updates_skipped"),
+        "log-probabilities or ratios": _total(stats, "nonfinite"),
+    }
+    return [f"{count} {name}" for name, count in counts.items() if count]
+
+
+def _total(records: Sequence[Record], key: str) -> int:
+    values = [_value(record, key) for record in records]
+    return int(sum(value for value in values if math.isfinite(value)))
+
+
+def _ends(evaluation: Record) -> tuple[Record, Record]:
+    """The evaluations before and after the training, empty where they are not there."""
+    return _mapping(evaluation.get("before")), _mapping(evaluation.get("after"))
+
+
+def _history(evaluation: Record) -> list[Record]:
+    points = evaluation.get("history")
+    known = [_mapping(point) for point in points] if isinstance(points, list) else []
+    return [point for point in known if isinstance(point.get("iteration"), int)]
+
+
+def _mapping(value: Any) -> Record:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _text(path: Path) -> str:
@@ -139,8 +181,7 @@ def _progress(stats: Sequence[Record], config: Record) -> str:
 
 
 def _headline(evaluation: Record, config: Record) -> dict[str, Any]:
-    before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
-    difference = evaluation.get("difference") or {}
+    (before, after), difference = _ends(evaluation), _mapping(evaluation.get("difference"))
     low, high = _value(difference, "low"), _value(difference, "high")
     direction, verdict = "", ""
     if before and after:
@@ -172,7 +213,7 @@ def _estimate(estimate: Record, *, signed: bool = False) -> dict[str, str] | Non
 
 
 def _variety(evaluation: Record) -> list[tuple[str, str, str, str]]:
-    before, after = (evaluation.get(when) or {} for when in ("before", "after"))
+    before, after = _ends(evaluation)
     rows = []
     for name in ("diversity", "contrast", "clip_score"):
         old, new = _value(before, name), _value(after, name)
@@ -185,7 +226,7 @@ def _variety(evaluation: Record) -> list[tuple[str, str, str, str]]:
 
 def _variety_charts(evaluation: Record) -> list[tuple[str, str]]:
     """Diversity and contrast in the course of the training, where they were looked at more often than twice."""
-    history = evaluation.get("history") or []
+    history = _history(evaluation)
     if len(history) < 3:
         return []
     charts = [(name, figures.line_chart(_points(history, name), name)) for name in ("diversity", "contrast")]
@@ -194,7 +235,7 @@ def _variety_charts(evaluation: Record) -> list[tuple[str, str]]:
 
 def _stability(evaluation: Record) -> str:
     """Whether the held-out reward kept what it had gained; nothing for less than three evaluations."""
-    found = [(_value(point, "mean"), point["iteration"]) for point in evaluation.get("history") or []]
+    found = [(_value(point, "mean"), point["iteration"]) for point in _history(evaluation)]
     found = [(mean, iteration) for mean, iteration in found if math.isfinite(mean)]
     if len(found) < 3:
         return ""
@@ -207,8 +248,7 @@ def _stability(evaluation: Record) -> str:
 
 
 def _attributes(evaluation: Record) -> list[tuple[str, str, str, str]]:
-    before, after = (evaluation.get(when) or {} for when in ("before", "after"))
-    before, after = before.get("attributes") or {}, after.get("attributes") or {}
+    before, after = (_mapping(end.get("attributes")) for end in _ends(evaluation))
     rows = []
     for name in dict.fromkeys([*before, *after]):
         old, new = _value(before, name), _value(after, name)
@@ -236,13 +276,10 @@ def _strips(path: Path, num_rows: int) -> list[str]:
 
 
 def _reward_chart(stats: Sequence[Record], evaluation: Record) -> str:
-    ends = [
-        {"iteration": 0, **(evaluation.get("before") or {})},
-        {"iteration": len(stats), **(evaluation.get("after") or {})},
-    ]
+    ends = [{"iteration": iteration, **end} for iteration, end in zip((0, len(stats)), _ends(evaluation), strict=True)]
     held_out = [
         (_value(row, "iteration"), _value(row, "mean"), _value(row, "low"), _value(row, "high"))
-        for row in evaluation.get("history") or ends
+        for row in _history(evaluation) or ends
     ]
     return figures.reward_chart(_points(stats, "reward_mean"), [_value(row, "reward_std") for row in stats], held_out)
 

@@ -4,10 +4,10 @@ A reward, prompts, a pipeline, an algorithm or a selector that was passed in Pyt
 configuration names (a module, a prompt file, a model's folder) may change on disk. `parts.json` says of each part what
 it was called, a digest of it, and whether it was passed in Python.
 
-A digest is SHA-256: of prompts their text; of a function its source; of an object the source of its class, the fields
-that it was made with, and its networks' weights; of a network and of a pipeline the names, types, shapes and 64
-elements of each weight, and the scheduler's settings. Source that this package ships is left out: run.json has its
-version.
+A digest is SHA-256: of prompts their text; of a function its source and the texts and networks that it encloses; of an
+object the source of its class, the fields that it was made with, and its texts and networks; of a network and of a
+pipeline the names, types, shapes and 64 elements of each weight, and the scheduler's settings. Source that this package
+ships is left out: run.json has its version.
 """
 
 import hashlib
@@ -169,10 +169,11 @@ def _described(value: Any) -> Any:
         return [_described(one) for one in value]
     if hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         return [_described(value.func), _described(list(value.args)), _described(list(value.keywords.items()))]
-    if callable(value) and hasattr(value, "__code__"):
-        return [_name_of(value), _source(value)]
-    if hasattr(value, "__func__"):
+    if hasattr(value, "__func__"):  # a method
         return [_described(value.__func__), _described(value.__self__)]
+    if callable(value) and hasattr(value, "__code__"):
+        held = [_contents(cell) for cell in value.__closure__ or ()]
+        return [_name_of(value), _source(value), [_described(one) for one in held if isinstance(one, nn.Module | str)]]
     found = {name: _described(getattr(value, name)) for name in _made_with(value)}
     inside = getattr(value, "__dict__", {})
     found |= {name: _described(one) for name, one in inside.items() if isinstance(one, nn.Module | str)}
@@ -191,13 +192,22 @@ def _source(code: Any) -> str:
     """Digest of the source of a function or class; "" of what this package ships, and of what has none."""
     if _is_ours(code):
         return ""
+    compiled = getattr(code, "__code__", None)
     try:
-        return _digest(inspect.getsource(code))
+        source = inspect.getsource(code)
     except (OSError, TypeError):  # typed in by hand, or no Python
-        compiled = getattr(code, "__code__", None)
-        return (
-            "" if compiled is None else hashlib.sha256(compiled.co_code + repr(compiled.co_names).encode()).hexdigest()
-        )
+        source = ""
+    if compiled is not None and (not source or code.__name__ == "<lambda>"):  # a line may have several of these
+        constants = [value for value in compiled.co_consts if isinstance(value, bool | int | float | str)]
+        source += f"{compiled.co_code.hex()} {compiled.co_names} {constants}"
+    return _digest(source) if source else ""
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 def _is_ours(code: Any) -> bool:

@@ -60,9 +60,17 @@ class RunFolder:
         earlier = _json(path / "run.json")
         self._seconds, self._peak = (_number(earlier.get(key)) for key in ("seconds_total", "peak_memory_mb"))
 
+    @classmethod
+    def check(cls, config: Config, *, overwrite: bool) -> None:
+        """ConfigError if `create` would replace what it must not, or another process has the run."""
+        cls._check(config, overwrite=overwrite)
+        path = Path(config.run.folder)
+        if path.is_dir():
+            with locked(path):
+                pass
+
     @staticmethod
-    def check(config: Config, *, overwrite: bool) -> None:
-        """ConfigError if `create` would replace what it must not; nothing is written."""
+    def _check(config: Config, *, overwrite: bool) -> None:
         path = Path(config.run.folder)
         if path.is_dir() and not _contents(path):
             return
@@ -76,8 +84,6 @@ class RunFolder:
                 raise ConfigError(
                     f"--overwrite replaces runs only, and {str(path)!r} holds no config.toml; choose another run.folder"
                 )
-            with locked(path):
-                pass  # no other process has it
 
     @classmethod
     def create(cls, config: Config, *, overwrite: bool, heading: str = "") -> Self:
@@ -86,12 +92,12 @@ class RunFolder:
         Args:
             heading: comment lines of `config.toml`.
         """
-        cls.check(config, overwrite=overwrite)
+        cls._check(config, overwrite=overwrite)
         path, held = Path(config.run.folder), ExitStack()
         try:
             path.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(path))
-            cls.check(config, overwrite=overwrite)  # another process may have begun it meanwhile
+            cls._check(config, overwrite=overwrite)  # another process may have begun it meanwhile
             for old in _contents(path):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             (path / "samples").mkdir()

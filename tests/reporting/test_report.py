@@ -238,7 +238,7 @@ def test_values_that_are_not_finite_are_left_out(run: Path):
     page = page_of(run)
     for chart in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         assert not re.search(r"\b(nan|inf)\b", chart)
-    assert "3 log-probabilities or ratios were not finite" in words_of(page)
+    assert "Not finite, and left out: 3 log-probabilities or ratios." in words_of(page)
 
 
 def test_iteration_run_twice_counts_once(run: Path):

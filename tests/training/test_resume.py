@@ -1,0 +1,319 @@
+"""A run goes on as what it was, or not at all: what was passed in Python, what changed on disk, what is damaged."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import call, refused
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adascope_fast import backbones
+from adascope_fast.algorithms.policy_gradient import grpo
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.selectors.simple import StaticRange
+from adascope_fast.training.draw import load_run
+from adascope_fast.training.export import merge
+from adascope_fast.training.run_folder import RunFolder
+from adascope_fast.training.trainer import Trainer
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
+CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
+SMALLEST = [
+    "sampler.num_steps=4",
+    "train.prompts_per_iteration=1",
+    "train.learning_rate=0.01",
+    "evaluation.num_prompts=1",
+    "evaluation.samples_per_prompt=1",
+]
+
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def blueness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images[:, 2].mean((1, 2)) - images[:, :2].mean((1, 2, 3))
+
+
+def _config(folder: Path, *overrides: str) -> Config:
+    return Config.load(TINY, [*SMALLEST, f"run.folder={folder}", *overrides])
+
+
+def _pipeline(shift: float = 0.0) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(backbones.folder_of("scenes"))
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias += shift
+    return pipeline
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+GIVEN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "reward": (lambda: redness, lambda: blueness),
+    "train_prompts": (lambda: CAPTIONS[:1], lambda: CAPTIONS[1:]),
+    "held_out_prompts": (lambda: CAPTIONS[1:], lambda: CAPTIONS[:1]),
+    "pipeline": (lambda: _pipeline(0.2), lambda: _pipeline(0.3)),
+    "algorithm": (lambda: grpo(advantage_scale="group"), lambda: grpo(advantage_scale="global")),
+    "selector": (lambda: StaticRange(start=1, end=3), lambda: StaticRange(start=0, end=3)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_was_passed_in_python_is_recorded_and_needed_again(tmp_path: Path, name: str):
+    """On the command line it is refused, with what to write; in Python another one is, or none."""
+    folder, (same, other) = tmp_path / "run", GIVEN[name]
+    plain = {} if name in ("reward", "held_out_prompts") else {"reward": redness}
+    Trainer(_config(folder), quiet=True, **plain, **{name: same()}).train()
+    record = json.loads((folder / "parts.json").read_text())["parts"][name]
+    assert record["is_given"]
+    assert (folder / "config.toml").read_text().startswith(f"# {'reward' if plain else name} = ")
+    assert f"# {name} = " in (folder / "config.toml").read_text()
+    assert f"{name.replace('_', ' ')} passed in Python" in (folder / "report.html").read_text()
+    before = _files(folder)
+    line = refused("train", "--resume", folder, "train.iterations=3")
+    assert "was made in Python with " in line
+    assert f"{name}=" in line
+    assert f"do it there: Trainer(Config.load('{folder}/config.toml'), " in line
+    longer = _config(folder, "train.iterations=3")
+    for wrong in ({name: other()}, {}):
+        with pytest.raises(ConfigError, match=rf"a resumed run goes on with what it was made with, and .*{name} "):
+            Trainer(longer, quiet=True, **plain, **wrong).resume()
+    assert _files(folder) == before, "nothing has changed"
+    Trainer(longer, quiet=True, **plain, **{name: same()}).resume()
+    assert len(_lines(folder)) == 3
+
+
+def test_a_change_that_is_accepted_is_written_down(tmp_path: Path):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True, reward=redness).train()
+    Trainer(_config(folder, "train.iterations=3"), quiet=True, reward=blueness).resume(accept_changes=True)
+    (change,) = json.loads((folder / "parts.json").read_text())["changes"]
+    assert change.startswith("from iteration 2 on: reward was ")
+    assert change in (folder / "report.html").read_text().replace("&#39;", "'")
+    Trainer(_config(folder, "train.iterations=4"), quiet=True, reward=blueness).resume()
+
+
+@pytest.mark.parametrize("command", ["sample", "merge"])
+def test_trained_weights_go_on_no_other_model(tmp_path: Path, command: str):
+    """A pipeline passed in Python, and a folder whose weights were replaced."""
+    folder, out = tmp_path / "run", tmp_path / "out.png"
+    rest = ["--prompt", CAPTIONS[0], "--num", "1", "--out", out] if command == "sample" else [out]
+    Trainer(_config(folder), quiet=True, pipeline=_pipeline(0.2)).train()
+    line = refused(command, folder, *rest)
+    assert "was made in Python with pipeline=StableDiffusionPipeline" in line
+    model, folder = tmp_path / "model", tmp_path / "another"
+    _pipeline().save_pretrained(model)
+    Trainer(_config(folder, f"model.name={model}"), quiet=True).train()
+    assert call(command, folder, *rest).code == 0
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    _pipeline(0.1).save_pretrained(model)
+    line = refused(command, folder, *rest)
+    assert (
+        f"belong to the model that they were trained on, and pipeline is called {model} as before, but is not" in line
+    )
+    assert not out.exists()
+
+
+def test_a_run_with_a_pipeline_is_drawn_and_merged_in_python(tmp_path: Path):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True, pipeline=_pipeline(0.2)).train()
+    _, backbone = load_run(folder, pipeline=_pipeline(0.2))
+    assert any(value.abs().max() > 0 for key, value in backbone.adapter_tensors().items() if "lora_B" in key)
+    with pytest.raises(ConfigError, match="belong to the model that they were trained on"):
+        load_run(folder, pipeline=_pipeline(0.3))
+    merge(folder, tmp_path / "merged", pipeline=_pipeline(0.2))
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain.unet.conv_in.bias, _pipeline(0.2).unet.conv_in.bias)
+    assert not torch.equal(plain.unet.conv_in.bias, _pipeline().unet.conv_in.bias)
+
+
+def _run_with_a_prompt_file(tmp_path: Path) -> tuple[Path, Path]:
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text(CAPTIONS[0] + "\n")
+    Trainer(_config(folder, f"prompts.train={prompts}", "prompts.held_out=scenes:held_out"), quiet=True).train()
+    return folder, prompts
+
+
+def test_what_a_configuration_names_may_move_but_not_change(tmp_path: Path):
+    folder, prompts = _run_with_a_prompt_file(tmp_path)
+    moved = prompts.rename(tmp_path / "moved.txt")
+    assert call("train", "--resume", folder, "train.iterations=3", f"prompts.train={moved}").code == 0
+    moved.write_text(CAPTIONS[1])
+    line = refused("train", "--resume", folder, "train.iterations=4")
+    assert "train_prompts was 1 prompt" in line
+    assert "take the change with --accept-changes" in line
+    assert call("train", "--resume", folder, "train.iterations=4", "--accept-changes").code == 0
+    assert len(_lines(folder)) == 4
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"), [(1, "has made 2 iterations, and train.iterations = 1"), (2, "= 2 leaves")]
+)
+def test_a_run_does_not_go_backwards(tmp_path: Path, wanted: int, told: str):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True).train()
+    before = _files(folder)
+    line = refused("train", "--resume", folder, f"train.iterations={wanted}")
+    assert told in line
+    assert "nothing to do; set train.iterations to more than 2" in line
+    assert _files(folder) == before
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three iterations without a pause."""
+    folder = tmp_path_factory.mktemp("longer") / "run"
+    Trainer(_config(folder, "train.iterations=3"), quiet=True).train()
+    return folder
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "no configuration": ("config.toml", Path.unlink),
+    "a configuration that is none": ("config.toml", lambda path: path.write_text("[run\n")),
+    "no log": ("stats.jsonl", Path.unlink),
+    "another log": ("stats.jsonl", lambda path: path.write_text('[]\n{"iteration": "x"}\n' + path.read_text()[9:])),
+    "no evaluation": ("evaluation.json", Path.unlink),
+    "evaluation of another shape": ("evaluation.json", lambda path: path.write_text('{"before": 3, "history": 1}')),
+    "no run.json": ("run.json", Path.unlink),
+    "run.json of another shape": ("run.json", lambda path: path.write_text('{"seconds_total": "x", "versions": 3}')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_beside_the_checkpoint_are_restored_from_it(
+    tmp_path: Path, longer: Path, caplog: pytest.LogCaptureFixture, damage: str
+):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True).train()
+    name, change = DAMAGES[damage]
+    change(folder / name)
+    outcome = call("train", "--resume", folder, "train.iterations=3")
+    assert outcome.code == 0, outcome
+    got, want = (load_file(run / "checkpoints/000003/state.safetensors") for run in (folder, longer))
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    untimed = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share"))
+    assert [line | untimed for line in _lines(folder)] == [line | untimed for line in _lines(longer)]
+    assert json.loads((folder / "evaluation.json").read_text()) == json.loads((longer / "evaluation.json").read_text())
+    assert Config.load(folder / "config.toml").train.iterations == 3
+    if name == "config.toml":
+        assert "the configuration in the newest checkpoint is used" in caplog.text
+
+
+def test_an_edited_configuration_is_refused(tmp_path: Path):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True).train()
+    path = folder / "config.toml"
+    path.write_text(path.read_text().replace("learning_rate = 0.01", "learning_rate = 0.02"))
+    told = "must say what the run was made with, and train.learning_rate is another than in its checkpoint"
+    for command in (
+        ["train", "--resume", folder, "train.iterations=3"],
+        ["sample", folder, "--prompt", CAPTIONS[0]],
+        ["merge", folder, tmp_path / "out"],
+    ):
+        assert told in refused(*command)
+
+
+def test_a_folder_without_its_configuration_is_no_dead_end(tmp_path: Path):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True).train()
+    (folder / "config.toml").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    assert "holds a config.toml" in refused("train", "--resume", folder)
+    assert call("train", TINY, *SMALLEST, f"run.folder={folder}", "--overwrite").code == 0
+
+
+def test_times_are_those_of_the_whole_run(tmp_path: Path):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True).train()
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"seconds_total": 1000.0, "peak_memory_mb": 10**6}))
+    result = Trainer(_config(folder, "train.iterations=3"), quiet=True).resume()
+    run = json.loads((folder / "run.json").read_text())
+    assert 1000 < run["seconds_total"] < 1100
+    assert run["peak_memory_mb"] == 10**6
+    assert result.seconds["run"] == run["seconds_total"]
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path):
+    folder = tmp_path / "run"
+    Trainer(_config(folder), quiet=True).train()
+    before = _files(folder)
+    held = RunFolder.open(folder)
+    for command in (
+        ["--resume", folder, "train.iterations=3"],
+        [TINY, *SMALLEST, f"run.folder={folder}", "--overwrite"],
+    ):
+        line = refused("train", *command)
+        assert "one process writes a run at a time, and process " in line
+    assert _files(folder) == before
+    held.close()
+    assert call("train", "--resume", folder, "train.iterations=3").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--resume", "RUN", "--overwrite"], "--resume continues a run and --overwrite replaces it, got both"),
+        ([TINY, "--accept-changes"], "--accept-changes is for --resume RUN"),
+        ([TINY, "--trust-code"], "--trust-code is for --resume RUN"),
+        ([TINY, "--resume", "RUN"], "--resume takes the configuration from the run's folder, got "),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path, arguments: list[Any], told: str):
+    assert told in refused("train", *arguments)
+
+
+MODULE = """
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+import pathlib
+pathlib.Path("imported").write_text("x")
+"""
+
+
+def test_code_of_a_run_that_was_not_made_here_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name, folder = f"own_{tmp_path.name}", tmp_path / "run"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.chdir(tmp_path)
+    assert call("train", TINY, *SMALLEST, f"run.folder={folder}", f"reward.name={name}:redness").code == 0
+    outcome = call("train", "--resume", folder, "train.iterations=3")
+    assert outcome.code == 0, "made here"
+    assert f"importing reward.name = {name}:redness, as the run's configuration says" in outcome.err
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another account"))
+    (tmp_path / "imported").unlink()
+    monkeypatch.delitem(sys.modules, name)
+    line = refused("train", "--resume", folder, "train.iterations=4")
+    assert f"would import reward.name = {name}:redness, and that run was not made by this user here" in line
+    assert not (tmp_path / "imported").exists()
+    assert call("sample", folder, "--prompt", CAPTIONS[0], "--num", "1").code == 0
+    assert not (tmp_path / "imported").exists(), "drawing needs no reward"
+    assert call("train", "--resume", folder, "train.iterations=4", "--trust-code").code == 0
+    assert (tmp_path / "imported").exists()
+
+
+def test_code_that_was_added_to_a_folder_is_foreign(tmp_path: Path):
+    """The signature is of what is imported, not of the folder."""
+    from adascope_fast.training import trust
+
+    config = _config(tmp_path, "reward.name=mine:reward")
+    assert trust.refuse_foreign(tmp_path, config, trust.signature(config), is_trusted=False)
+    other = _config(tmp_path, "reward.name=mine:reward", "selector.name=theirs:selector")
+    with pytest.raises(ConfigError, match=r"import reward.name = mine:reward and selector.name = theirs:selector"):
+        trust.refuse_foreign(tmp_path, other, trust.signature(config), is_trusted=False)
+    assert trust.signature(_config(tmp_path)) == ""
+    assert trust.refuse_foreign(tmp_path, _config(tmp_path), "", is_trusted=False) == []
