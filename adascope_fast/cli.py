@@ -7,19 +7,10 @@ with exit code 130. What each command does is in `commands`.
 
 # ruff: noqa: E402 - a signal is answered from the first line on, while libraries are being imported
 
-import signal
-import threading
-from typing import Any
+from adascope_fast.commands.signals import answered_by, leave
 
-
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-if threading.current_thread() is threading.main_thread():
-    for _signal in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(_signal) is signal.SIG_DFL:  # nohup's SIGHUP stays ignored
-            signal.signal(_signal, _stop)
+_loading = answered_by(leave)
+_loading.__enter__()
 
 import os
 import sys
@@ -37,6 +28,8 @@ from adascope_fast.commands.sample import sample
 from adascope_fast.commands.train import train
 from adascope_fast.lazy import refuse_broken_torchvision
 
+_loading.__exit__(None, None, None)
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -51,14 +44,20 @@ for command in (train, sample, merge, pretrain, plan, calibrate, config, report,
 def main() -> None:
     """Entry point of the `adascope-fast` command."""
     try:
-        try:
-            app()
-        except (ImportError, RuntimeError):
-            refuse_broken_torchvision()
-            raise
+        with answered_by(leave):
+            try:
+                app()
+            except (ImportError, RuntimeError):
+                refuse_broken_torchvision()
+                raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as leaving:
+        cause = getattr(leaving.__context__, "__cause__", None)
+        if isinstance(cause, KeyboardInterrupt):  # which typer makes an exit of, and says nothing
+            print("interrupted", file=sys.stderr)
+        raise
     except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError, RuntimeError) as error:
         if os.environ.get("ADASCOPE_FAST_DEBUG") == "1" or _is_a_fault(error):
             raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adascope_fast.commands.configuration import configured
+from adascope_fast.commands.signals import answered_by, interrupt
 from adascope_fast.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ def train(
     config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
     from adascope_fast.training.trainer import Trainer  # torch takes a second; a mistake in the config should not
 
-    trainer = Trainer(config)
     try:
-        result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)
+        with answered_by(interrupt):
+            trainer = Trainer(config)
+            result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)
     except KeyboardInterrupt:
         if not (Path(config.run.folder) / "config.toml").is_file():
             raise  # stopped before the run began: there is nothing to continue

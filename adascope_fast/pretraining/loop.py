@@ -54,13 +54,13 @@ def train(
     average = [parameter.detach().clone() for parameter in parameters]
     start = 0
     if (folder / "state.json").is_file():
-        tensors, state = checkpoint.load(folder)
-        start = state["step"]
+        found = checkpoint.load(folder)
+        start = found.state["step"]
         for index, parameter in enumerate(parameters):
-            parameter.data.copy_(tensors[f"parameter.{index}"])
-            average[index].copy_(tensors[f"average.{index}"])
+            parameter.data.copy_(found.tensors[f"parameter.{index}"])
+            average[index].copy_(found.tensors[f"average.{index}"])
         for name, (optimizer, _) in optimizers.items():
-            checkpoint.load_optimizer_tensors(optimizer, checkpoint.select(tensors, name))
+            checkpoint.load_optimizer_tensors(optimizer, checkpoint.select(found.tensors, name))
     model.train()
     bar = tqdm(range(start, recipe.num_steps), initial=start, total=recipe.num_steps, desc=title, mininterval=1.0)
     recent = None

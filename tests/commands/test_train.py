@@ -169,7 +169,7 @@ def test_a_bad_reward_function_is_one_line(tmp_path: Path, reward_module: str, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_run_that_resumes(tmp_path: Path, stop: signal.Signals):
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONWARNINGS": "default"}
@@ -189,3 +189,29 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path: Path, stop: signal.Signals
     subprocess.run(resume, check=True, env=environment)
     lines = (folder / "stats.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(done + 1))
+
+
+SIGNALLED = """
+import os, runpy, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["adascope-fast", *{arguments!r}]
+runpy.run_module("adascope_fast.cli", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "pydantic", "torch", "numpy", "diffusers", "transformers", "accelerate"])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_loads_is_answered_in_one_line(tmp_path: Path, stop: signal.Signals, module: str):
+    """It comes while a library is being imported."""
+    arguments = ["train", TINY, f"run.folder={tmp_path / 'run'}"]
+    code = SIGNALLED.format(module=module, number=int(stop), arguments=arguments)
+    stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "interrupted\n")
+    assert not (tmp_path / "run").exists()

@@ -170,7 +170,7 @@ def test_iterations_in_a_row_are_counted_across_a_resume(tmp_path: Path):
         watch.add({"iteration": 2, "updates_skipped": 1, "samples_dropped": 4, "nonfinite": 0})
 
 
-def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path):
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "run"
     trainer = Trainer(_config(folder), reward=redness, quiet=True)
     trainer.prepare()
@@ -182,7 +182,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path):
         with torch.no_grad():
             trainer.backbone.trainable_parameters()[0].fill_(math.inf)
 
-    trainer._progress.done = spoil
+    monkeypatch.setattr(trainer._progress, "done", spoil)
     with pytest.raises(FloatingPointError, match=r"(weights must be finite, and adapter\.|none of the .* is finite)"):
         trainer.train()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000001"]
