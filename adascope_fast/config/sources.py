@@ -149,7 +149,7 @@ def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
 def _leave_out(model: type[BaseModel], result: dict[str, Any], section: str, field: str, value: Any) -> list[str]:
     """Take from `result` the keys of a section that its new choice has not; their names."""
     fields, classes = result.get(section, {}), _choices(model, section)
-    chosen = classes.get(OWN if isinstance(value, str) and ":" in value else value)
+    chosen = classes.get(OWN if ":" in value else value) if isinstance(value, str) else None
     if not isinstance(fields, dict) or chosen is None:
         return []
     before = fields.pop(field, None)

@@ -123,14 +123,20 @@ def test_what_differs_between_two_configurations_is_named():
         (["train.iterations=many"], 'train.iterations must be a whole number, got "many" (text)'),
         (["train.rollout_batch=-4"], "train.rollout_batch must be at least 1, got -4"),
         (["train.microbatch=0"], "train.microbatch must be at least 1, got 0"),
-        (["model.name=no/such/model", "prompts.train=scenes:train"], "model.name is scenes, scenes-flow, the folder of a saved diffusers pipeline"),
+        (
+            ["model.name=no/such/model", "prompts.train=scenes:train"],
+            "model.name is scenes, scenes-flow, the folder of a saved diffusers pipeline",
+        ),
         (["model.name=no/such", "prompts.train=scenes:train"], "the repository no/such could not be read"),
         (["model.name=no/such.safetensors", "prompts.train=scenes:train"], "is no file here; download it to this path"),
         (["model.name=no/such.ckpt", "prompts.train=scenes:train"], "model.name must not be a pickle"),
         (["reward.name=beauty"], "reward.name must be one of scene_attributes, jpeg_compressibility"),
         (["reward.name=no_such_module:score"], 'reward.name = "no_such_module:score" could not be imported'),
         (["prompts.train=no_such_file.txt", "prompts.held_out=b.txt"], "got 'no_such_file.txt', which is no file"),
-        (["prompts.train=scenes:train", "prompts.held_out=scenes:test"], "a scenes split is 'train' or 'held_out', got 'test'"),
+        (
+            ["prompts.train=scenes:train", "prompts.held_out=scenes:test"],
+            "a scenes split is 'train' or 'held_out', got 'test'",
+        ),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_line(tmp_path: Path, arguments: list[str], line: str):
@@ -142,7 +148,9 @@ def test_a_mistake_in_the_configuration_is_one_line(tmp_path: Path, arguments: l
 def test_a_bad_prompt_file_is_one_line(tmp_path: Path, content: str):
     path = tmp_path / "prompts.txt"
     path.write_text(content)
-    line = refused("train", TINY, f"run.folder={tmp_path / 'run'}", "prompts.train=scenes:train", f"prompts.held_out={path}")
+    line = refused(
+        "train", TINY, f"run.folder={tmp_path / 'run'}", "prompts.train=scenes:train", f"prompts.held_out={path}"
+    )
     assert str(path) in line
     assert not (tmp_path / "run").exists()
 

@@ -192,8 +192,14 @@ def test_a_reward_module_is_found_in_the_current_folder(tmp_path: Path, monkeypa
             "scene_atributes",
             r'reward.name must be one of scene_attributes, jpeg_compressibility, .* got "scene_atributes"',
         ),
-        ("no_such_module:reward", 'reward.name = "no_such_module:reward" could not be imported: there is no module no_such_module; run'),
-        ("math:no_such_function", 'reward.name = "math:no_such_function" could not be imported: .* has no no_such_function; check'),
+        (
+            "no_such_module:reward",
+            'reward.name = "no_such_module:reward" could not be imported: there is no module no_such_module; run',
+        ),
+        (
+            "math:no_such_function",
+            'reward.name = "math:no_such_function" could not be imported: .* has no no_such_function; check',
+        ),
         (":reward", r'reward.name must be module:object, got ":reward"'),
         ("math:pi", "reward 'math:pi' must be a function of .*, got float"),
     ],
