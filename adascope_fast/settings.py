@@ -67,8 +67,8 @@ Pixels = Annotated[int, Field(ge=8, le=16_384)]
 """Side of an image."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """NumPy's seeds have 32 bits."""
-Positive = Annotated[float, Field(gt=0, le=1e6), AfterValidator(_not_vanishing)]
-PositiveOrZero = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_vanishing)]
+Positive = Annotated[float, Field(gt=0, le=1e12), AfterValidator(_not_vanishing)]
+PositiveOrZero = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_not_vanishing)]
 Guidance = Annotated[float, Field(ge=0, le=1000)]
 LearningRate = Annotated[float, Field(gt=0, le=10), AfterValidator(_not_vanishing)]
 Share = Annotated[float, Field(gt=0, le=1)]
