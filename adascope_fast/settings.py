@@ -1,23 +1,76 @@
-"""What every section of the configuration has in common: exact types, no unknown keys, and a choice by name.
+"""What every section of the configuration has in common: exact types with bounds, no unknown keys, a choice by name.
 
 A component's settings class is its section: it declares each key once, with its default, its meaning and its check, and
 the component takes the same names. Where a section offers a choice, `name` (or `kind`) says which class it is, and
 `module:object` names one of your own. Nothing here imports torch, so a typing error is reported at once.
+
+Every number has an upper bound, far beyond what can be meant: a slip of the keyboard is told before anything is loaded,
+and not as an overflow or a memory that runs out in its middle.
 """
 
+import difflib
 import importlib
 import os
+import re
 import sys
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveOrZero = Annotated[float, Field(ge=0)]
+SMALLEST = 2.0**-126
+"""The least normal number of float32, which the training computes in."""
+
+
+_CONTROL = r"\x00-\x1f\x7f-\x9f"
+_SURROGATES = r"\ud800-\udfff"
+UNPRINTABLE = re.compile(rf"[{_CONTROL}{_SURROGATES}\u2028\u2029]")
+"""What no name can have: control characters, ends of lines, bytes that were not UTF-8 (as surrogates)."""
+
+
+def unprintable(text: str, allowed: str = "") -> str | None:
+    """The first such character of `text` as `U+0000`, but for those allowed; None where there is none."""
+    found = next((match[0] for match in UNPRINTABLE.finditer(text) if match[0] not in allowed), None)
+    return None if found is None else f"U+{ord(found):04X}"
+
+
+def one_line(text: str) -> str:
+    """The same on one line, with escapes in place of what no name can have."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _printable(text: str) -> str:
+    if bad := unprintable(text):
+        raise PydanticCustomError("unprintable", "control character", {"character": bad})
+    return text
+
+
+def _not_vanishing(value: float) -> float:
+    if 0 < value < SMALLEST:
+        raise PydanticCustomError("vanishing", "zero in float32", {"least": SMALLEST})
+    return value
+
+
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Images = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Prompts, images or (image, step) pairs."""
+Steps = Annotated[int, Field(ge=1, le=10_000)]
+"""Denoising steps."""
+Width = Annotated[int, Field(ge=1, le=65_536)]
+"""Units of a layer, the rank of a matrix, tokens of a prompt."""
+Pixels = Annotated[int, Field(ge=8, le=16_384)]
+"""Side of an image."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""NumPy's seeds have 32 bits."""
+Positive = Annotated[float, Field(gt=0, le=1e12), AfterValidator(_not_vanishing)]
+PositiveOrZero = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_not_vanishing)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]
+LearningRate = Annotated[float, Field(gt=0, le=10), AfterValidator(_not_vanishing)]
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -77,7 +130,10 @@ class Own(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[str, Field(pattern=r"^[^:\s]+:[^:\s]+$")]
+    named_by: ClassVar[str] = "name"
+    """The key that names it in a configuration, for what is said of it."""
+
+    name: Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$", max_length=200)]
     """The object to import: an instance, or a class or function that makes one from the section's other keys."""
 
     def keys(self) -> dict[str, Any]:
@@ -85,28 +141,101 @@ class Own(Section):
         return dict(self.__pydantic_extra__ or {})
 
     def build(self, **context: Any) -> Any:
-        """The object itself, or what it makes; ValueError where it cannot be imported or made."""
-        found, keys = imported(self.name), self.keys()
+        """The object itself, or what it makes; ValueError where it cannot be imported or made, whatever it raised."""
+        found, keys = imported(self.name, self.named_by), self.keys()
         if not isinstance(found, type) and not keys:
             return found
+        given = ", ".join(sorted(keys)) or "no keys"
         try:
             return found(**keys)
-        except TypeError as error:
-            raise ValueError(f"{self.name} cannot be made from {sorted(keys) or 'no keys'}: {error}") from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise ValueError(
+                f'{self.named_by} = "{self.name}" could not be made from {given}: {blamed(error)}; '
+                f"give what it takes, or correct it"
+            ) from error
 
 
-def imported(name: str) -> Any:
-    """The object of `module:object`, from the current folder or the installed packages; ValueError if there is none."""
+def imported(name: str, key: str = "name") -> Any:
+    """The object of `module:object`, from the current folder or the installed packages.
+
+    Args:
+        key: what names it in a configuration.
+
+    Raises:
+        ValueError: there is none, or its module raised anything as it was imported, `sys.exit` included.
+    """
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    failed = f'{key} = "{name}" could not be imported'
     try:
         found = importlib.import_module(module)
-        for part in attribute.split("."):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if module.startswith("adascope_fast."):
+            raise
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            if f"{module}.".startswith(f"{error.name}."):
+                step = "run from the folder of its module, or install it"
+                if module.endswith(".py"):
+                    step = f'leave out the .py, as in "{module.removesuffix(".py")}:{attribute}"'
+                raise ValueError(f"{failed}: there is no module {error.name}; {step}") from error
+            raise ValueError(
+                f"{failed}: its module {module} raised {blamed(error)}; install {error.name}, or correct the import"
+            ) from error
+        raise ValueError(f"{failed}: its module {module} raised {blamed(error)}; correct it there") from error
+    for part in attribute.split("."):
+        try:
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} could not be imported ({error}); run from the folder of its module") from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            near = difflib.get_close_matches(part, getattr(found, "__dict__", {}), n=1)
+            step = f"did you mean {near[0]}?" if near else "check the name behind the colon"
+            place = getattr(found, "__file__", None) or module
+            why = "" if isinstance(error, AttributeError) else f" ({blamed(error)})"
+            raise ValueError(f"{failed}: {_near(str(place))} has no {part}{why}; {step}") from error
     return found
+
+
+def blamed(error: BaseException) -> str:
+    """What was raised and where, in one line: `ZeroDivisionError: division by zero at mine.py:12 (score)`.
+
+    The place is the innermost one in the user's own code: neither in this package nor among the installed ones, unless
+    nothing else is on the way.
+    """
+    try:
+        said = " ".join(str(error).split())
+    except Exception:
+        said = "(its message could not be made)"
+    said = said if len(said) <= 300 else said[:297] + "..."
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{kind}: {error.msg} at {_near(error.filename)}:{error.lineno}"
+    said = f"{kind}: {said}" if said else kind
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen ") and not Path(frame.filename).is_relative_to(_PACKAGE)
+    ]
+    own = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(place) for place in _INSTALLED)]
+    if not frames:
+        return said
+    frame = (own or frames)[-1]
+    return f"{said} at {_near(frame.filename)}:{frame.lineno} ({frame.name})"
+
+
+_PACKAGE = Path(__file__).parent
+_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+
+
+def _near(file: str) -> str:
+    """A file's path as seen from the current folder, where it lies in it."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
 def chosen_by(key: str, default: str) -> Discriminator:

@@ -79,7 +79,7 @@ def measure(folder: Path, overrides: Sequence[str], *, device: str) -> dict[str,
     """The second iteration of a model: the first makes the optimiser's state and the libraries' workspaces."""
     config = Config.load(None, [*SHARED, *overrides, f"model.name={folder}", f"train.device={device}"])
     planned = plan(config)
-    trainer = Trainer(config, reward=load_reward(), train_prompts=["a"], quiet=True)
+    trainer = Trainer(config, reward=load_reward(), train_prompts=["a"], held_out_prompts=["b"], quiet=True)
     backbone = backbones.outline(str(folder), **config.model.options(), device=device)
     backbone.encode = lambda prompts: _random_rows(backbone, len(prompts))  # type: ignore[method-assign]
     with mock.patch.object(backbones, "load", return_value=backbone):

@@ -16,6 +16,7 @@ from adascope_fast.settings import (
     Section,
     Share,
     ShareOrZero,
+    Steps,
     Text,
     imported,
     only_with,
@@ -38,7 +39,7 @@ class IntervalRule(Section):
     """The start: structural volatility has fallen to this share of its peak above the floor."""
     phi_end: Annotated[float, Field(gt=0, lt=1), only_with(rule=BOUNDED)] = 0.10
     """The end: this share of the gain since the start is still to come."""
-    persistence: Annotated[Count, only_with(rule=BOUNDED)] = 2
+    persistence: Annotated[Steps, only_with(rule=BOUNDED)] = 2
     """Steps in a row that must agree before a start or an end counts."""
     min_fraction: Annotated[Share, only_with(rule=BOUNDED)] = 0.20
     """Shortest interval, of T."""
@@ -138,7 +139,7 @@ class RewardOnly(Section):
     """What decodes the guesses: the model's VAE, a tiny autoencoder, or a linear map fitted to the first rollout."""
     tiny: Text | None = None
     """Folder or Hugging Face repository of the tiny autoencoder (diffusers' AutoencoderTiny)."""
-    stride: Count = 4
+    stride: Steps = 4
     """States from one that is decoded to the next; the last is always decoded, those between are interpolated."""
     num_samples: CountOrZero = 2
     """Images of each prompt that are decoded; 0: all."""

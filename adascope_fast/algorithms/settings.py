@@ -4,7 +4,19 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from adascope_fast.settings import Count, Positive, PositiveOrZero, Section, Share, imported, only_with
+from adascope_fast.settings import (
+    Images,
+    LearningRate,
+    Own,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Share,
+    Steps,
+    Width,
+    imported,
+    only_with,
+)
 
 StepWeight = Literal["none", "balanced"]
 KlForm = Literal["divergence", "flow_grpo", "output"]
@@ -70,13 +82,22 @@ class _Clipped(_PolicyGradient):
     clip_range_high: Positive | None = None
     """Upper clip where it differs from the lower one."""
 
+    @model_validator(mode="after")
+    def _clips_are_ordered(self) -> Self:
+        if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
+            raise ValueError(
+                "algorithm.clip_range_high must be at least algorithm.clip_range, got "
+                f"{self.clip_range_high} and {self.clip_range}; raise it, or leave it out"
+            )
+        return self
+
 
 class _Tracked(Section):
     advantage: Literal["per_prompt", "batch"] = "per_prompt"
     """`per_prompt`: against the running statistics of the prompt; `batch`: against the whole batch, TRL's default."""
-    buffer_size: Annotated[Count, only_with(advantage=["per_prompt"])] = 32
+    buffer_size: Annotated[Images, only_with(advantage=["per_prompt"])] = 32
     """Rewards remembered for each prompt."""
-    min_count: Annotated[Count, only_with(advantage=["per_prompt"])] = 16
+    min_count: Annotated[Images, only_with(advantage=["per_prompt"])] = 16
     """Remembered rewards from which a prompt's own statistics replace the batch's."""
 
     @model_validator(mode="after")
@@ -153,15 +174,15 @@ class Dpok(_Clipped):
     kl_form: KlForm = "output"
     """`output`: mean squared difference of the model outputs, as DPOK's code has it; `divergence`, `flow_grpo`: as in
     the other algorithms."""
-    value_steps: Count = 5
+    value_steps: Images = 5
     """Steps of the critic's optimiser in each iteration, before the policy's."""
-    value_learning_rate: Positive = 1e-4
+    value_learning_rate: LearningRate = 1e-4
     """Adam learning rate of the critic."""
-    value_batch: Count = 256
+    value_batch: Images = 256
     """(image, step) pairs in a step of the critic."""
-    value_width: Count = 256
+    value_width: Width = 256
     """Units in each of the critic's two hidden layers."""
-    buffer_size: Count = 1000
+    buffer_size: Images = 1000
     """Newest images that the critic is trained on."""
 
 
@@ -215,7 +236,7 @@ class Awm(_Grouped, _Algorithm):
     """Largest absolute advantage, before they are divided by it: advantages lie in [-1, 1]."""
     clip_range: Positive = 1.0
     """Clip of the ratio; 1 is off but for ratios above 2."""
-    num_draws: Count = 6
+    num_draws: Steps = 6
     """Noise levels drawn for each image in an iteration, each once, among the steps that the selector keeps."""
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
     """w(t) E: 1, t, t^2 times E, or the (generalised) Huber loss of E times t."""
@@ -230,3 +251,9 @@ class Awm(_Grouped, _Algorithm):
     def needs_reference(self) -> bool:
         """Whether the model without its adapter has to be there."""
         return self.kl_weight > 0
+
+
+class OwnAlgorithm(Own):
+    """One of your own: `name` is `module:object`, other keys are its arguments."""
+
+    named_by: ClassVar[str] = "algorithm.name"

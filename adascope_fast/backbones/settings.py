@@ -1,10 +1,13 @@
 """The section `[model]`: the pipeline to train, and what of it. Nothing here imports torch."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from adascope_fast.settings import Count, Decay, PositiveOrZero, Section, Text
+from adascope_fast.settings import Decay, Guidance, Pixels, Section, Text, Width
+
+EMBEDDED_NAMES = ("scenes", "scenes-flow")
+"""The models inside this package, which draw the captions of `scenes:train`."""
 
 
 class Options(Section):
@@ -12,17 +15,17 @@ class Options(Section):
 
     train: Literal["lora", "full"] = "lora"
     """A LoRA adapter, or every weight of the denoiser."""
-    lora_rank: Count = 16
+    lora_rank: Width = 16
     """Rank of the LoRA matrices."""
-    lora_alpha: Count | None = None
+    lora_alpha: Width | None = None
     """LoRA scale is alpha / rank; absent: the rank, so the scale is 1."""
-    lora_targets: list[Text] | None = None
+    lora_targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """Names of the layers to adapt; absent: those that diffusers' training script of the family adapts."""
-    resolution: Count | None = None
+    resolution: Pixels | None = None
     """Side of the images in pixels; absent: the model's own."""
-    embedded_guidance: PositiveOrZero | None = None
+    embedded_guidance: Guidance | None = None
     """FLUX' guidance input, at no cost; absent: 3.5. (`sampler.guidance_scale` is a second forward there too.)"""
-    max_sequence_length: Count | None = None
+    max_sequence_length: Width | None = None
     """T5 tokens of a prompt; absent: the pipeline's own, 256 for SD3 and 512 for FLUX."""
     gradient_checkpointing: bool = False
     """Recompute the denoiser's activations in the backward pass: less memory, more time."""

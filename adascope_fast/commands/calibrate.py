@@ -5,17 +5,19 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.configuration import ConfigArguments, configured
+from adascope_fast.commands.configuration import MOST_STEPS, ConfigArguments, configured
 from adascope_fast.config import ConfigError
 
 
 def calibrate(
     arguments: ConfigArguments = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to look at.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, max=1_000_000, help="Training prompts to look at.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/calibration"),
     start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = 0.106,
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean end, as a share of T.")] = 0.636,
-    stride: Annotated[int, typer.Option(min=1, help="States between two that are decoded for the reward.")] = 1,
+    stride: Annotated[
+        int, typer.Option(min=1, max=MOST_STEPS, help="States between two that are decoded for the reward.")
+    ] = 1,
 ) -> None:
     """Sample without training, show where AdaScope would train, and propose thresholds."""
     config = configured(arguments, command="calibrate")
@@ -23,6 +25,10 @@ def calibrate(
         raise ConfigError(f"--start must be below --end, got {start:g} and {end:g}; the paper has 0.106 and 0.636")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out names a folder, and {str(out)!r} is a file; choose another place")
+    if stride > config.sampler.num_steps:
+        raise ConfigError(
+            f"--stride must be at most the {config.sampler.num_steps} steps of a rollout, got {stride}; lower it"
+        )
     from adascope_fast.planning.calibration import calibrate as calibration_of
     from adascope_fast.reporting import write_calibration
 

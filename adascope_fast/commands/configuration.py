@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
+from adascope_fast import prompts
+from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.prompts import scenes
+from adascope_fast.rewards.settings import SceneAttributes
+
+MOST_STEPS = 10_000
+LARGEST_SEED = 2**32 - 1
+SAMPLES = ("train", "calibrate")
+"""The commands that read the prompts."""
 
 ConfigArguments = Annotated[
     list[str] | None,
@@ -22,4 +31,23 @@ def configured(arguments: list[str] | None, *, command: str) -> Config:
             + (repr(arguments[0]) if arguments else "nothing")
             + f"; for example: adascope-fast {command} configs/quickstart.toml train.iterations=5"
         )
-    return Config.load(Path(arguments[0]), arguments[1:])
+    config = Config.load(Path(arguments[0]), arguments[1:])
+    if command in SAMPLES:
+        _refuse_prompts(config)
+    return config
+
+
+def _refuse_prompts(config: Config) -> None:
+    """ValueError where a training's prompts are not to be had or cannot be meant; torch is not imported for it."""
+    if config.prompts.train is None:
+        raise ConfigError(
+            f"prompts.train and prompts.held_out must be named where model.name is none of "
+            f'{", ".join(EMBEDDED_NAMES)}, got model.name = "{config.model.name}" without prompts; set both to files '
+            f'with a prompt a line, or prompts.train = "animals:train"'
+        )
+    named = {"prompts.train": config.prompts.train, "prompts.held_out": config.prompts.held_out}
+    found = {key: [prompt for _, prompt in prompts.read(source)] for key, source in named.items()}
+    prompts.overlap(*found.values())
+    if isinstance(config.reward, SceneAttributes):
+        for key, texts in found.items():
+            scenes.refuse_others(texts, key)

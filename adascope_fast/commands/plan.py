@@ -9,7 +9,10 @@ from adascope_fast.commands.configuration import ConfigArguments, configured
 
 def plan(
     arguments: ConfigArguments = None,
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s your GPU sustains, for seconds.")] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1e9, help="TFLOP/s your GPU sustains, for seconds."),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="With a GPU: a step of random weights beside the plan.")] = True,
 ) -> None:
     """Say what a training would cost: parameters, operations, memory. No weights are read."""

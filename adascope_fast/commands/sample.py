@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.configuration import RunFolder
+from adascope_fast.commands.configuration import LARGEST_SEED, MOST_STEPS, RunFolder
 from adascope_fast.config import ConfigError
 
 
@@ -13,9 +13,16 @@ def sample(
     run: RunFolder,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be repeated.")] = None,
     num: Annotated[int, typer.Option(min=1, max=64, help="Pictures for each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; those of the run if absent.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; that of the run if absent.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first picture; the next ones count up.")
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; those of the run if absent.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1000.0, help="Guidance scale; that of the run if absent."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="PNG to write; RUN/samples/sample.png if absent.")] = None,
 ) -> None:
     """Draw pictures with the trained weights next to the base model's, on the same seeds."""

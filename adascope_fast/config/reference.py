@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from adascope_fast.config.sources import ConfigError, closest, show
+from adascope_fast.config.sources import ConfigError, closest, number, show
 from adascope_fast.config.tree import Config
 from adascope_fast.settings import OWN, Section, choices_of, fields_of, key_of
 
@@ -140,7 +140,7 @@ def _bounds(item: Any) -> list[str]:
 def _bound(item: Any) -> str:
     for name, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
         if (limit := getattr(item, name, None)) is not None:
-            return f"{word} {limit:g}"
+            return f"{word} {number(limit)}"
     return ""
 
 

@@ -1,11 +1,26 @@
 """Sections that belong to the run as a whole: `[run]`, `[train]`, `[evaluation]` and `[log]`."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adascope_fast.engine.settings import Updates
-from adascope_fast.settings import Count, CountOrZero, Decay, Positive, PositiveOrZero, Section, Text
+from adascope_fast.settings import (
+    Count,
+    CountOrZero,
+    Decay,
+    Guidance,
+    Images,
+    LearningRate,
+    PositiveOrZero,
+    Section,
+    Seed,
+    Share,
+    Steps,
+    Text,
+)
+
+MOST_IMAGES = 1_000_000
 
 
 class Run(Section):
@@ -13,7 +28,7 @@ class Run(Section):
 
     folder: Text = "runs/run"
     """Folder for everything the run writes; never overwritten unasked."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Seed of every random draw of the training."""
 
 
@@ -22,11 +37,11 @@ class Train(Updates):
 
     iterations: CountOrZero = 20
     """Rounds of rollout, reward and update."""
-    prompts_per_iteration: Count = 8
+    prompts_per_iteration: Images = 8
     """Different prompts in a rollout."""
-    samples_per_prompt: Count = 4
+    samples_per_prompt: Images = 4
     """Images drawn for each of them."""
-    learning_rate: Positive = 3e-4
+    learning_rate: LearningRate = 3e-4
     """AdamW learning rate."""
     weight_decay: PositiveOrZero = 1e-4
     """AdamW weight decay."""
@@ -34,7 +49,7 @@ class Train(Updates):
     """AdamW decay of the first moment."""
     adam_beta2: Decay = 0.999
     """AdamW decay of the second moment."""
-    adam_epsilon: Positive = 1e-8
+    adam_epsilon: Share = 1e-8
     """AdamW epsilon."""
     checkpoint_every: Count = 1
     """Iterations between checkpoints."""
@@ -45,21 +60,36 @@ class Train(Updates):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
 
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> Self:
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                "train.learning_rate times train.weight_decay is the share of every weight that an update takes away, "
+                f"so it must be below 1, got {self.learning_rate} times {self.weight_decay}; lower train.weight_decay"
+            )
+        images = self.prompts_per_iteration * self.samples_per_prompt
+        if images > MOST_IMAGES:
+            raise ValueError(
+                f"an iteration has at most {MOST_IMAGES} images, got train.prompts_per_iteration = "
+                f"{self.prompts_per_iteration} times train.samples_per_prompt = {self.samples_per_prompt}; lower one"
+            )
+        return self
+
 
 class Evaluation(Section):
     """How the held-out reward is measured; the same seeds before and after."""
 
-    num_prompts: Count = 48
+    num_prompts: Images = 48
     """Held-out prompts."""
-    samples_per_prompt: Count = 4
+    samples_per_prompt: Images = 4
     """Images for each of them."""
-    num_steps: Count | None = None
+    num_steps: Steps | None = None
     """Denoising steps; absent: those of the sampler."""
-    guidance_scale: PositiveOrZero | None = None
+    guidance_scale: Guidance | None = None
     """Guidance; absent: that of the sampler."""
-    seed: CountOrZero = 12345
+    seed: Seed = 12345
     """Seed of the evaluation's noise, apart from `run.seed`."""
-    grid_prompts: Count = 8
+    grid_prompts: Images = 8
     """Prompts shown in the before/after images."""
     clip: Text | None = None
     """CLIP whose mean similarity is reported beside the reward, as `reward.clip`; absent: none."""

@@ -5,6 +5,7 @@ Works on any two-level pydantic model: sections of fields, some of them with a c
 
 import difflib
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from adascope_fast.settings import OWN, choices_of, fields_of, key_of
+from adascope_fast.settings import OWN, choices_of, fields_of, key_of, one_line
 
 EXAMPLE = "my_module:my_object"
 SENSED = ("adascope", "complement")
@@ -32,6 +33,8 @@ WANTED = {
     "list_type": ("a list", ["name"]),
     "finite_number": ("a finite number", 1.0),
     "string_too_short": ("text that is not empty", "name"),
+    "string_unicode": ("UTF-8 text", "name"),
+    "too_short": ("a list that is not empty", ["name"]),
 }
 # The same for limits: the name of the limit, the rule, the next step.
 BOUNDS = {
@@ -42,24 +45,60 @@ BOUNDS = {
 }
 
 
+MOST_BYTES = 2**20  # of a configuration file
+DEEPEST = 8  # lists and tables within each other
+MOST_OF_A_KEY = 80  # characters that are shown of one
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line: the rule, the value received, the next step."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a TOML file; `ConfigError` if it is missing, is not text, or is not TOML."""
-    if not path.is_file():
-        raise ConfigError(_missing(path))
+    """The values of a TOML file; `ConfigError` if it is missing, too large, not text, or not TOML. A BOM is skipped."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise ConfigError(_missing(path))
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ConfigError(
+                f"a configuration file has at most {MOST_BYTES} bytes, got {path} with {size}; name the .toml file"
+            )
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path} must be readable, got {error.strerror}; check its permissions") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} must be UTF-8 text, got a byte that is not at {error.start}; save it as UTF-8"
         ) from None
+    try:
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_malformed(path, str(error))) from None
+        raise ConfigError(_malformed(path, text, str(error))) from None
+    except RecursionError:
+        raise ConfigError(_too_deep(path)) from None
+    except ValueError as error:  # a whole number of thousands of digits, a date that is none
+        raise ConfigError(
+            f"{path} has a value that cannot be read ({str(error).partition(';')[0]}); correct it"
+        ) from None
+    if _depth(values) > DEEPEST:
+        raise ConfigError(_too_deep(path))
+    return values
+
+
+def _too_deep(path: Path) -> str:
+    return f"{path} has lists or tables more than {DEEPEST} deep; put field = value lines below a [section] line"
+
+
+def _depth(value: Any) -> int:
+    """Lists and tables within each other, counted without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def apply_overrides(
@@ -91,6 +130,7 @@ def apply_overrides(
 
 def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
     key, equals, text = override.partition("=")
+    key = key if len(key) <= MOST_OF_A_KEY else key[:MOST_OF_A_KEY] + "..."
     if not equals:
         raise ConfigError(
             f"an override is section.field=value, got {show(override)} without '='; "
@@ -109,7 +149,7 @@ def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
 def _leave_out(model: type[BaseModel], result: dict[str, Any], section: str, field: str, value: Any) -> list[str]:
     """Take from `result` the keys of a section that its new choice has not; their names."""
     fields, classes = result.get(section, {}), _choices(model, section)
-    chosen = classes.get(OWN if isinstance(value, str) and ":" in value else value)
+    chosen = classes.get(OWN if ":" in value else value) if isinstance(value, str) else None
     if not isinstance(fields, dict) or chosen is None:
         return []
     before = fields.pop(field, None)
@@ -134,6 +174,7 @@ def _explain_one(model: type[BaseModel], problem: Any, values: Mapping[str, Any]
     choice = ""
     if len(names) > 1 and names[1] in _choices(model, names[0]):
         choice = names.pop(1)
+    names = [name if len(name) <= MOST_OF_A_KEY else name[:MOST_OF_A_KEY] + "..." for name in names]
     key = ".".join(names)
     if kind == "extra_forbidden":
         return _not_of_this_choice(model, names, choice, received) or _unknown(model, key, received)
@@ -150,13 +191,21 @@ def _explain_one(model: type[BaseModel], problem: Any, values: Mapping[str, Any]
         )
     if kind == "choice":
         return _unknown_choice(model, names[0], received)
+    if kind == "unprintable":
+        return f"{key} must have no control character, got {show(received)} with {context['character']}; remove it"
+    if kind == "vanishing":
+        least = f"{context['least']:.1e}"
+        return f"{key} is zero in float32, got {show(received)}; set {key} to {least} or more"
+    if kind == "string_too_long":
+        most = context["max_length"]
+        return f"{key} must have at most {most} characters, got {len(received)}; shorten it"
     if kind == "missing":
         info = _choices(model, names[0])[choice].model_fields[names[-1]]
         example = (info.examples or [1])[0]
         return f"{choice} needs {key}, got none; set for example {key} = {show(example)}"
     if kind in BOUNDS:
         limit, rule, step = BOUNDS[kind]
-        bound = f"{context[limit]:g}"
+        bound = number(context[limit])
         return f"{key} must be {rule.format(bound)}, got {show(received)}; set {key} to {step.format(bound)}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", context["expected"])
@@ -164,7 +213,7 @@ def _explain_one(model: type[BaseModel], problem: Any, values: Mapping[str, Any]
         return (
             f"{key} must be one of {', '.join(choices)}, got {show(received)}; set for example {key} = {show(choice)}"
         )
-    if kind == "string_pattern_mismatch":
+    if kind == "string_pattern_mismatch":  # where a name has a colon
         return f"{key} must be module:object, got {show(received)}; write for example {key} = {show(EXAMPLE)}"
     if kind not in WANTED:
         return f"{key} is not valid, got {show(received)}: {problem['msg']}; remove {key} to take its default"
@@ -210,6 +259,8 @@ def _missing(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"a configuration file must exist, got {path}; there is no folder {folder}"
+    if path.exists():
+        return f"a configuration is a file, got {path}, which is a device or a pipe; save it to a file"
     beside = sorted(other.name for other in folder.glob("*.toml"))
     near = difflib.get_close_matches(path.name, beside, n=3) or beside[:3]
     step = (
@@ -218,12 +269,14 @@ def _missing(path: Path) -> str:
     return f"a configuration file must exist, got {path}; {step}"
 
 
-def _malformed(path: Path, message: str) -> str:
+def _malformed(path: Path, text: str, message: str) -> str:
     place = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)", message)
     rule = message[: place.start()] if place else message
-    lines = path.read_text(encoding="utf-8").splitlines()
-    number = int(place[1]) if place and place[1] else len(lines)
-    content = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+    lines = text.split("\n")  # as tomllib counts them
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    number = min(int(place[1]) if place and place[1] else len(lines), len(lines))
+    content = lines[number - 1].strip()
     rule = " ".join(rule.split())
     step = "put field = value lines below a [section] line"
     return f"{path} line {number} is not TOML: {rule}, got {show(content)}; {step}"
@@ -292,10 +345,10 @@ def _value(text: str, *, as_text: bool) -> Any:
     """`text` as a TOML value, else as it stands; where the field is text, only quotes are taken off."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also numbers of thousands of digits, and lists thousands deep
         return text
     value = parsed["value"]
-    bare = len(parsed) != 1 or (as_text and not isinstance(value, str))
+    bare = len(parsed) != 1 or _depth(value) > DEEPEST or (as_text and not isinstance(value, str))
     return text if bare else value
 
 
@@ -304,14 +357,24 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         text = str(value).lower()
     elif isinstance(value, str):
-        text = '"' + value.replace("\n", "\\n") + '"'
+        text = '"' + one_line(value[:100]) + '"'
+    elif isinstance(value, int):
+        text = str(value) if value.bit_length() < MOST_BITS else f"a whole number of {value.bit_length()} bits"
     elif isinstance(value, list):
-        text = "[" + ", ".join(show(item) for item in value) + "]"
+        text = "[" + ", ".join(show(item) for item in value[:100]) + "]"
     elif isinstance(value, dict):
         text = "{" + ", ".join(f"{name} = {show(item)}" for name, item in value.items()) + "}"
     else:
         text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+MOST_BITS = sys.int_info.default_max_str_digits * 3  # Python refuses to write longer ones in decimal
+
+
+def number(value: float) -> str:
+    """A bound: whole where it is, `4294967296` and `1e-30`."""
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _kind(value: Any) -> str:

@@ -15,24 +15,31 @@ import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
-from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, Reinforce
-from adascope_fast.backbones.settings import Model
+from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, OwnAlgorithm, Reinforce
+from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
 from adascope_fast.engine.settings import Acceleration
-from adascope_fast.prompts.settings import Prompts
-from adascope_fast.rewards.settings import ClipSimilarity, JpegCompressibility, JpegIncompressibility, SceneAttributes
+from adascope_fast.prompts.settings import Prompts, held_out_of
+from adascope_fast.rewards.settings import (
+    ClipSimilarity,
+    JpegCompressibility,
+    JpegIncompressibility,
+    OwnReward,
+    SceneAttributes,
+)
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.settings import (
     EveryStep,
     FastWindow,
     LateStart,
+    OwnSelector,
     RandomFraction,
     StaticRange,
     Threshold,
     Window,
 )
-from adascope_fast.settings import OWN, Own, Section, chosen_by, fields_of, or_none
+from adascope_fast.settings import OWN, Section, chosen_by, fields_of, or_none
 
 # The registries: a choice of each section is one line.
 AnyReward = Annotated[
@@ -40,7 +47,7 @@ AnyReward = Annotated[
     | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
-    | Annotated[Own, Tag(OWN)],
+    | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),
 ]
 AnyAlgorithm = Annotated[
@@ -50,7 +57,7 @@ AnyAlgorithm = Annotated[
     | Annotated[Dpok, Tag("dpok")]
     | Annotated[D3po, Tag("d3po")]
     | Annotated[Awm, Tag("awm")]
-    | Annotated[Own, Tag(OWN)],
+    | Annotated[OwnAlgorithm, Tag(OWN)],
     chosen_by("name", "ddpo"),
 ]
 AnySelector = Annotated[
@@ -63,7 +70,7 @@ AnySelector = Annotated[
     | Annotated[Threshold, Tag("threshold")]
     | Annotated[Window, Tag("window")]
     | Annotated[FastWindow, Tag("fast_window")]
-    | Annotated[Own, Tag(OWN)],
+    | Annotated[OwnSelector, Tag(OWN)],
     chosen_by("name", "adascope"),
 ]
 AnySensing = Annotated[
@@ -98,6 +105,21 @@ class Config(Section):
             return values | {"sensing": {}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _prompts_suit_the_model(cls, values: Any) -> Any:
+        """Where no prompts are named, or a built-in set's training part alone, what is meant is written out."""
+        if not isinstance(values, dict) or not isinstance(named := values.get("prompts", {}), dict | Prompts):
+            return values
+        given = dict(named) if isinstance(named, dict) else named.model_dump(exclude_none=True)
+        model = values.get("model", {})
+        name = model.get("name", EMBEDDED_NAMES[0]) if isinstance(model, dict) else getattr(model, "name", None)
+        if "train" not in given and "held_out" not in given and name in EMBEDDED_NAMES:
+            given["train"] = "scenes:train"
+        if "train" in given and "held_out" not in given and (other := held_out_of(given["train"])):
+            given["held_out"] = other
+        return values | {"prompts": given}
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         steps, start, end = self.sampler.num_steps, _of(self.selector, "start"), _of(self.selector, "end")
@@ -107,6 +129,7 @@ class Config(Section):
                 f"got start = {or_none(start)} and end = {or_none(end)}; "
                 f"set selector.end to {steps} or less, or raise sampler.num_steps"
             )
+        self._steps_suit_the_rollout(steps)
         smallest = _of(self.algorithm, "smallest_group") or 1
         if self.train.samples_per_prompt < smallest:
             raise ValueError(
@@ -123,11 +146,43 @@ class Config(Section):
         if isinstance(self.selector, AdaScope) and self.sensing is not None:
             self._can_be_sensed(self.selector, self.sensing)
         self._updates_suit_the_algorithm()
+        if self.model.train == "full" and self.acceleration.fold_adapter == "on":
+            raise ValueError(
+                'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set '
+                'it to "auto", or model.train = "lora"'
+            )
         if self.sampler.tail_share < 1:
             self._knows_the_steps_beforehand(
                 f"sampler.tail_share = {self.sampler.tail_share}", "sampler.tail_share = 1.0"
             )
         return self
+
+    def _steps_suit_the_rollout(self, steps: int) -> None:
+        """What counts steps has room in a rollout; a default that has not means all of them."""
+        selector, start, end = self.selector, _of(self.selector, "start") or 0, _of(self.selector, "end") or steps
+        room = {"selector.window_size": end - start, "selector.window_shift": end - start}
+        room |= {"selector.persistence": steps, "sensing.stride": steps, "algorithm.num_draws": steps}
+        for key, most in room.items():
+            section, _, name = key.partition(".")
+            part = getattr(self, section)
+            value = _of(part, name)
+            if value is not None and value > most and value != type(part).model_fields[name].default:
+                where = f"the {most} steps of its range" if most < steps else f"the {steps} steps of a rollout"
+                raise ValueError(
+                    f"{key} must be at most {where}, got {value}; set it to {most} or less, or raise sampler.num_steps"
+                )
+        if isinstance(selector, LateStart):
+            first, last = selector.range_of(steps)
+            if first >= last:
+                raise ValueError(
+                    f"selector.start is a fifth of the {steps} steps where it is absent, {first}, and must be below "
+                    f"selector.end, got {last}; set selector.start, or raise selector.end"
+                )
+        if isinstance(selector, Window) and selector.shift_decay == "exponential" and selector.decay_from >= steps:
+            raise ValueError(
+                f"selector.decay_from must be below the {steps} steps of a rollout, or nothing ever decays, got "
+                f'{selector.decay_from}; lower it, or set selector.shift_decay = "none"'
+            )
 
     def _every_rollout_is_sensed(self) -> None:
         if not isinstance(self.selector, AdaScope) or self.sensing is None:
@@ -158,6 +213,20 @@ class Config(Section):
 
     def _updates_suit_the_algorithm(self) -> None:
         train, name = self.train, self.algorithm.name
+        images = train.prompts_per_iteration * train.samples_per_prompt
+        parts, what = images, "images"
+        if train.minibatch == "pairs":
+            parts, what = images * self.sampler.num_steps, "(image, step) pairs"
+        if train.updates_per_iteration > parts:
+            raise ValueError(
+                f"train.updates_per_iteration must be at most the {parts} {what} of an iteration, got "
+                f"{train.updates_per_iteration}; lower it"
+            )
+        if images == 1 and _of(self.algorithm, "advantage") == "batch":
+            raise ValueError(
+                'algorithm.advantage = "batch" compares the images of an iteration, got 1; raise '
+                "train.samples_per_prompt or train.prompts_per_iteration"
+            )
         if name == "reinforce" and train.num_updates != 1:
             raise ValueError(
                 "reinforce is right for one update after each rollout, got train.updates_per_iteration = "

@@ -3,9 +3,11 @@
 Nothing here imports torch.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from adascope_fast.settings import Count, Positive, Section
+from pydantic import model_validator
+
+from adascope_fast.settings import Images, Positive, Section
 
 ROWS_THAT_PAY = 64
 """Rows of a training forward up to which more of them are cheaper each (a quarter on a CPU, from 16 to 64)."""
@@ -16,18 +18,18 @@ Switch = Literal["auto", "on", "off"]
 class Updates(Section):
     """How an iteration's samples are learned from. Batches change memory and speed, not the result beyond rounding."""
 
-    inner_epochs: Count = 1
+    inner_epochs: Images = 1
     """Times that an iteration's samples are gone through, as in TRL, ddpo-pytorch and flow_grpo."""
-    updates_per_iteration: Count = 1
+    updates_per_iteration: Images = 1
     """Optimiser steps in each of them, whatever share of the steps is trained."""
     minibatch: Literal["pairs", "samples"] = "pairs"
     """What an update's share of the samples is drawn from: single (image, step) pairs, or whole images."""
     update: Literal["replay", "one_pass"] = "replay"
     """`replay`: after the rollout; `one_pass`: kept steps are differentiated while they are sampled, which saves the
     replay's forward pass, allows one update, and needs the steps beforehand."""
-    rollout_batch: Count = 16
+    rollout_batch: Images = 16
     """Images denoised at once; halved where memory runs out. Changes memory and speed, not the result."""
-    microbatch: Count | None = None
+    microbatch: Images | None = None
     """(image, step) pairs per backward pass; absent: `rollout_batch` or more; halved where memory runs out."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
@@ -67,6 +69,15 @@ class Acceleration(Section):
     """LoRA is added to float32 base weights while nothing is differentiated; `auto`: on, but for CUDA graphs."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """`high` lets float32 matrix products use TF32 on a GPU."""
+
+    @model_validator(mode="after")
+    def _graphs_are_of_compiled_parts(self) -> Self:
+        if self.cuda_graphs and self.compile == "off":
+            raise ValueError(
+                'acceleration.cuda_graphs = true needs compiled parts, got acceleration.compile = "off"; set it to '
+                '"auto", or acceleration.cuda_graphs = false'
+            )
+        return self
 
     @property
     def is_fused(self) -> bool:

@@ -8,6 +8,7 @@ One combination in eight is held out: it is never drawn or named in pretraining,
 import hashlib
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 COUNTS = {"a": 1, "two": 2, "three": 3}
@@ -74,9 +75,13 @@ def every_scene() -> list[Scene]:
 _BY_CAPTION = {scene.caption: scene for scene in every_scene()}
 
 
+def _scene_of(caption: str) -> Scene | None:
+    return _BY_CAPTION.get(" ".join(caption.lower().split()).rstrip("."))
+
+
 def parse(caption: str) -> Scene:
     """The scene that a caption describes; ValueError where the grammar cannot say it."""
-    scene = _BY_CAPTION.get(" ".join(caption.lower().split()).rstrip("."))
+    scene = _scene_of(caption)
     if scene is None:
         raise ValueError(
             f"scene captions read '<a|two|three> <size> <colour> <shape> [position] on a <background> background', "
@@ -86,10 +91,24 @@ def parse(caption: str) -> Scene:
     return scene
 
 
+def refuse_others(prompts: Sequence[str], where: str) -> None:
+    """ValueError where the grammar cannot say one of the prompts, which the scenes' reward cannot judge.
+
+    Args:
+        where: what an error calls the prompts.
+    """
+    others = [prompt for prompt in prompts if _scene_of(prompt) is None]
+    if others:
+        raise ValueError(
+            f'reward.name = "scene_attributes" judges scene captions alone, got {len(others)} others in {where}, first '
+            f'{others[0][:60]!r}; choose another reward, or captions such as "a small red circle on a grey background"'
+        )
+
+
 def captions(split: str, *, seed: int = 0) -> list[str]:
     """Every caption of a split, `"train"` or `"held_out"`, in an order drawn from `seed`."""
     if split not in ("train", "held_out"):
-        raise ValueError(f"a scenes split is 'train' or 'held_out', got {split!r}")
+        raise ValueError(f"a scenes split is 'train' or 'held_out', got {split!r}; choose one of them")
     chosen = [scene.caption for scene in every_scene() if scene.is_held_out == (split == "held_out")]
     random.Random(seed).shuffle(chosen)
     return chosen

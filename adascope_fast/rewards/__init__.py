@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.jpeg import jpeg_compressibility as jpeg_compressibility
     from adascope_fast.rewards.jpeg import jpeg_incompressibility as jpeg_incompressibility
     from adascope_fast.rewards.reward import Reward as Reward
+    from adascope_fast.rewards.reward import breakdown as breakdown
+    from adascope_fast.rewards.reward import check_prompts as check_prompts
+    from adascope_fast.rewards.reward import constant_hint as constant_hint
+    from adascope_fast.rewards.reward import given as given
     from adascope_fast.rewards.reward import load as load
     from adascope_fast.rewards.reward import score as score
     from adascope_fast.rewards.reward import score_guesses as score_guesses
@@ -20,6 +24,10 @@ __getattr__ = lazy(
         "ClipSimilarity": "clip",
         "Reward": "reward",
         "SceneAttributes": "scene_attributes",
+        "breakdown": "reward",
+        "check_prompts": "reward",
+        "constant_hint": "reward",
+        "given": "reward",
         "jpeg_compressibility": "jpeg",
         "jpeg_incompressibility": "jpeg",
         "load": "reward",

@@ -5,6 +5,7 @@ bare cosine, neither clamped nor scaled; its mean over pictures is the CLIP scor
 0.24. A caption longer than the model reads is cut.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,17 +58,26 @@ class ClipSimilarity:
         try:
             model = load_whole(CLIPModel, place, "it", trust_remote_code=False, dtype=torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(place)
-        except (OSError, ValueError) as error:
+        except (ImportError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # broken files raise whatever their reader trips over
             raise ValueError(
                 "a CLIP is 'scenes-clip', the folder of a transformers CLIPModel in safetensors with its tokenizer, or "
-                f"a Hugging Face repository of that kind, got {name!r}: {str(error).strip().splitlines()[0]}; "
+                f"a Hugging Face repository of that kind, got {name!r}: {_first_line(error)}; "
                 "download it first, or name a folder"
-            ) from None
+            ) from error
         try:
             described, _ = ImageProcessingMixin.get_image_processor_dict(place)
-        except OSError:
-            described = {}
-        mean, std = described.get("image_mean") or MEAN, described.get("image_std") or STD
+            why = f"a {type(described).__name__}"
+        except (OSError, ValueError) as error:
+            has_one = (Path(place) / "preprocessor_config.json").is_file()
+            described, why = None if has_one else {}, _first_line(error)
+        if not isinstance(described, dict):
+            raise ValueError(
+                f"the preprocessor_config.json of the CLIP {name!r} must be a JSON object, got {why}; download it again"
+            )
+        mean = _colours(described.get("image_mean"), MEAN, f"image_mean of the CLIP {name!r}")
+        std = _colours(described.get("image_std"), STD, f"image_std of the CLIP {name!r}")
         return cls(model, tokenizer, mean=mean, std=std, name=f"clip_similarity ({name})")
 
     @torch.no_grad()
@@ -95,6 +105,22 @@ class ClipSimilarity:
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
         return found
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + (said[0] if said else "")
+
+
+def _colours(given: Any, default: Sequence[float], what: str) -> Sequence[float]:
+    """Three finite numbers as they are, `default` where none are given; ValueError for anything else."""
+    if given is None:
+        return default
+    numbers = given if isinstance(given, list | tuple) else []
+    if len(numbers) == 3 and all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+        return numbers
+    raise ValueError(f"{what} must be three numbers, got {given!r:.60}; correct its preprocessor_config.json")
 
 
 def features(model: Any, **inputs: Tensor) -> Float[Tensor, "n d"]:

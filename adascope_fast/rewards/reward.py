@@ -1,54 +1,198 @@
-"""What a reward is, and its scores, checked. Higher is better, always."""
+"""What a reward is, how it is called, and its scores, checked. Higher is better, always.
 
-from collections.abc import Sequence
+A reward is the user's code, and nothing that it does reaches the training but its scores: it gets a copy of the images
+and of the prompts, runs without gradient and without autocast, and may enable both within. The training draws from
+generators of its own, so what a reward does to torch's, NumPy's or Python's random state does not matter. Whatever it
+raises, `sys.exit` included, becomes one line that says where; running out of a GPU's memory is left to the engine,
+which halves its batch.
+
+The signature is (images, prompts), or the field's (images, prompts, metadata) with a dict for each prompt, which is
+empty here; scores may come as (scores, info), as in ddpo-pytorch and TRL.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from adascope_fast.backbone import Reward as Reward
-from adascope_fast.settings import Section
+from adascope_fast.settings import Own, Section, blamed
 
 
 def load(settings: Section) -> Reward:
-    """The reward that a `[reward]` section describes; ValueError where that is no function of (images, prompts)."""
-    reward: Any = settings.build()
+    """The reward that a `[reward]` section describes, as `given` returns it."""
+    name = settings.name if isinstance(settings, Own) else None
+    return given(settings.build(), name)
+
+
+def given(reward: Any, name: str | None = None) -> Reward:
+    """A reward as a function of (images, prompts): itself, or with the metadata that it asks for besides.
+
+    Args:
+        name: what an error calls it; None: its own.
+
+    Raises:
+        ValueError: it takes neither (images, prompts) nor (images, prompts, metadata).
+    """
+    shown = repr(name or _name(reward))
+    rule = f"reward {shown} must be a function of (images, prompts) or (images, prompts, metadata)"
     if not callable(reward):
-        name = getattr(settings, "name", "")
-        raise ValueError(
-            f"reward {name!r} must be a function of (images, prompts), got {type(reward).__name__}; name a function"
-        )
-    return cast(Reward, reward)
+        raise ValueError(f"{rule}, got {type(reward).__name__}; name a function")
+    if isinstance(reward, type):
+        raise ValueError(f"{rule}, got the class {reward.__name__}; give an instance of it")
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
+        raise ValueError(f"{rule}, got a coroutine; call asyncio.run in a function, and give that")
+    try:
+        signature = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward)
+    except (TypeError, ValueError):  # written in C: it says nothing of what it takes
+        return cast(Reward, reward)
+    if _fits(signature, 2):
+        return cast(Reward, reward)
+    if _fits(signature, 3):
+        return _WithMetadata(reward)
+    raise ValueError(f"{rule}, got {shown[1:-1]}{signature}; take these and return a score for each image")
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The reward's scores [b] as float32 on the pictures' device; ValueError unless one finite number a picture."""
+    """The reward's scores [b] as float32 on the images' device; ValueError unless one finite number an image."""
     scores = score_guesses(reward, images, prompts)
     if not bool(scores.isfinite().all()):
         first = int((~scores.isfinite()).nonzero()[0, 0])
         raise ValueError(
             f"reward {_name(reward)!r} must be finite, got {scores[first].item()} for {prompts[first][:80]!r}; "
-            f"return a low score where a picture cannot be judged"
+            f"return a low score where an image cannot be judged"
         )
     return scores
 
 
 def score_guesses(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The same of unfinished pictures, some of which cannot be judged: their scores may be NaN."""
-    scores: Any = reward(images, list(prompts))
+    """The same of unfinished images, some of which cannot be judged: their scores may be NaN."""
+    returned: Any = _called(reward, reward, images, prompts)
+    scores = returned[0] if _has_info(returned) else returned
     try:
-        scores = torch.as_tensor(scores, dtype=torch.float32).to(images.device)
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = torch.as_tensor(scores, dtype=torch.float32).detach().to(images.device, copy=True)
+    except Exception as error:  # a sequence of the user's own may raise anything
         raise ValueError(
-            f"reward {_name(reward)!r} must return a tensor or numbers, got {type(scores).__name__}: {error}"
-        ) from None
+            f"reward {_name(reward)!r} must return a tensor or numbers, got {type(scores).__name__}: "
+            f"{' '.join(str(error).split())}; return one number an image"
+        ) from error
     if scores.shape != (len(prompts),):
         raise ValueError(
-            f"reward {_name(reward)!r} must return one number a picture, shape [{len(prompts)}], "
+            f"reward {_name(reward)!r} must return one number an image, shape [{len(prompts)}], "
             f"got shape {list(scores.shape)}; reduce over everything but the first axis"
         )
     return scores
 
 
-def _name(reward: Reward) -> str:
+def breakdown(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """The reward's parts by name, called and checked as its scores are; empty where it has no method `breakdown`."""
+    method = getattr(reward, "breakdown", None)
+    if method is None:
+        return {}
+    parts: Any = _called(reward, method, images, prompts)
+    try:
+        found = {str(name): float(part) for name, part in parts.items()}
+        wrong = [name for name, part in found.items() if not math.isfinite(part)]
+    except Exception as error:
+        raise ValueError(
+            f"breakdown of reward {_name(reward)!r} must be a dict of numbers by name, got {type(parts).__name__} "
+            f"({' '.join(str(error).split())[:200]}); return such a dict"
+        ) from error
+    if wrong:
+        raise ValueError(
+            f"breakdown of reward {_name(reward)!r} must have finite numbers, got {found[wrong[0]]} for {wrong[0]!r}; "
+            f"leave it out where it cannot be told"
+        )
+    return found
+
+
+def check_prompts(reward: Reward, prompts: Sequence[str], where: str) -> None:
+    """ValueError where a reward says, by its method `check_prompts`, that it cannot judge one of the prompts.
+
+    Args:
+        where: what an error calls the prompts, such as `prompts.train`.
+    """
+    method = getattr(reward, "check_prompts", None)
+    if method is not None:
+        with _calling(reward):
+            method(list(prompts), where)
+
+
+def constant_hint(rewards: Tensor | Sequence[float]) -> str | None:
+    """What to say, in one line, of rewards of an iteration that are all equal; None where they differ or are few."""
+    values = torch.as_tensor(rewards, dtype=torch.float32).flatten()
+    if len(values) < 2 or not bool((values == values[0]).all()):
+        return None
+    return (
+        f"all {len(values)} rewards of this iteration are {values[0].item():g}, so no image is better than another and "
+        f"nothing is learned from them; check that the reward looks at its images, which lie in [0, 1], and that it "
+        f"neither rounds nor cuts its scores"
+    )
+
+
+class _WithMetadata:
+    """A function of (images, prompts, metadata) as one of (images, prompts); all else is its own."""
+
+    def __init__(self, reward: Callable[..., Any]) -> None:
+        self._reward = reward
+        self.__name__ = _name(reward)
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Any:
+        return self._reward(images, prompts, [{} for _ in prompts])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_reward"], name)
+
+
+def _fits(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def _has_info(returned: Any) -> bool:
+    """Whether a reward returned (scores, info): two values the first of which is no number."""
+    return isinstance(returned, tuple) and len(returned) == 2 and _is_many(returned[0])
+
+
+def _is_many(scores: Any) -> bool:
+    if isinstance(scores, Mapping):
+        return False
+    return getattr(scores, "ndim", 0) > 0 or isinstance(scores, Sequence)
+
+
+def _called(reward: Any, function: Callable[..., Any], images: Tensor, prompts: Sequence[str]) -> Any:
+    """What `function` of a reward says of its own copy of the images and prompts."""
+    with torch.inference_mode(False):
+        own = images.detach().clone()  # of inference mode's images too, a tensor like any other
+    with _calling(reward), torch.inference_mode(False), torch.no_grad(), torch.autocast(own.device.type, enabled=False):
+        return function(own, list(prompts))
+
+
+@contextmanager
+def _calling(reward: Any) -> Iterator[None]:
+    """Within it a reward's code runs, and what it raises is one line; of our own what says already what is wrong."""
+    try:
+        yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, ValueError | OSError) and _is_ours(reward):
+            raise
+        raise ValueError(
+            f"reward {_name(reward)!r} raised {blamed(error)}; correct it there (ADASCOPE_FAST_DEBUG=1 shows the rest)"
+        ) from error
+
+
+def _is_ours(reward: Any) -> bool:
+    return str(getattr(reward, "__module__", "")).startswith("adascope_fast.") and not isinstance(reward, _WithMetadata)
+
+
+def _name(reward: Any) -> str:
     return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)

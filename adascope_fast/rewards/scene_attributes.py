@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from adascope_fast.prompts.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, parse
+from adascope_fast.prompts.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, parse, refuse_others
 
 ATTRIBUTES = ("count", "size", "colour", "shape", "background", "position")
 SIZE = 64  # pictures are analysed at this resolution
@@ -40,6 +40,10 @@ class SceneAttributes:
         """Scores [b] float32 of pictures [b, 3, h, w] in [0, 1]."""
         satisfied, named = self.attributes(images, prompts)
         return (satisfied & named).sum(1) / named.sum(1).float()
+
+    def check_prompts(self, prompts: Sequence[str], where: str) -> None:
+        """ValueError where one of them is no scene caption."""
+        refuse_others(prompts, where)
 
     def breakdown(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """Share of the pictures that satisfy each attribute, of those whose caption names it."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from adascope_fast.settings import Section, Text, imported
+from adascope_fast.settings import Own, Section, Text, imported
 
 
 class SceneAttributes(Section):
@@ -43,3 +43,9 @@ class ClipSimilarity(Section):
     def build(self, **context: object) -> object:
         """The CLIP, loaded."""
         return imported("adascope_fast.rewards.clip:ClipSimilarity").load(self.clip)
+
+
+class OwnReward(Own):
+    """One of your own: `name` is `module:object`, other keys are its arguments."""
+
+    named_by: ClassVar[str] = "reward.name"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adascope_fast.settings import Count, Positive, PositiveOrZero, Section, Share
+from adascope_fast.settings import Guidance, Section, Share, Steps
 
 Kind = Literal["auto", "ddim", "ddpm", "flow_sde", "dance_sde", "flow_cps", "flow_ode"]
 NOISE = {"ddim": ("eta",), "ddpm": (), "flow_sde": ("noise_level",), "dance_sde": ("eta",), "flow_cps": ("eta",)}
@@ -17,16 +17,16 @@ class Sampler(Section):
     kind: Kind = "auto"
     """`auto`: `ddim` for diffusion models (also `ddpm`), `flow_sde` for flow models (also `dance_sde`, `flow_cps`, and
     `flow_ode` without noise, which only algorithms that need no log-probability can train)."""
-    num_steps: Count = 20
+    num_steps: Steps = 20
     """Denoising steps of a rollout, T."""
-    guidance_scale: PositiveOrZero = 1.0
+    guidance_scale: Guidance = 1.0
     """Classifier-free guidance in rollout and training; 1 means none, at half the cost."""
     train_guidance: Literal["both", "conditional"] | None = None
     """Outputs that carry gradient under guidance: both (TRL, ddpo-pytorch), or only the conditional one (flow_grpo);
     absent: the algorithm's own."""
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     """Noise of ddim (absent: 1), dance_sde (absent: 0.3) or flow_cps (absent: 0.7); 0 is deterministic."""
-    noise_level: Positive | None = None
+    noise_level: Annotated[float, Field(gt=0, le=10)] | None = None
     """Noise of flow_sde; absent: 0.7."""
     tail_share: Share = 1.0
     """Below 1: the steps after the last trained one become this share of them, of a second-order ODE solver."""

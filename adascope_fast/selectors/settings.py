@@ -7,7 +7,18 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adascope_fast.settings import Count, CountOrZero, Positive, PositiveOrZero, Section, Share, only_with, or_none
+from adascope_fast.settings import (
+    Count,
+    CountOrZero,
+    Own,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Share,
+    Steps,
+    only_with,
+    or_none,
+)
 
 LastStep = Literal["auto", "train", "skip"]
 
@@ -125,7 +136,7 @@ class Threshold(Section):
 
 
 class _Windowed(Section):
-    window_size: Count = 2
+    window_size: Steps = 2
     """Steps in the window."""
     start: CountOrZero | None = None
     """First step of the range that the window moves in; absent: 0."""
@@ -160,7 +171,7 @@ class Window(_Windowed):
     name: Literal["window"] = "window"
     shift_every: Count = 25
     """Iterations after which the window moves on."""
-    window_shift: Annotated[Count, only_with(window_order=["progressive"])] = 1
+    window_shift: Annotated[Steps, only_with(window_order=["progressive"])] = 1
     """Steps by which it moves."""
     window_order: Literal["progressive", "random"] = "progressive"
     """It moves towards the image, or to a random place."""
@@ -197,6 +208,12 @@ class FastWindow(_Windowed):
     implementation: ClassVar[str] = "adascope_fast.selectors.windows:FastWindow"
 
     name: Literal["fast_window"] = "fast_window"
+
+
+class OwnSelector(Own):
+    """One of your own: `name` is `module:object`, other keys are its arguments."""
+
+    named_by: ClassVar[str] = "selector.name"
 
 
 def refuse_empty(start: int | None, end: int | None) -> None:

@@ -20,7 +20,9 @@ class Ours(Variant):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         torch.backends.cuda.matmul.allow_tf32 = True  # as TRL and the eager loop have it
-        trainer = Trainer(configuration(setting), reward=load_reward(), train_prompts=["a"], quiet=True)
+        trainer = Trainer(
+            configuration(setting), reward=load_reward(), train_prompts=["a"], held_out_prompts=["b"], quiet=True
+        )
         trainer.prepare()
         self.backbone, self.engine = trainer.backbone, trainer.engine
         self.encode = PromptCache(trainer.backbone)

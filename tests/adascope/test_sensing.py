@@ -100,7 +100,7 @@ def test_a_guess_that_the_reward_cannot_judge_is_left_out_and_a_wrong_shape_is_r
 
     curves = sensor_of(config, backbone, picky)(_trajectory())
     assert 0 < int(curves.preference.isnan().sum()) < curves.preference.numel()
-    with pytest.raises(ValueError, match="one number a picture"):
+    with pytest.raises(ValueError, match="one number an image"):
         sensor_of(config, backbone, lambda images, prompts: images.mean((2, 3)))(_trajectory())
 
 
@@ -149,12 +149,22 @@ def test_the_knee_is_found_near_the_same_step_with_a_stride():
 
 
 def test_semantic_sensing_of_another_model_needs_a_clip_that_knows_its_pictures():
-    config = Config.load(TINY, ["sensing.kind=semantic", "model.name=somebody/some-model"])
+    config = Config.load(
+        TINY, ["sensing.kind=semantic", "model.name=somebody/some-model", "prompts.train=scenes:train"]
+    )
     backbone: Any = _Decodes()
     with pytest.raises(ConfigError, match="needs a CLIP that knows the images of 'somebody/some-model'"):
         Trainer(config, reward=_red)  # before the model is looked for
     with pytest.raises(ConfigError, match=r"needs a CLIP that knows the images of 'somebody/some-model', got none"):
         sensor_of(config, backbone, _red)
-    named = Config.load(TINY, ["sensing.kind=semantic", "model.name=somebody/some-model", "sensing.clip=nowhere"])
+    named = Config.load(
+        TINY,
+        [
+            "sensing.kind=semantic",
+            "model.name=somebody/some-model",
+            "prompts.train=scenes:train",
+            "sensing.clip=nowhere",
+        ],
+    )
     with pytest.raises(ValueError, match="got 'nowhere'"):
         sensor_of(named, backbone, _red)

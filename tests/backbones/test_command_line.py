@@ -32,6 +32,7 @@ OVERRIDES = {
 }
 SMALLEST = [
     "reward.name=jpeg_compressibility",
+    "prompts.train=scenes:train",
     "sampler.num_steps=3",
     "selector.name=every_step",
     "train.prompts_per_iteration=1",
@@ -147,7 +148,7 @@ def test_kl_draws_a_fully_trained_model_back_to_what_it_was(tiny, tmp_path: Path
 
 
 def test_a_model_that_cannot_be_trained_is_one_line(tiny, tmp_path: Path):
-    code, out, err = _call("train", TINY, f"model.name={tiny('schnell')}", f"run.folder={tmp_path / 'run'}")
+    code, out, err = _call("train", TINY, *SMALLEST, f"model.name={tiny('schnell')}", f"run.folder={tmp_path / 'run'}")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     assert "schnell) is refused for RL: it is distilled to draw in 1 to 4 steps" in line

@@ -124,14 +124,20 @@ def test_what_differs_between_two_configurations_is_named():
         (["train.iterations=many"], 'train.iterations must be a whole number, got "many" (text)'),
         (["train.rollout_batch=-4"], "train.rollout_batch must be at least 1, got -4"),
         (["train.microbatch=0"], "train.microbatch must be at least 1, got 0"),
-        (["model.name=no/such/model"], "model.name is scenes, scenes-flow, the folder of a saved diffusers pipeline"),
-        (["model.name=no/such"], "the repository no/such could not be read"),
-        (["model.name=no/such.safetensors"], "is no file here; download it to this path"),
-        (["model.name=no/such.ckpt"], "model.name must not be a pickle"),
+        (
+            ["model.name=no/such/model", "prompts.train=scenes:train"],
+            "model.name is scenes, scenes-flow, the folder of a saved diffusers pipeline",
+        ),
+        (["model.name=no/such", "prompts.train=scenes:train"], "the repository no/such could not be read"),
+        (["model.name=no/such.safetensors", "prompts.train=scenes:train"], "is no file here; download it to this path"),
+        (["model.name=no/such.ckpt", "prompts.train=scenes:train"], "model.name must not be a pickle"),
         (["reward.name=beauty"], "reward.name must be one of scene_attributes, jpeg_compressibility"),
-        (["reward.name=no_such_module:score"], "'no_such_module:score' could not be imported"),
-        (["prompts.train=no_such_file.txt"], "got 'no_such_file.txt', which is no file"),
-        (["prompts.held_out=scenes:test"], "a scenes split is 'train' or 'held_out', got 'test'"),
+        (["reward.name=no_such_module:score"], 'reward.name = "no_such_module:score" could not be imported'),
+        (["prompts.train=no_such_file.txt", "prompts.held_out=b.txt"], "got 'no_such_file.txt', which is no file"),
+        (
+            ["prompts.train=scenes:train", "prompts.held_out=scenes:test"],
+            "a scenes split is 'train' or 'held_out', got 'test'",
+        ),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_line(tmp_path: Path, arguments: list[str], line: str):
@@ -139,11 +145,13 @@ def test_a_mistake_in_the_configuration_is_one_line(tmp_path: Path, arguments: l
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
-@pytest.mark.parametrize("content", ["", "a cat\n\n", "x" * 10_000])
+@pytest.mark.parametrize("content", ["", "\n \n", "x" * 10_000])
 def test_a_bad_prompt_file_is_one_line(tmp_path: Path, content: str):
     path = tmp_path / "prompts.txt"
     path.write_text(content)
-    line = refused("train", TINY, f"run.folder={tmp_path / 'run'}", f"prompts.held_out={path}")
+    line = refused(
+        "train", TINY, f"run.folder={tmp_path / 'run'}", "prompts.train=scenes:train", f"prompts.held_out={path}"
+    )
     assert str(path) in line
     assert not (tmp_path / "run").exists()
 
@@ -158,7 +166,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path: Path):
 @pytest.mark.parametrize(
     ("function", "line"),
     [
-        ("wrong_shape", "reward 'wrong_shape' must return one number a picture, shape [2], got shape [2, 3, 64, 64]"),
+        ("wrong_shape", "reward 'wrong_shape' must return one number an image, shape [2], got shape [2, 3, 64, 64]"),
         ("not_a_number", "reward 'not_a_number' must be finite, got nan for"),
         ("missing", "could not be imported"),
     ],

@@ -32,7 +32,7 @@ def test_a_section_or_a_choice_is_found_by_name():
     (window,) = reference.find("window")
     assert window.title == '[selector] name = "window"'
     said = reference.text([window])
-    assert "  window_size = 2  (a whole number, at least 1)\n      Steps in the window.\n" in said
+    assert "  window_size = 2  (a whole number, at least 1, at most 10000)\n      Steps in the window.\n" in said
     assert 'Only with shift_decay = "linear".' in said
     names = [entry.choice for entry in reference.find("sensing")]
     assert names == ["latent", "semantic", "reward_only"]

@@ -152,7 +152,7 @@ def test_the_share_of_steps_is_known_for_every_selector():
     assert fraction_trained(Config.load(None, ["algorithm.backfill=sparse"])) == 1 / 20
     awm = ["algorithm.name=awm", "algorithm.num_draws=5", "selector.name=every_step"]
     assert fraction_trained(Config.load(None, awm)) == 0.25, "AWM's noise levels, whatever the selector"
-    assert fraction_trained(Config.load(None, [*awm, "sampler.num_steps=4"])) == 1
+    assert fraction_trained(Config.load(None, [*awm, "sampler.num_steps=5"])) == 1
 
 
 def test_the_parts_of_a_plan_add_up():

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -231,3 +232,24 @@ def test_muon_is_orthogonal_and_resumes(tmp_path: Path):
     )
     singular = torch.linalg.svdvals(before - layer.weight.detach()) / (3.0 * 0.1 * 0.2 * math.sqrt(4))
     assert 0.6 < singular.min() <= singular.max() < 1.3, "Newton-Schulz leaves them near 1"
+
+
+BROKEN = [b"", b"{", b"[]", b"\xff\xfe", b'{"image_mean": "x"}', b'{"image_std": [1]}', b'{"text_config": 3}']
+
+
+@pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_a_broken_file_of_a_clip_is_told_by_its_clip(tmp_path: Path, name: str, content: bytes):
+    folder = tmp_path / "clip"
+    shutil.copytree(SCENES_CLIP, folder)
+    (folder / name).write_bytes(content)
+    harmless = {"tokenizer_config.json": BROKEN[4:], "preprocessor_config.json": BROKEN[6:]}
+    if content in harmless.get(name, []):
+        ClipSimilarity.load(str(folder))
+        return
+    with pytest.raises(ValueError, match="CLIP") as caught:
+        ClipSimilarity.load(str(folder))
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -192,8 +192,14 @@ def test_a_reward_module_is_found_in_the_current_folder(tmp_path: Path, monkeypa
             "scene_atributes",
             r'reward.name must be one of scene_attributes, jpeg_compressibility, .* got "scene_atributes"',
         ),
-        ("no_such_module:reward", "'no_such_module:reward' could not be imported .*no_such_module"),
-        ("math:no_such_function", "'math:no_such_function' could not be imported .*no_such_function"),
+        (
+            "no_such_module:reward",
+            'reward.name = "no_such_module:reward" could not be imported: there is no module no_such_module; run',
+        ),
+        (
+            "math:no_such_function",
+            'reward.name = "math:no_such_function" could not be imported: .* has no no_such_function; check',
+        ),
         (":reward", r'reward.name must be module:object, got ":reward"'),
         ("math:pi", "reward 'math:pi' must be a function of .*, got float"),
     ],
@@ -208,7 +214,7 @@ def test_a_reward_that_cannot_be_found_is_refused(name: str, message: str):
     [
         (
             torch.zeros(4, 1),
-            r"must return one number a picture, shape \[4\], got shape \[4, 1\]; reduce over everything",
+            r"must return one number an image, shape \[4\], got shape \[4, 1\]; reduce over everything",
         ),
         (torch.zeros(3), r"must return .* shape \[4\], got shape \[3\]"),
         (torch.tensor(1.0), r"must return .* shape \[4\], got shape \[\]"),

@@ -140,13 +140,28 @@ def test_own_parts_in_a_file_train_and_resume_from_the_command_line(tmp_path: Pa
     [
         (["selector.name=MODULE:half"], "selector 'MODULE:half' lacks the methods sampler, gains, senses, telemetry"),
         (["selector.name=MODULE:needs_an_argument"], "lacks the methods "),
-        (["selector.name=MODULE:MyRange"], "MODULE:MyRange cannot be made from no keys: "),
-        (["selector.name=MODULE:MyRange", "selector.last=1"], "MODULE:MyRange cannot be made from ['last']: "),
-        (["selector.name=MODULE:absent"], "'MODULE:absent' could not be imported (module 'MODULE' has no attribute"),
+        (
+            ["selector.name=MODULE:MyRange"],
+            'selector.name = "MODULE:MyRange" could not be made from no keys: TypeError: ',
+        ),
+        (
+            ["selector.name=MODULE:MyRange", "selector.last=1"],
+            'selector.name = "MODULE:MyRange" could not be made from last: TypeError: ',
+        ),
+        (
+            ["selector.name=MODULE:absent"],
+            'selector.name = "MODULE:absent" could not be imported: MODULE.py has no absent; check the name',
+        ),
         (["algorithm.name=MODULE:half"], "algorithm 'MODULE:half' must be an instance of adascope_fast.Algorithm, got"),
         (["algorithm.name=MODULE:my_grpo"], "algorithm 'MODULE:my_grpo' must be an instance of adascope_fast."),
-        (["algorithm.name=MODULE:my_grpo", "algorithm.clop=1"], "my_grpo cannot be made from ['clop']: "),
-        (["algorithm.name=no_such_module:it"], "'no_such_module:it' could not be imported (No module named"),
+        (
+            ["algorithm.name=MODULE:my_grpo", "algorithm.clop=1"],
+            'algorithm.name = "MODULE:my_grpo" could not be made from clop: TypeError: ',
+        ),
+        (
+            ["algorithm.name=no_such_module:it"],
+            'algorithm.name = "no_such_module:it" could not be imported: there is no module no_such_module;',
+        ),
     ],
 )
 def test_what_is_no_algorithm_or_selector_is_one_line(tmp_path: Path, module: str, overrides: list[str], message: str):

@@ -203,7 +203,7 @@ def test_no_iteration_is_lost_from_the_log_when_the_kill_comes_between_checkpoin
     ("outcome", "message"),
     [
         (lambda scores: scores * math.nan, "reward 'reward' must be finite, got nan"),
-        (lambda scores: scores[:, None], r"reward 'reward' must return one number a picture, shape \[2\], got"),
+        (lambda scores: scores[:, None], r"reward 'reward' must return one number an image, shape \[2\], got"),
     ],
     ids=["NaN", "shape"],
 )
