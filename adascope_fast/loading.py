@@ -9,6 +9,7 @@ so without this equal weights of two files, or of a file and of memory, do not g
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,18 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
             if has_bars:
                 library.enable_progress_bar()
+
+
+def follow_umask(place: Path) -> None:
+    """Give a file, or every file below a folder, the mode of a newly made one: safetensors writes 0600 whatever it is.
+
+    The umask is read by setting it, so no other thread should make files meanwhile.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in [place, *place.rglob("*")]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

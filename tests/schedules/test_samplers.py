@@ -159,7 +159,7 @@ LONG = [float(step) for step in range(2000)]
     ],
 )
 def test_an_error_about_many_numbers_is_one_short_line(build, told: str):
-    with pytest.raises(ValueError, match=".") as raised:
+    with pytest.raises(ValueError, match="got|start at") as raised:
         build()
     assert told in str(raised.value)
     assert len(str(raised.value)) < 200
@@ -169,7 +169,7 @@ def test_an_error_about_many_numbers_is_one_short_line(build, told: str):
 def test_an_unknown_spacing_is_refused_by_name():
     scheduler = diffusers.DDIMScheduler(**SD15)
     scheduler.register_to_config(timestep_spacing="even")
-    with pytest.raises(ValueError, match="timestep_spacing of the scheduler must be .*, got 'even'"):
+    with pytest.raises(ValueError, match=r"timestep_spacing of the scheduler must be .*, got 'even'"):
         Schedule.from_diffusers(scheduler, 9)
 
 
