@@ -178,8 +178,9 @@ class PipelineBackbone:
 
     def _default_size(self) -> int:
         size = self.denoiser.config.sample_size
-        sides = set(size) if isinstance(size, (list, tuple)) else {size}
-        if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+        sides = list(size) if isinstance(size, (list, tuple)) else [size]
+        side = sides[0] if sides and all(one == sides[0] for one in sides) else None
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
             raise ValueError(
                 f"model.resolution must be set where sample_size of the {self.denoiser_name} is no side of a square, "
                 f"got sample_size = {size}; set it to the side of the images in pixels"

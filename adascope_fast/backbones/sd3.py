@@ -111,11 +111,9 @@ class StableDiffusion3(FlowTransformer):
 
     def text_widths(self) -> dict[str, int]:
         """T5's tokens, and the CLIP encoders' beside each other with zeros behind; those of both pooled."""
-        first, second, third = (self._encoder_settings(number) if number < 3 or self._has_t5 else None
-                                for number in (1, 2, 3))  # fmt: skip
+        first, second = self._encoder_settings(1), self._encoder_settings(2)
         clip = first.hidden_size + second.hidden_size
-        wanted = self.denoiser.config.joint_attention_dim
-        text = clip if clip > wanted else wanted if third is None else third.d_model
+        text = max(clip, self._encoder_settings(3).d_model if self._has_t5 else self.denoiser.config.joint_attention_dim)
         return {"text": text, "pooled": first.projection_dim + second.projection_dim}
 
     @property
@@ -123,7 +121,7 @@ class StableDiffusion3(FlowTransformer):
         return self.pipeline.components.get("text_encoder_3") is not None
 
     def tokenizer_limits(self) -> dict[str, int]:
-        limits = dict.fromkeys(("tokenizer", "tokenizer_2"), self.pipeline.tokenizer_max_length)
+        limits: dict[str, int] = dict.fromkeys(("tokenizer", "tokenizer_2"), self.pipeline.tokenizer_max_length)
         reads_t5 = self._has_t5 and not self.is_t5_silent
         return limits | ({"tokenizer_3": self._num_t5_tokens()} if reads_t5 else {})
 

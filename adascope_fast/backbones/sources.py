@@ -4,10 +4,14 @@ Only safetensors are read, and no code that lies beside them runs. A repository 
 cache (HF_HOME); with HF_HUB_OFFLINE=1 nothing but the cache is used.
 """
 
+import json
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -50,7 +54,10 @@ class Source:
     @property
     def class_name(self) -> str:
         """The pipeline's class, by its `model_index.json`."""
-        return str(self.json("model_index.json").get("_class_name"))
+        index = self.json("model_index.json")
+        if "_class_name" not in index:
+            raise ValueError(f"model_index.json of {self.name!r} must name its _class_name, got none; download it again")
+        return str(index["_class_name"])
 
     def json(self, path: str) -> dict[str, Any]:
         """A JSON file of the pipeline; ValueError, saying what to download, where it cannot be had."""
@@ -124,15 +131,16 @@ class Source:
         denoiser, index = family.denoiser_name, self.index(family)
         options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "variant": self.variant}
         given = dict(tokenizers or {})
-        given |= {part: None for part in files.NEVER_RUN if part in index and index[part] == [None, None]}
         with quiet():
             try:
                 if quantize != "none":
                     options["quantization_config"] = quantization(denoiser, dtype, quantize)
-                if self.file is None:
-                    pipeline = self._open_place(denoiser, options, **given)
-                else:
-                    pipeline = self._open_file(denoiser, options, **given)
+                with self._without(index) as place:
+                    if self.file is None:
+                        pipeline = replace(self, place=place)._open_place(denoiser, options, **given)
+                    else:
+                        pipeline = replace(self, place=place)._open_file(denoiser, options, **given)
+                pipeline.register_to_config(_name_or_path=self.place)
             except OSError as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
             except ValueError:
@@ -143,6 +151,19 @@ class Source:
                 ) from None
         self._refuse_missing_weights(pipeline)
         return pipeline
+
+    @contextmanager
+    def _without(self, index: dict[str, Any]) -> Iterator[str]:
+        """The folder with that `model_index.json`: diffusers has no other way to leave out what it names."""
+        if not _is_folder(self.place) or index == self.json("model_index.json"):
+            yield self.place
+            return
+        with TemporaryDirectory() as place:
+            for path in Path(self.place).resolve().iterdir():
+                if path.is_dir():
+                    (Path(place) / path.name).symlink_to(path)
+            (Path(place) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+            yield place
 
     def _open_place(self, denoiser: str, options: dict[str, Any], **given: Any) -> DiffusionPipeline:
         """The folder or repository, with `given` models; of the others every weight is there, or ValueError."""

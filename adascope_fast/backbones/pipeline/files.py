@@ -77,7 +77,7 @@ def is_one_of(found: Any, classes: tuple[str, ...]) -> bool:
     return isinstance(found, type) and bool({base.__name__ for base in found.__mro__} & set(classes))
 
 
-def _is_class(entry: list[Any]) -> bool:
+def _is_class(entry: Any) -> bool:
     return entry == [None, None] or all(isinstance(one, str) for one in entry)
 
 

@@ -144,8 +144,13 @@ TABLE: tuple[Row, ...] = (
     _used("AutoencoderTiny", "force_upcast", "float16 weights are decoded with in float32"),
     _used(BETAS, "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr",
           "the noise levels"),
-    _used(BETAS, "prediction_type", "what the denoiser predicts: epsilon, v_prediction or sample"),
-    _used(BETAS, "timestep_spacing steps_offset", "the timesteps; see `Schedule.from_diffusers`"),
+    _refused(
+        BETAS, "prediction_type", ("epsilon", "v_prediction", "sample"), "the denoiser's output is one of these"
+    ),
+    _refused(
+        BETAS, "timestep_spacing", ("leading", "trailing", "linspace"), "timesteps are spaced in one of these ways"
+    ),
+    _used(BETAS, "steps_offset", "the timesteps; see `Schedule.from_diffusers`"),
     _used(BETAS, "set_alpha_to_one", "the last step without noise; with noise it ends at alphas_cumprod[0]"),
     _used(BETAS, "variance_type", "the noise of sampler.kind = \"ddpm\""),
     _refused(BETAS, "clip_sample thresholding", (False, None), "steps must be affine in the output"),
@@ -208,7 +213,7 @@ def refuse_settings(family: str, part: str, component: Any) -> None:
         if row is None:
             _refuse_unknown(part, component, key, value)
         elif row.verdict == "refused" and not any(value is one or value == one for one in row.only):
-            accepted = " or ".join(_short(one) for one in row.only[:1])
+            accepted = " or ".join(_short(one) for one in row.only if one is not None or len(row.only) == 1)
             raise ValueError(
                 f"{key} of the {part} must be {accepted}, got {_short(value)}: {row.why}; use a model without it"
             )
@@ -289,7 +294,7 @@ def _absurd(key: str, value: Any, default: Any) -> str:
     """What `value` must be, where it is not; empty where it can be."""
     limit = next((size for word, size in LARGEST.items() if word in key), LARGEST_NUMBER)
     leaves = list(_leaves(value))
-    numbers = [leaf for leaf in leaves if isinstance(leaf, Real) and not isinstance(leaf, bool)]
+    numbers: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Real) and not isinstance(leaf, bool)]
     if key == "lambda_min_clipped":
         return ""
     if any(not math.isfinite(number) or abs(number) > limit for number in numbers):
@@ -299,17 +304,14 @@ def _absurd(key: str, value: Any, default: Any) -> str:
     if value is None or default is inspect.Parameter.empty:
         return ""
     first = next(_leaves(default), None)
-    is_scalar = not isinstance(default, (list, tuple))
     if isinstance(first, bool):
         return "" if all(isinstance(leaf, bool) for leaf in leaves) else "true or false"
     if isinstance(first, Real):
         if isinstance(value, (dict, str)) or len(numbers) != len(leaves):
             return "a number"
-        if isinstance(first, int) and is_scalar and min(numbers, default=0) < -1:
-            return "0 or more"
         if isinstance(first, int) and not all(float(number).is_integer() for number in numbers):
             return "a whole number"
-        return "" if numbers and min(numbers) >= (0 if "channels" in key or "size" in key else -1) else "0 or more"
+        return "" if numbers and min(numbers) >= (-1 if "token_id" in key else 0) else "0 or more"
     if isinstance(first, str):
         return "" if all(isinstance(leaf, (str, bool)) for leaf in leaves) and leaves else "text"
     return "" if isinstance(value, (bool, Real, str, list, tuple, dict)) else "a plain value"
