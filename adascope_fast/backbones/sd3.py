@@ -113,7 +113,9 @@ class StableDiffusion3(FlowTransformer):
         """T5's tokens, and the CLIP encoders' beside each other with zeros behind; those of both pooled."""
         first, second = self._encoder_settings(1), self._encoder_settings(2)
         clip = first.hidden_size + second.hidden_size
-        text = max(clip, self._encoder_settings(3).d_model if self._has_t5 else self.denoiser.config.joint_attention_dim)
+        text = max(
+            clip, self._encoder_settings(3).d_model if self._has_t5 else self.denoiser.config.joint_attention_dim
+        )
         return {"text": text, "pooled": first.projection_dim + second.projection_dim}
 
     @property

@@ -56,7 +56,9 @@ class Source:
         """The pipeline's class, by its `model_index.json`."""
         index = self.json("model_index.json")
         if "_class_name" not in index:
-            raise ValueError(f"model_index.json of {self.name!r} must name its _class_name, got none; download it again")
+            raise ValueError(
+                f"model_index.json of {self.name!r} must name its _class_name, got none; download it again"
+            )
         return str(index["_class_name"])
 
     def json(self, path: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from adascope_fast.backbones.weights import ADAPTER
+
 ADAPTED = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 MERGE = "call pipe.fuse_lora(); pipe.unload_lora_weights() first"
 ANEW = "load the pipeline anew without it"
@@ -51,7 +53,7 @@ def _adapters(part: str, module: nn.Module) -> Iterator[tuple[str, str, str]]:
                     for name in (*getattr(layer, "lora_A", {}), *layer.active_adapters)})  # fmt: skip
     if names or any(isinstance(layer, BaseTunerLayer) for layer in module.modules()):
         # Adapters that were fused keep their layers until they are unloaded.
-        yield part, f"the adapter {', '.join(names) or 'of peft'}", MERGE
+        yield part, f"the adapter {', '.join(names) or 'of peft'}", ANEW if ADAPTER in names else MERGE
     if any(getattr(module, name, None) is not None for name in ("encoder_hid_proj", "image_proj")):
         yield part, "an IP-Adapter", "call pipe.unload_ip_adapter() first"
 
