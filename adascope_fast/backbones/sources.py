@@ -132,7 +132,8 @@ class Source:
         """Load it; `quantize` is for the denoiser alone."""
         denoiser, index = family.denoiser_name, self.index(family)
         options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "variant": self.variant}
-        given = dict(tokenizers or {})
+        # diffusers asks for a component that is null by name, even where its index says so.
+        given = dict(tokenizers or {}) | {part: None for part in family.may_lack if index.get(part) == [None, None]}
         with quiet():
             try:
                 if quantize != "none":

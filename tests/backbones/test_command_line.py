@@ -126,7 +126,9 @@ def test_a_run_without_optional_parts_becomes_a_plain_pipeline(tiny, tmp_path: P
     finally:
         os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in merged.rglob("*") if path.is_file()} == {0o640}
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "float32")
+    # Without its T5 diffusers reads no SD3 unless it is told so, the original folder as little as the merged one.
+    absent: dict = {name: None for name in entries} if family == "sd3" else {}
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "float32", **absent)
     assert all(pipeline.components[name] is None for name in entries)
     (ours,) = draw(load_run(run)[1], [CAPTION], [3], num_steps=3, guidance_scale=1.0)
     initial = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
