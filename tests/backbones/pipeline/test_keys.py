@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -164,7 +165,7 @@ def _sliced(pipeline: Any) -> None:
 
 
 def _own_processor(pipeline: Any) -> None:
-    class Mine(diffusers.models.attention_processor.AttnProcessor2_0):
+    class Mine(AttnProcessor2_0):
         pass
 
     pipeline.unet.set_attn_processor(Mine())
