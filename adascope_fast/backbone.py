@@ -41,7 +41,10 @@ class Backbone(Protocol):
         ...
 
     def decode(self, latents: Float[Tensor, "n *latent"]) -> Float[Tensor, "n 3 h w"]:
-        """Pictures in [0, 1]."""
+        """Pictures in [0, 1], all NaN for each row whose latent, or whose decoder's output, is not finite anywhere.
+
+        The other rows are what they would be without it, and the device is not waited for.
+        """
         ...
 
     def schedule(

@@ -102,13 +102,16 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def follow_umask(folder: Path) -> None:
-    """Give every file below `folder` the mode that the user's umask asks for: safetensors makes its own 0600."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for path in folder.rglob("*"):
+def follow_umask(place: Path) -> None:
+    """Give a file, or every file below a folder, the mode of a newly made one: safetensors writes 0600 whatever it is.
+
+    The umask is read by setting it, so no other thread should make files meanwhile.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in [place, *place.rglob("*")]:
         if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~umask)
+            path.chmod(0o666 & ~mask)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

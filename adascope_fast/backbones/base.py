@@ -3,7 +3,7 @@
 Frozen weights are in the pipeline's type; what is trained is float32. `n` samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,10 @@ from adascope_fast.backbone import Condition
 from adascope_fast.backbones import float16_gradients as half
 from adascope_fast.backbones import settings
 from adascope_fast.backbones.attention import use_attention
+from adascope_fast.backbones.pipeline import cuts, keys
+from adascope_fast.backbones.pipeline.cuts import Cut, Reading
+from adascope_fast.backbones.pipeline.files import is_one_of
+from adascope_fast.backbones.pipeline.state import refuse_state
 from adascope_fast.backbones.weights import FullWeights, LoraWeights, Weights
 from adascope_fast.loading import align
 from adascope_fast.schedules import Schedule
@@ -37,28 +41,40 @@ class PipelineBackbone:
     """Base of the families: everything but how the denoiser is called and how prompts are encoded."""
 
     denoiser_name: ClassVar[str]
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The pipeline's components that are run, and the classes that each may be of."""
+    may_lack: ClassVar[frozenset[str]] = frozenset()
+    """Of those, the ones that may be absent, all together."""
     default_targets: ClassVar[tuple[str, ...]]
     """The layers that diffusers' own LoRA training script of the family adapts."""
     own_options: ClassVar[frozenset[str]] = frozenset()
     """Of `Options`, those that this family alone has a use for."""
     size_multiple: int = 1
     """Sides of the latent are multiples of it."""
+    has_shift: ClassVar[bool] = False
+    """The VAE's `shift_factor` is added to latents."""
+    is_t5_silent: bool = False
+    """The pipeline's T5 says nothing: no prompt is given to it."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str, options: Options) -> None:
         self.name, self.options = name, options
         self._refuse_options_of_others()
         self.pipeline: Any = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
+        self._refuse_parts_and_settings()
+        refuse_state(pipeline, self.denoiser_name, train=options.train)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.denoiser: Any = pipeline.components[self.denoiser_name]
         self.refuse(dict(self.denoiser.config))
         self.vae: Any = pipeline.components["vae"]
+        self._readings: dict[str, dict[str, Reading]] = {}
         if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
             self.vae.float()  # it overflows in float16, says its own configuration
         self.dtype: torch.dtype = torch.float32 if options.train == "full" else self.denoiser.dtype
         self.latent_shape = self._latent_shape()
+        self._refuse_parts_that_do_not_fit()
         self.attention = use_attention(self.denoiser, options.attention)
         self.weights: Weights
         if options.train == "full":
@@ -79,7 +95,10 @@ class PipelineBackbone:
             half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
         if options.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-            self.denoiser.train()  # diffusers recomputes only in training mode; these models have no dropout
+            self.denoiser.train()  # diffusers recomputes only in training mode
+            for module in self.denoiser.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
         self._device = self.denoiser.device
         self._has_encoders_near = True
         self._is_aligned = False
@@ -87,6 +106,58 @@ class PipelineBackbone:
     @classmethod
     def refuse(cls, config: dict[str, Any]) -> None:
         """ValueError, with the reason, for a denoiser configuration that cannot be trained by RL."""
+
+    def _refuse_parts_and_settings(self) -> None:
+        family, components = type(self).__name__, self.pipeline.components
+        for part, classes in self.parts.items():
+            component = components.get(part)
+            if component is None:
+                if part not in self.may_lack and not part.startswith("tokenizer"):  # an outline has no tokenizers
+                    raise ValueError(f"a {family} must have a {part}, got none; load the pipeline with it")
+            elif not is_one_of(type(component), classes):
+                raise ValueError(
+                    f"the {part} of a {family} must be a {' or '.join(classes)}, got {type(component).__name__}; "
+                    f"use one of these classes, and do not compile it before: acceleration.compile does"
+                )
+            elif not part.startswith("tokenizer"):
+                keys.refuse_settings(family, part, component)
+        absent = {part for part in self.may_lack if not part.startswith("tokenizer") and components.get(part) is None}
+        if any(components.get(f"tokenizer{part.removeprefix('text_encoder')}") is not None for part in absent):
+            raise ValueError(
+                f"a {family} lacks {', '.join(sorted(self.may_lack))} together or not at all, got a tokenizer without "
+                f"its {sorted(absent)[0]}; load the pipeline with both, or with neither"
+            )
+        keys.refuse_pipeline_settings(family, self.pipeline.config, components)
+
+    def _refuse_parts_that_do_not_fit(self) -> None:
+        channels, latent = self.vae.config.latent_channels, self.latent_shape[0]
+        if channels != latent:
+            raise ValueError(
+                f"the vae must have the {latent} latent channels of the {self.denoiser_name}, got latent_channels = "
+                f"{channels}; use the vae that the model was trained with"
+            )
+        shift, scale = self.vae.config.get("shift_factor"), self.vae.config.scaling_factor
+        if not scale or (shift is None and self.has_shift):
+            told = "shift_factor" if scale else "scaling_factor"
+            raise ValueError(
+                f"{told} of the vae must be a number{'' if scale else ' other than 0'} for a {type(self).__name__}, "
+                f"got {shift if scale else scale}; correct vae/config.json"
+            )
+        for name, told in self.text_widths().items():
+            wanted = self.condition_shape()[name][-1]
+            if told != wanted:
+                raise ValueError(
+                    f"the {self.denoiser_name} must be told vectors as wide as the text encoders', {told} ({name}), "
+                    f"got {wanted} in its config; use the encoders that it was trained with"
+                )
+
+    def text_widths(self) -> dict[str, int]:
+        """Width of what the text encoders tell the denoiser, by the names of `condition_shape`."""
+        raise NotImplementedError
+
+    def _encoder_settings(self, number: int) -> Any:
+        """Of the first, second or third text encoder."""
+        return self.pipeline.components[f"text_encoder{'' if number == 1 else f'_{number}'}"].config
 
     def _refuse_options_of_others(self) -> None:
         for option in ("embedded_guidance", "max_sequence_length"):
@@ -106,7 +177,15 @@ class PipelineBackbone:
         return (self._channels(), size, size)
 
     def _default_size(self) -> int:
-        return self.denoiser.config.sample_size
+        size = self.denoiser.config.sample_size
+        sides = list(size) if isinstance(size, (list, tuple)) else [size]
+        side = sides[0] if sides and all(one == sides[0] for one in sides) else None
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+            raise ValueError(
+                f"model.resolution must be set where sample_size of the {self.denoiser_name} is no side of a square, "
+                f"got sample_size = {size}; set it to the side of the images in pixels"
+            )
+        return side
 
     def _channels(self) -> int:
         return self.denoiser.config.in_channels
@@ -154,7 +233,43 @@ class PipelineBackbone:
         """One row a prompt, in the type of the denoiser; the empty prompt gives the unconditional row."""
         self._align()
         self._place_text_encoders(is_near=True)
-        return {name: value.to(self.dtype) for name, value in self._encode(list(prompts)).items()}
+        with cuts.no_remarks(type(self.pipeline).__module__):  # `cut` tells of them
+            return {name: value.to(self.dtype) for name, value in self._encode(list(prompts)).items()}
+
+    def cut(self, prompts: Sequence[str]) -> list[Cut]:
+        """What the text encoders do not read of each prompt: only tokenizers run, once for a prompt.
+
+        ValueError where the pipeline has no tokenizers, as an outline has none.
+        """
+        return [cuts.cut_of(prompt, reading) for prompt, reading in zip(prompts, self._read(prompts), strict=True)]
+
+    def same_prompts(self, prompts: Sequence[str]) -> list[list[str]]:
+        """Groups of different prompts that every text encoder reads as one, so that the denoiser cannot tell them."""
+        return cuts.same(prompts, self._read(prompts))
+
+    def cut_summary(self, prompts: Sequence[str]) -> str:
+        """One line on `cut` and `same_prompts`, empty where every prompt is read whole and told from the others."""
+        different = list(dict.fromkeys(prompts))
+        return cuts.summary(self.cut(different), self.same_prompts(different))
+
+    def tokenizer_limits(self) -> dict[str, int]:
+        """How many tokens, special ones included, are read by the encoder of each tokenizer that is in use."""
+        raise NotImplementedError
+
+    def _read(self, prompts: Sequence[str]) -> list[dict[str, Reading]]:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._readings]
+        if new:
+            if self.pipeline.components["tokenizer"] is None:
+                raise ValueError("what is cut of a prompt is told by tokenizers, got an outline; load the whole model")
+            self._readings |= {prompt: {} for prompt in new}
+            for name, limit in self.tokenizer_limits().items():
+                tokenizer = self.pipeline.components[name]
+                texts = new
+                if hasattr(self.pipeline, "maybe_convert_prompt"):  # tokens of textual inversion that are several
+                    texts = self.pipeline.maybe_convert_prompt(new, tokenizer)
+                for prompt, reading in zip(new, cuts.read(tokenizer, texts, limit), strict=True):
+                    self._readings[prompt][name] = reading
+        return [self._readings[prompt] for prompt in prompts]
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Model output in float32; offloaded text encoders leave the device here."""
@@ -166,12 +281,17 @@ class PipelineBackbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [n, 3, h, w] in [0, 1], float32."""
+        """Pictures [n, 3, h, w] in [0, 1], float32; all NaN where a latent or what the VAE made of it is not finite."""
         self._align()
-        config = self.vae.config
-        scaled = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        scaled = self._unscaled(latents.to(self.vae.dtype))
         parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(self.num_decoded_at_once())]
-        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+        images = torch.cat(parts).float()
+        is_finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
+        return torch.where(is_finite[:, None, None, None], (images / 2 + 0.5).clamp(0, 1), torch.nan)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE takes them."""
+        return latents / self.vae.config.scaling_factor
 
     def num_decoded_at_once(self) -> int:
         """Pictures that the VAE decodes in one go: a large one takes gigabytes."""

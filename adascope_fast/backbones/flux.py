@@ -5,19 +5,32 @@ tokens [n, h/2 * w/2, 64]. The guidance that FLUX.1-dev was distilled to take as
 nothing; `guidance_scale` is true classifier-free guidance, diffusers' `true_cfg_scale`, and costs a second forward.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adascope_fast.backbone import Condition
-from adascope_fast.backbones.sd3 import FlowTransformer
+from adascope_fast.backbones.sd import CLIP_TOKENIZERS, VAES
+from adascope_fast.backbones.sd3 import T5_TOKENIZERS, FlowTransformer
 from adascope_fast.schedules import Schedule
+from adascope_fast.schedules.samplers import FLOW_SCHEDULER
 
 
 class Flux(FlowTransformer):
     """`FluxPipeline` with guidance embedding (FLUX.1-dev)."""
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "transformer": ("FluxTransformer2DModel",),
+        "vae": VAES,
+        "scheduler": (FLOW_SCHEDULER,),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": CLIP_TOKENIZERS,
+        "text_encoder_2": ("T5EncoderModel",),
+        "tokenizer_2": T5_TOKENIZERS,
+    }
 
     # examples/dreambooth/train_dreambooth_lora_flux.py: attention and feed-forward of the double-stream blocks, and the
     # attention of the single-stream ones.
@@ -56,6 +69,12 @@ class Flux(FlowTransformer):
         config = self.denoiser.config
         tokens = (self._num_t5_tokens(), config.joint_attention_dim)
         return {"text": tokens, "pooled": (config.pooled_projection_dim,)}
+
+    def text_widths(self) -> dict[str, int]:
+        return {"text": self._encoder_settings(2).d_model, "pooled": self._encoder_settings(1).hidden_size}
+
+    def tokenizer_limits(self) -> dict[str, int]:
+        return {"tokenizer": self.pipeline.tokenizer_max_length, "tokenizer_2": self._num_t5_tokens()}
 
     def _num_t5_tokens(self) -> int:
         return self.options.max_sequence_length or 512

@@ -3,6 +3,7 @@
 One file a family, imported when a model of it is loaded.
 """
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from adascope_fast.backbones.base import Options, PipelineBackbone
 from adascope_fast.backbones.sources import ASSETS as ASSETS
 from adascope_fast.backbones.sources import EMBEDDED as EMBEDDED
-from adascope_fast.backbones.sources import locate
+from adascope_fast.backbones.sources import Source, locate
 
 FAMILIES = {
     "StableDiffusionPipeline": ("sd", "StableDiffusion"),
@@ -32,6 +33,7 @@ def check(name: str, *, base: str | None = None, revision: str | None = None) ->
     """ValueError unless `name` is a model that `load` knows how to read and RL can train; no weights are read."""
     source = locate(name, base=base, revision=revision)
     family = family_of(source.class_name)
+    source.index(family)
     family.refuse(source.json(f"{family.denoiser_name}/config.json"))
 
 
@@ -49,13 +51,15 @@ def outline(
     """The model from its JSON files alone, for measurements; its other arguments are those of `load`.
 
     On the meta device it has shapes and no numbers, on any other random weights; it has no tokenizers, so it cannot
-    encode, its weights are not quantised, and text encoders that would be offloaded are on the meta device.
+    encode, its weights are not quantised, and text encoders that would be offloaded are on the meta device. Of files
+    that are there, what is damaged is refused as `load` does; a folder may be of JSON files alone.
     """
     from adascope_fast.backbones.meta import outline as outline_of
 
     found = locate(name, base=base, revision=revision, variant=variant)
     family = family_of(found.class_name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    _examine(found, family, Options(**options), wanted)
     return _silenced(outline_of(found, family, Options(**options), wanted, device))
 
 
@@ -87,9 +91,27 @@ def load(
         return family_of(name)(source, name, made)
     found = locate(source, base=base, revision=revision, variant=variant)
     family = family_of(found.class_name)
-    family.refuse(found.json(f"{family.denoiser_name}/config.json"))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return _silenced(family(found.open(family.denoiser_name, wanted, quantize), source, made))
+    tokenizers = _examine(found, family, made, wanted)
+    return _silenced(family(found.open(family, wanted, quantize, tokenizers), source, made))
+
+
+def _examine(source: Source, family: type[PipelineBackbone], options: Options, dtype: torch.dtype) -> dict[str, Any]:
+    """The tokenizers of a source that can be built, run and read, as far as can be told without its weights.
+
+    An embedded model is not looked at: it is part of this package.
+    """
+    from adascope_fast.backbones.meta import outline as outline_of
+    from adascope_fast.backbones.meta import rehearse
+
+    if source.name in EMBEDDED:
+        return {}
+    simple = options.model_copy(update={"attention": "sdpa", "keep_reference": False, "offload_text_encoders": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model itself will give them
+        backbone = outline_of(source, family, simple, dtype, "meta")
+    rehearse(backbone)
+    return source.examine(family, backbone.pipeline)
 
 
 def _silenced(backbone: PipelineBackbone) -> PipelineBackbone:

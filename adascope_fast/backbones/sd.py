@@ -1,12 +1,24 @@
 """Stable Diffusion 1.x and 2.x: a UNet on latents, one text encoder, DDIM; epsilon or v as the scheduler says."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from adascope_fast.backbone import Condition
 from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.schedules import Schedule
+from adascope_fast.schedules.samplers import BETA_SCHEDULERS
+
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+VAES = ("AutoencoderKL", "AutoencoderTiny")
+UNET_PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": VAES,
+    "scheduler": tuple(sorted(BETA_SCHEDULERS)),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": CLIP_TOKENIZERS,
+}
 
 
 class DenoisingUNet(PipelineBackbone):
@@ -51,8 +63,16 @@ class DenoisingUNet(PipelineBackbone):
 class StableDiffusion(DenoisingUNet):
     """`StableDiffusionPipeline`; the embedded `scenes` is one in small."""
 
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = UNET_PARTS
+
     def condition_shape(self) -> dict[str, tuple[int, ...]]:
         return {"text": (self._num_clip_tokens(), self.denoiser.config.cross_attention_dim)}
+
+    def text_widths(self) -> dict[str, int]:
+        return {"text": self._encoder_settings(1).hidden_size}
+
+    def tokenizer_limits(self) -> dict[str, int]:
+        return {"tokenizer": self.pipeline.tokenizer.model_max_length}
 
     def _encode(self, prompts: list[str]) -> Condition:
         text, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)

@@ -7,8 +7,11 @@ cache (HF_HOME); with HF_HUB_OFFLINE=1 nothing but the cache is used.
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -22,6 +25,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from adascope_fast.backbones.pipeline import files
 from adascope_fast.loading import load_whole, not_whole
 from adascope_fast.loading import quiet as quiet
 
@@ -50,7 +54,12 @@ class Source:
     @property
     def class_name(self) -> str:
         """The pipeline's class, by its `model_index.json`."""
-        return str(self.json("model_index.json").get("_class_name"))
+        index = self.json("model_index.json")
+        if "_class_name" not in index:
+            raise ValueError(
+                f"model_index.json of {self.name!r} must name its _class_name, got none; download it again"
+            )
+        return str(index["_class_name"])
 
     def json(self, path: str) -> dict[str, Any]:
         """A JSON file of the pipeline; ValueError, saying what to download, where it cannot be had."""
@@ -62,30 +71,102 @@ class Source:
                 local = Path(hf_hub_download(self.place, path, revision=self.revision))
             except (OSError, ValueError) as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
-        try:
-            values = json.loads(local.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} of {self.name!r} must be JSON, got {error}; download it again") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} of {self.name!r} must be a JSON object, got {values!r:.50}; download it again")
-        return values
+        return files.read_json(local, f"{path} of {self.name!r}")
 
-    def open(self, denoiser: str, dtype: torch.dtype, quantize: str) -> DiffusionPipeline:
-        """Load it; `denoiser` is the name of the component that `quantize` is for."""
+    def index(self, family: Any) -> dict[str, Any]:
+        """`model_index.json` with all that a family runs; what is not there and never run is left out as null.
+
+        ValueError, in the same words for a plan and for a training, for a part that is missing and matters.
+        """
+        index = self.json("model_index.json")
+        files.refuse_missing_parts(self.name, index, family.parts, set(family.may_lack))
+        if not _is_folder(self.place):
+            return index
+        folder, is_described = Path(self.place), self.is_description
+        for part in family.parts:
+            is_named = index[part][0] is not None
+            if is_named and not (folder / part).is_dir() and not (is_described and part.startswith("tokenizer")):
+                advice = "save or download it again"
+                if part in family.may_lack:
+                    advice += f", or put [null, null] for {' and '.join(sorted(family.may_lack))} in model_index.json"
+                raise ValueError(f"{self.name!r} is not a whole pipeline, it has no folder {part}; {advice}")
+        # A safety checker cannot be without its feature extractor in diffusers.
+        absent = {part for part in files.NEVER_RUN if not (folder / part).is_dir()}
+        absent |= {"safety_checker"} if "feature_extractor" in absent else set()
+        return index | {part: [None, None] for part in absent if part in index}
+
+    @property
+    def is_description(self) -> bool:
+        """Whether it is a folder of JSON files alone, of which a plan can be made."""
+        return self.file is None and not any(
+            path.suffix in (".safetensors", ".bin") for path in Path(self.place).glob("*/*")
+        )
+
+    def examine(self, family: Any, pipeline: Any) -> dict[str, Any]:
+        """The tokenizers of a folder, whose files and those of the weights can be read; ValueError that names a file.
+
+        Args:
+            pipeline: the same on the meta device, as its configurations describe it.
+        """
+        if self.file is not None:
+            files.num_weights(self.file, f"the file {self.name!r}")
+        if not _is_folder(self.place) or (self.is_description and self.file is None):
+            return {}
+        folder, index, tokenizers = Path(self.place), self.index(family), {}
+        for part, (_, class_name) in index_entries(index):
+            if part in family.parts and part.startswith("tokenizer") and class_name is not None:
+                tokenizers[part] = files.read_tokenizer(self.name, folder, part, class_name)
+                encoder = pipeline.components[f"text_encoder{part.removeprefix('tokenizer')}"]
+                files.refuse_other_tokenizer(self.name, part, tokenizers[part], encoder)
+            model = pipeline.components.get(part)
+            if self.file is None and isinstance(model, nn.Module):
+                if not files.weight_files(folder / part, self.variant):
+                    reason = OSError(f"{part} has no .safetensors file of weights")
+                    raise ValueError(_not_there(self.name, self.place, reason))
+                files.refuse_damaged_weights(self.name, folder, part, self.variant, model)
+        return tokenizers
+
+    def open(
+        self, family: Any, dtype: torch.dtype, quantize: str, tokenizers: dict[str, Any] | None = None
+    ) -> DiffusionPipeline:
+        """Load it; `quantize` is for the denoiser alone."""
+        denoiser, index = family.denoiser_name, self.index(family)
         options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "variant": self.variant}
-        self._refuse_missing_parts()
+        # diffusers asks for a component that is null by name, even where its index says so.
+        given = dict(tokenizers or {}) | {part: None for part in family.may_lack if index.get(part) == [None, None]}
         with quiet():
             try:
                 if quantize != "none":
                     options["quantization_config"] = quantization(denoiser, dtype, quantize)
-                if self.file is None:
-                    pipeline = self._open_place(denoiser, options)
-                else:
-                    pipeline = self._open_file(denoiser, options)
+                with self._without(index) as place:
+                    if self.file is None:
+                        pipeline = replace(self, place=place)._open_place(denoiser, options, **given)
+                    else:
+                        pipeline = replace(self, place=place)._open_file(denoiser, options, **given)
+                pipeline.register_to_config(_name_or_path=self.place)
             except OSError as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
+            except ValueError:
+                raise
+            except Exception as error:  # of diffusers, transformers and what reads their files
+                raise ValueError(
+                    f"{self.name!r} could not be loaded: {files.reason_of(error)}; save or download it again"
+                ) from None
         self._refuse_missing_weights(pipeline)
         return pipeline
+
+    @contextmanager
+    def _without(self, index: dict[str, Any]) -> Iterator[str]:
+        """The folder with that `model_index.json`: diffusers has no other way to leave out what it names."""
+        if not _is_folder(self.place) or index == self.json("model_index.json"):
+            yield self.place
+            return
+        with TemporaryDirectory() as place:
+            for path in Path(self.place).resolve().iterdir():
+                if path.is_dir():
+                    (Path(place) / path.name).symlink_to(path)
+            (Path(place) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+            yield place
 
     def _open_place(self, denoiser: str, options: dict[str, Any], **given: Any) -> DiffusionPipeline:
         """The folder or repository, with `given` models; of the others every weight is there, or ValueError."""
@@ -106,7 +187,14 @@ class Source:
             if name not in models and not (name == denoiser and "quantization_config" in options):
                 variant = self.variant if _has_variant(folder / name, self.variant) else None
                 part = f"the {name} of {self.name!r}"
-                models[name] = load_whole(model_class, folder / name, part, variant=variant, dtype=options["dtype"])
+                try:
+                    models[name] = load_whole(model_class, folder / name, part, variant=variant, dtype=options["dtype"])
+                except (OSError, ValueError):
+                    raise
+                except Exception as error:
+                    raise ValueError(
+                        f"{part} could not be loaded: {files.reason_of(error)}; save or download it again"
+                    ) from None
         return DiffusionPipeline.from_pretrained(
             self.place, use_safetensors=True, trust_remote_code=False, **models, **options
         )
@@ -129,17 +217,7 @@ class Source:
                 if missing:
                     raise ValueError(not_whole(f"the {name} of {self.name!r}", missing))
 
-    def _refuse_missing_parts(self) -> None:
-        """Without a tokenizer's files transformers makes an empty one, which fails later and says nothing of it."""
-        if self.file is None and _is_folder(self.place):
-            for name, entry in self.json("model_index.json").items():
-                has_files = (Path(self.place) / name).is_dir()
-                if isinstance(entry, list) and entry[0] is not None and not has_files:
-                    raise ValueError(
-                        f"{self.name!r} is not a whole pipeline, it has no folder {name}; save or download it again"
-                    )
-
-    def _open_file(self, denoiser: str, options: dict[str, Any]) -> DiffusionPipeline:
+    def _open_file(self, denoiser: str, options: dict[str, Any], **given: Any) -> DiffusionPipeline:
         """Everything from the file; where it holds the denoiser alone, the rest from `place`."""
         if "quantization_config" in options:
             raise ValueError(
@@ -148,7 +226,7 @@ class Source:
             )
         plain = {"config": self.place, "dtype": options["dtype"]}
         try:
-            return getattr(diffusers, self.class_name).from_single_file(str(self.file), **plain)
+            return getattr(diffusers, self.class_name).from_single_file(str(self.file), **plain, **given)
         except NotImplementedError:  # of torch: a weight that the file lacks has no numbers to convert
             raise ValueError(not_whole(f"the model in {self.name!r}", [])) from None
         except SingleFileComponentError as missing:
@@ -160,7 +238,12 @@ class Source:
                 RuntimeWarning,
                 stacklevel=4,
             )
-            return self._open_place(denoiser, options, **{denoiser: model})
+            return self._open_place(denoiser, options, **{denoiser: model}, **given)
+
+
+def index_entries(index: dict[str, Any]) -> list[tuple[str, tuple[Any, Any]]]:
+    """The components of `model_index.json`: name, and (library, class)."""
+    return [(name, tuple(entry)) for name, entry in index.items() if isinstance(entry, list)]
 
 
 def locate(name: str, *, base: str | None = None, revision: str | None = None, variant: str | None = None) -> Source:
@@ -210,6 +293,7 @@ def _described_by(path: Path) -> str:
         def __init__(self, shape: list[int]) -> None:
             self.shape = tuple(shape)
 
+    files.num_weights(path, f"the file {str(path)!r}")
     with safe_open(str(path), framework="pt") as file:
         shapes = {key: Shape(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]

@@ -51,8 +51,12 @@ def variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, fina
     """x = sqrt(alpha) x0 + sqrt(1 - alpha) noise; each step goes from a timestep to that less `stride`."""
     alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
     timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device="cpu")
-    if not ((timesteps >= 0) & (timesteps < len(alphas))).all():
-        raise ValueError(f"timesteps lie in 0..{len(alphas) - 1}, but they are {timesteps.tolist()}")
+    outside = timesteps[(timesteps < 0) | (timesteps >= len(alphas))]
+    if len(outside):
+        raise ValueError(
+            f"timesteps must lie in 0..{len(alphas) - 1}, got {int(outside[0])}{_and_more(len(outside))}; "
+            f"take fewer steps, or a smaller offset"
+        )
     final = alphas[0] if final_alpha_cumprod is None else alphas.new_tensor(final_alpha_cumprod)
     following = torch.where(timesteps >= stride, alphas[(timesteps - stride).clamp(min=0)], final)
     now = alphas[timesteps]
@@ -85,8 +89,16 @@ def _predicting(prediction_type: str, timesteps: Tensor, levels: tuple[Tensor, T
 def rectified_flow(sigmas: Sigmas, num_train_timesteps: int) -> Process:
     """x = (1 - t) x0 + t noise with sigmas t; the output is noise - x0."""
     table = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    if len(table) < 2 or not (table.diff() < 0).all() or table[0] > 1 or table[-1] < 0:
-        raise ValueError(f"sigmas fall within [1, 0], one more than there are steps, but they are {table.tolist()}")
+    if len(table) < 2:
+        raise ValueError(f"sigmas must be one more than there are steps, got {len(table)}; add the last, usually 0")
+    if not (table.diff() < 0).all():
+        step = int((~(table.diff() < 0)).nonzero()[0])
+        raise ValueError(
+            f"sigmas must fall from each step to the next, got {table[step]:g} and then {table[step + 1]:g} at step "
+            f"{step}; take fewer steps, or another shift"
+        )
+    if table[0] > 1 or table[-1] < 0:
+        raise ValueError(f"sigmas must lie within [1, 0], got {table[0]:g} to {table[-1]:g}; correct the scheduler")
     t, one = table[:-1], torch.ones(len(table) - 1, dtype=torch.float64)
     return Process(t * num_train_timesteps, 1 - t, t, 1 - table[1:], table[1:], (one, -t), (one, 1 - t))
 
@@ -97,5 +109,13 @@ def per_step(value: PerStep, like: Tensor, name: str) -> Tensor:
     if noise.ndim and noise.shape != like.shape:
         raise ValueError(f"{name} is one number or one for each of {len(like)} steps, but it has {noise.numel()}")
     if not (noise.isfinite() & (noise >= 0)).all():
-        raise ValueError(f"{name} is finite and not negative, but it is {value}; 0 is deterministic")
+        wrong = noise.reshape(-1)[~(noise.isfinite() & (noise >= 0)).reshape(-1)]
+        raise ValueError(
+            f"{name} must be finite and not negative, got {float(wrong[0]):g}{_and_more(len(wrong))}; "
+            f"0 is deterministic"
+        )
     return noise.expand(like.shape)
+
+
+def _and_more(count: int) -> str:
+    return "" if count == 1 else f" and {count - 1} more"

@@ -104,11 +104,11 @@ class Schedule:
     ) -> "Schedule":
         """The table of a diffusers scheduler, which is left as it was.
 
-        Schedulers with betas become "ddim" (default, eta 1) or "ddpm". DDIMScheduler stands as it is; the others (DDPM,
-        PNDM, Euler, DPM and their kin) give their betas and offset, at DDIM's "leading" timesteps ("trailing" if their
-        config says so). EulerDiscreteScheduler also becomes "euler": its own deterministic steps, of unit-variance
-        latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7), "dance_sde" (eta 0.3),
-        "flow_cps" (eta 0.7) or "flow_ode".
+        Schedulers with betas become "ddim" (default, eta 1) or "ddpm". DDIMScheduler and DDPMScheduler stand as they
+        are; the others (PNDM, Euler, DPM and their kin) give their betas and offset, at DDIM's "leading" timesteps
+        ("trailing" if their config says so). EulerDiscreteScheduler also becomes "euler": its own deterministic steps,
+        of unit-variance latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7),
+        "dance_sde" (eta 0.3), "flow_cps" (eta 0.7) or "flow_ode".
 
         With noise, "ddim" ends at alphas_cumprod[0] whatever `set_alpha_to_one` says, as in ddpo-pytorch and TRL: the
         last step then has noise and can be trained. Without noise it ends as diffusers' own sampler does.
@@ -118,10 +118,10 @@ class Schedule:
             sigmas: of the steps before the scheduler shifts them, where a pipeline has its own (FLUX).
         """
         classes, name = {base.__name__ for base in type(scheduler).__mro__}, type(scheduler).__name__
-        is_flow = "FlowMatchEulerDiscreteScheduler" in classes
-        if not is_flow and not classes & _BETA_SCHEDULERS:
-            known = ", ".join(sorted(_BETA_SCHEDULERS))
-            raise ValueError(f"supported schedulers are FlowMatchEulerDiscreteScheduler, {known}, not {name}")
+        is_flow = FLOW_SCHEDULER in classes
+        if not is_flow and not classes & BETA_SCHEDULERS:
+            known = ", ".join(sorted(BETA_SCHEDULERS))
+            raise ValueError(f"supported schedulers are {FLOW_SCHEDULER}, {known}, not {name}")
         kinds = _FLOW_KINDS if is_flow else _BETA_KINDS
         kind = kind or next(iter(kinds))
         if kind not in kinds or (kind == "euler" and "EulerDiscreteScheduler" not in classes):
@@ -130,18 +130,18 @@ class Schedule:
         for given, value in (("eta", eta), ("noise_level", noise_level)):
             if value is not None and given not in noise:
                 takes = ", ".join(f"sampler.{own}" for own in noise) or "no noise"
-                raise ValueError(f"the sampler {kind} takes {takes}, got sampler.{given} = {value}; remove it")
+                raise ValueError(f"the sampler {kind} takes {takes}, got sampler.{given} = {value!s:.40}; remove it")
             noise = noise if value is None else {given: value}
         if is_flow:
             shifted = _sigmas_of(scheduler, num_steps, mu, sigmas)
             return build(shifted, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
-        steps = _steps_of(scheduler, num_steps, "DDIMScheduler" in classes)
+        steps = _steps_of(scheduler, num_steps, stands=bool(classes & {"DDIMScheduler", "DDPMScheduler"}))
         if kind == "euler":
             return build(scheduler, num_steps)
         if kind == "ddim" and bool((torch.as_tensor(noise["eta"]) > 0).any()):
             steps["final_alpha_cumprod"] = None
         if kind == "ddpm":
-            noise = {"variance_type": scheduler.config.get("variance_type", "fixed_small")}
+            noise = {"variance_type": scheduler.config.get("variance_type") or "fixed_small"}
         return build(scheduler.alphas_cumprod, **steps, **noise)
 
 
@@ -219,7 +219,8 @@ def flow_cps(sigmas: Sigmas, *, eta: PerStep, num_train_timesteps: int = 1000) -
     flow = rectified_flow(sigmas, num_train_timesteps)
     angle = per_step(eta, flow.sigma, "eta") * (math.pi / 2)
     if (angle > math.pi / 2).any():
-        raise ValueError(f"eta of Flow-CPS lies in [0, 1], but it is {eta}; 0.7 to 0.8 is usual")
+        highest = float(angle.max() / (math.pi / 2))
+        raise ValueError(f"eta of Flow-CPS must lie in [0, 1], got {highest:g}; 0.7 to 0.8 is usual")
     return _table(flow, "flow_cps", flow.rows(flow.next_sigma * angle.sin()))
 
 
@@ -239,25 +240,47 @@ def _table(process: Process, kind: str, coef: Tensor) -> Schedule:
     return Schedule(*[table.float() for table in tables], kind=kind, ode_coef=ode_coef.float())
 
 
-def _steps_of(scheduler: Any, num_steps: int, is_ddim: bool) -> dict[str, Any]:
+def _steps_of(scheduler: Any, num_steps: int, *, stands: bool) -> dict[str, Any]:
     config = scheduler.config
     for option in ("clip_sample", "thresholding"):
         if config.get(option):
             raise ValueError(f"steps must be affine in the output, but {option} is True; set {option}=False")
     train_steps, spacing = config["num_train_timesteps"], config.get("timestep_spacing", "leading")
+    if spacing not in ("leading", "trailing", "linspace"):
+        raise ValueError(
+            f"timestep_spacing of the scheduler must be leading, trailing or linspace, got {spacing!r}; correct it in "
+            f"scheduler_config.json"
+        )
     if not 1 <= num_steps <= train_steps:
         raise ValueError(f"num_steps lies in 1..{train_steps}, the training steps of the scheduler, not {num_steps}")
     stride, remaining = train_steps // num_steps, torch.arange(num_steps - 1, -1, -1, dtype=torch.float64)
     if spacing == "trailing":
-        timesteps = ((remaining + 1) * (train_steps / num_steps)).round() - 1
-    elif spacing == "linspace" and is_ddim:
+        timesteps = _trailing(train_steps, num_steps)
+    elif spacing == "linspace" and stands:
         timesteps = (remaining * ((train_steps - 1) / max(num_steps - 1, 1))).round()
     else:
-        timesteps = remaining * stride + config.get("steps_offset", 0)
+        offset = config.get("steps_offset", 0)
+        if not 0 <= stride * (num_steps - 1) + offset < train_steps:
+            raise ValueError(
+                f"{num_steps} steps with the scheduler's steps_offset = {offset} start at timestep "
+                f"{stride * (num_steps - 1) + offset}, and it was trained at 0..{train_steps - 1}; "
+                f"set sampler.num_steps lower, or steps_offset to 0"
+            )
+        timesteps = remaining * stride + offset
     final = 1.0 if config.get("set_alpha_to_one", True) else None
     return dict(
         timesteps=timesteps, stride=stride, prediction_type=config["prediction_type"], final_alpha_cumprod=final
     )
+
+
+def _trailing(train_steps: int, num_steps: int) -> Tensor:
+    """`np.arange(train_steps, 0, -train_steps / num_steps).round() - 1`, as diffusers has it, to the last bit.
+
+    numpy adds multiples of the rounded difference of its first two values, which decides where a half is rounded to.
+    For 62 of the 1..1000 steps that makes one value too many in diffusers, a timestep of -1; it is not in here.
+    """
+    difference = (train_steps - train_steps / num_steps) - train_steps
+    return (train_steps + difference * torch.arange(num_steps, dtype=torch.float64)).round() - 1
 
 
 def _euler(scheduler: Any, num_steps: int) -> Schedule:
@@ -278,7 +301,8 @@ def _sigmas_of(scheduler: Any, num_steps: int, mu: float | None, sigmas: Sequenc
     return scheduler.sigmas
 
 
-_BETA_SCHEDULERS = {
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+BETA_SCHEDULERS = {
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",

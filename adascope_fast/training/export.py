@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
-from adascope_fast.backbones.sources import quiet
 from adascope_fast.config import ConfigError
+from adascope_fast.loading import follow_umask, quiet
 from adascope_fast.training.draw import load_run
 
 
@@ -27,6 +28,8 @@ def merge(run: Path, folder: Path, *, dtype: str | None = None, pipeline: Diffus
     changes: dict[str, Any] = {"quantize": "none"} | ({"dtype": dtype} if dtype else {})
     config, backbone = load_run(run, pipeline=pipeline, **changes)
     backbone.weights.merge()
-    backbone.denoiser.to(getattr(torch, dtype or config.model.dtype))
+    # `Module.to`, since diffusers' own warns of modules kept in float32 even where its list of them is empty.
+    nn.Module.to(backbone.denoiser, getattr(torch, dtype or config.model.dtype))
     with quiet():
         backbone.pipeline.save_pretrained(folder, safe_serialization=True)
+    follow_umask(folder)

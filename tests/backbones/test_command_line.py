@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -93,6 +94,46 @@ def test_two_iterations_then_pictures_and_a_whole_pipeline(tiny, family: str, tm
     code, out, err = _call("merge", run, merged)
     assert (code, out) == (2, "")
     assert "merge never replaces what is there" in err
+
+
+def _without(tiny: Callable[[str], Path], family: str, target: Path, **entries: list) -> Path:
+    """The pipeline with other entries in its model_index.json, and without the folders of those that are null."""
+    shutil.copytree(tiny(family), target)
+    path = target / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    for name, entry in entries.items():
+        if entry == [None, None]:
+            shutil.rmtree(target / name, ignore_errors=True)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "entries"),
+    [
+        ("sd", {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+                "feature_extractor": ["transformers", "CLIPImageProcessor"]}),
+        ("sd3", {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}),
+    ],
+)  # fmt: skip
+def test_a_run_without_optional_parts_becomes_a_plain_pipeline(tiny, tmp_path: Path, family: str, entries: dict):
+    folder = _without(tiny, family, tmp_path / "model", **entries)
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    mask = os.umask(0o027)
+    try:
+        assert _call("plan", TINY, f"model.name={folder}", *OVERRIDES[family])[0] == 0
+        _train(lambda _: folder, family, run)
+        assert _call("merge", run, merged, "--dtype", "bfloat16") == (0, f"{merged}\n", "")
+        assert _call("merge", run, tmp_path / "float32")[0] == 0
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in merged.rglob("*") if path.is_file()} == {0o640}
+    # Without its T5 diffusers reads no SD3 unless it is told so, the original folder as little as the merged one.
+    absent: dict = {name: None for name in entries} if family == "sd3" else {}
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "float32", **absent)
+    assert all(pipeline.components[name] is None for name in entries)
+    (ours,) = draw(load_run(run)[1], [CAPTION], [3], num_steps=3, guidance_scale=1.0)
+    initial = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours, _plain_picture(pipeline, family, initial)[0], rtol=0, atol=1e-4)
 
 
 def test_full_fine_tuning_with_an_average_resumes_samples_and_merges(tiny, tmp_path: Path):

@@ -1,5 +1,6 @@
 """How weights come into a model: the same bits come out wherever in a file, or in memory, they lay."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from adascope_fast import backbones
 from adascope_fast.adascope.decoders import TinyDecoder
 from adascope_fast.backbones import PipelineBackbone
-from adascope_fast.loading import align, aligned, not_whole, quiet
+from adascope_fast.loading import align, aligned, follow_umask, not_whole, quiet
 from adascope_fast.rewards.clip import SCENES_CLIP, ClipSimilarity
 from adascope_fast.training import checkpoint
 from adascope_fast.training.draw import initial_latents
@@ -173,3 +174,20 @@ def test_quiet_within_quiet_stays_quiet():
         assert not transformers_logging.is_progress_bar_enabled()
         assert not diffusers_logging.is_progress_bar_enabled()
     assert transformers_logging.is_progress_bar_enabled() == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_get_the_mode_that_the_umask_gives(tmp_path: Path, mask: int):
+    (tmp_path / "part").mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "part" / "a.safetensors")
+    save_file({"a": torch.zeros(2)}, tmp_path / "b.safetensors")
+    before = os.umask(mask)
+    try:
+        follow_umask(tmp_path / "part")
+        follow_umask(tmp_path / "b.safetensors")
+        (tmp_path / "new").touch()
+        assert os.umask(mask) == mask, "the umask is left as it was"
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(["a.safetensors", "b.safetensors", "new"], 0o666 & ~mask)

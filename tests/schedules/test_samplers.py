@@ -114,13 +114,63 @@ def test_ddim_matches_diffusers(eta, prediction_type, spacing, latents):
         _close(x0, step.pred_original_sample)
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 7, 30, 999, 1000])
+@pytest.mark.parametrize("steps_offset", [0, 1])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_ddim_timesteps_match_diffusers(spacing, num_steps):
-    scheduler: Any = diffusers.DDIMScheduler(**{**SD15, "steps_offset": 0}, timestep_spacing=spacing)
-    schedule = Schedule.from_diffusers(scheduler, num_steps, eta=0.0)
-    scheduler.set_timesteps(num_steps)
-    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+@pytest.mark.parametrize("scheduler_class", [diffusers.DDIMScheduler, diffusers.DDPMScheduler])
+def test_timesteps_match_diffusers_for_every_count(scheduler_class, spacing, steps_offset):
+    """diffusers' arange has a value too many for 62 of the trailing counts, a timestep of -1, which is left out."""
+    options = dict(clip_sample=False, steps_offset=steps_offset, timestep_spacing=spacing)
+    scheduler, steps_past_the_end = scheduler_class(**options), 0
+    for num_steps in range(1, 1001):
+        scheduler.set_timesteps(num_steps)
+        want = [float(step) for step in scheduler.timesteps if step >= 0]
+        if max(want) > 999:
+            steps_past_the_end += 1
+            with pytest.raises(ValueError, match=f"^{num_steps} steps with .* steps_offset = 1 start at timestep 1000"):
+                Schedule.from_diffusers(scheduler, num_steps, eta=0.0)
+            continue
+        schedule = Schedule.from_diffusers(scheduler, num_steps, eta=0.0)
+        assert schedule.timesteps.tolist() == want
+        assert schedule.num_steps == num_steps
+    assert steps_past_the_end == (spacing == "leading" and steps_offset == 1)
+
+
+ALPHAS = [0.999 - 0.0009 * step for step in range(1000)]
+LONG = [float(step) for step in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda: schedules.ddim(ALPHAS, [int(step) for step in LONG], stride=1, eta=0.0), "got 1000 and 999 more"),
+        (lambda: schedules.ddim(ALPHAS, [0] * 1000, stride=1, eta=[-1.0] * 1000), "got -1 and 999 more"),
+        (lambda: schedules.flow_ode(LONG), "got 0 and then 1 at step 0"),
+        (lambda: schedules.flow_ode([2.0, 1.0, 0.0]), "got 2 to 0"),
+        (lambda: schedules.flow_ode([1.0]), "got 1; add the last"),
+        (lambda: schedules.flow_cps([1 - step / 2000 for step in range(2001)], eta=[3.0] * 2000), "got 3;"),
+        (
+            lambda: Schedule.from_diffusers(diffusers.DDIMScheduler(**SD15), 1000),
+            "1000 steps with the scheduler's steps_offset = 1 start at timestep 1000",
+        ),
+        (
+            lambda: Schedule.from_diffusers(diffusers.DDIMScheduler(**SD15), 9, noise_level=LONG),
+            "takes sampler.eta, got sampler.noise_level",
+        ),
+    ],
+)
+def test_an_error_about_many_numbers_is_one_short_line(build, told: str):
+    with pytest.raises(ValueError, match=r"got|start at") as raised:
+        build()
+    assert told in str(raised.value)
+    assert len(str(raised.value)) < 200
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_spacing_is_refused_by_name():
+    scheduler = diffusers.DDIMScheduler(**SD15)
+    scheduler.register_to_config(timestep_spacing="even")
+    with pytest.raises(ValueError, match=r"timestep_spacing of the scheduler must be .*, got 'even'"):
+        Schedule.from_diffusers(scheduler, 9)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
@@ -358,7 +408,7 @@ def _from(scheduler: Any, **options: Any) -> Schedule:
         (lambda: _from(diffusers.DDIMScheduler(**SD15, thresholding=True)), "thresholding is True"),
         (lambda: _from(diffusers.DDIMScheduler(**{**SD15, "prediction_type": "score"})), "not 'score'"),
         (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)), "mu is None"),
-        (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)), "sigmas fall"),
+        (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)), "sigmas must fall"),
         (lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), kind="ddim"), "got 'ddim'"),
         (
             lambda: _from(diffusers.FlowMatchEulerDiscreteScheduler(), eta=1.0),
