@@ -1,0 +1,139 @@
+"""SIGKILL at any moment, several in one run; resumed to the end, the run equals the one left alone, bit for bit.
+
+Moments: anywhere in the life of the process, inside a reward, and while a checkpoint's partial folder is there.
+"""
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.faults.program import Running
+from bench.faults.runs import ITERATIONS, RESUME, Row, Setting, checkpoints, go_on, newest_whole, read, reset, train
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When: `anywhere` (share of the remaining time), `reward` (iteration), `checkpoint` (seconds after it begins)."""
+
+    moment: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """The kills of one run, in their order; `fresh`: in interpreters of their own."""
+
+    name: str
+    kills: tuple[Kill, ...]
+    fresh: bool
+
+
+def cases(count: int, seed: int) -> list[Case]:
+    """Runs with `count` kills altogether, up to three in each."""
+    rng, found, left = random.Random(f"{seed}/kills"), [], count
+    while left > 0:
+        number = min(left, rng.choice((1, 2, 3)))
+        fresh = len(found) % 4 == 3
+        kinds = ["anywhere"] if fresh else ["anywhere", "reward", "checkpoint", "checkpoint"]
+        kills = []
+        for _ in range(number):
+            moment = rng.choice(kinds)
+            kills.append(
+                Kill(
+                    moment,
+                    rng.random()
+                    if moment == "anywhere"
+                    else float(rng.randrange(ITERATIONS))
+                    if moment == "reward"
+                    else rng.choice((0.0, rng.random() * 0.003)),
+                )
+            )
+        found.append(Case(f"{len(found):03d}", tuple(kills), fresh))
+        left -= number
+    return found
+
+
+def run_case(setting: Setting, case: Case) -> list[Row]:
+    """A row for each kill, by the part of the run in which it fell."""
+    folder = setting.folder("kills", case.name)
+    run, parts, worst = folder / "run", [], 0
+    for kill in case.kills:
+        part = _kill(setting, folder, kill, case.fresh)
+        parts.append(part)
+        whole = newest_whole(run)
+        if whole < worst:
+            detail = f"checkpoint {worst} was whole before the kill in {part}, the newest whole one is {whole}"
+            return [Row("SIGKILL", part, "lost", f"{case}: {detail}") for part in parts]
+        worst = whole
+    outcome, detail = go_on(setting, folder)
+    if outcome == "recovered":
+        reset(folder)
+    return [Row("SIGKILL", part, outcome, detail and f"{case}: {detail}") for part in parts]
+
+
+def _kill(setting: Setting, folder: Path, kill: Kill, fresh: bool) -> str:
+    """Start or resume the run and kill it; where it was."""
+    run = folder / "run"
+    (folder / "probe").unlink(missing_ok=True)
+    hold = folder / "hold"
+    if kill.moment == "reward":
+        hold.write_text(str(int(kill.at)))
+    resumes = (run / "config.toml").is_file() and bool(checkpoints(run))
+    begun = time.time()
+    before = len(read(run / "stats.jsonl").splitlines())
+    arguments = RESUME if resumes else train() + (["--overwrite"] if (run / "config.toml").is_file() else [])
+    running = setting.program.start(arguments, folder, fresh=fresh)
+    alive = _wait_for(setting, running, folder, kill, fresh, before)
+    running.signal(signal.SIGKILL)
+    outcome = running.wait()
+    hold.unlink(missing_ok=True)
+    if not alive or outcome.code != -signal.SIGKILL:
+        return "after the end"
+    return part_of(folder, begun)
+
+
+def _wait_for(setting: Setting, running: Running, folder: Path, kill: Kill, fresh: bool, done: int) -> bool:
+    if kill.moment == "reward":
+        return running.until(lambda: read(folder / "probe").startswith("held"))
+    if kill.moment == "checkpoint":
+        found = running.until(lambda: bool(list(_partials(folder / "run"))))
+        end = time.perf_counter() + kill.at
+        while time.perf_counter() < end:
+            pass
+        return found and running.alive()
+    life = setting.fresh_seconds if fresh else setting.seconds
+    loading = life - setting.seconds
+    return running.after(kill.at * (loading + setting.seconds * (1 - 0.6 * done / ITERATIONS)))
+
+
+def _partials(run: Path) -> Iterator[Path]:
+    folder = run / "checkpoints"
+    try:
+        yield from (path for path in folder.iterdir() if path.name.startswith(".") and "partial" in path.name)
+    except OSError:
+        return
+
+
+def part_of(folder: Path, begun: float) -> str:
+    """The part of the run in which a process died that began at `begun`, seconds of the clock."""
+    run = folder / "run"
+    if list(_partials(run)):
+        return "checkpoint"
+    probe, status = folder / "probe", run / "run.json"
+    if not status.is_file() or status.stat().st_mtime < begun:
+        return "loading"
+    state, _, lines = read(probe).partition(" ")
+    if state in ("in", "held"):
+        return "reward"
+    evaluated = run / "evaluation.json"
+    if not evaluated.is_file():
+        return "evaluation"
+    logged = read(run / "stats.jsonl").count("\n")
+    if logged >= ITERATIONS:
+        return "evaluation"
+    if not probe.is_file() or evaluated.stat().st_mtime_ns > probe.stat().st_mtime_ns or logged > int(lines or 0):
+        return "rollout"
+    return "update"
