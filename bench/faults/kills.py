@@ -16,10 +16,12 @@ from bench.faults.runs import ITERATIONS, RESUME, Row, Setting, checkpoints, go_
 
 @dataclass(frozen=True)
 class Kill:
-    """When: `anywhere` (share of the remaining time), `reward` (iteration), `checkpoint` (seconds after it begins)."""
+    """When: `anywhere` (`at`: share of the time left), in a `reward`, or `at` seconds into writing a `checkpoint`."""
 
     moment: str
     at: float
+    iteration: int
+    """The first in whose reward or checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,15 @@ def cases(count: int, seed: int) -> list[Case]:
         number = min(left, rng.choice((1, 2, 3)))
         fresh = len(found) % 4 == 3
         kinds = ["anywhere"] if fresh else ["anywhere", "reward", "checkpoint", "checkpoint"]
-        kills = []
-        for _ in range(number):
-            moment = rng.choice(kinds)
-            kills.append(
-                Kill(
-                    moment,
-                    rng.random()
-                    if moment == "anywhere"
-                    else float(rng.randrange(ITERATIONS))
-                    if moment == "reward"
-                    else rng.choice((0.0, rng.random() * 0.003)),
-                )
-            )
-        found.append(Case(f"{len(found):03d}", tuple(kills), fresh))
+        kills = tuple(_drawn(rng, rng.choice(kinds)) for _ in range(number))
+        found.append(Case(f"{len(found):03d}", kills, fresh))
         left -= number
     return found
+
+
+def _drawn(rng: random.Random, moment: str) -> Kill:
+    iteration, share = rng.randrange(ITERATIONS), rng.random()
+    return Kill(moment, rng.choice((0.0, share * 0.003)) if moment == "checkpoint" else share, iteration)
 
 
 def run_case(setting: Setting, case: Case) -> list[Row]:
@@ -80,7 +75,7 @@ def _kill(setting: Setting, folder: Path, kill: Kill, fresh: bool) -> str:
     (folder / "probe").unlink(missing_ok=True)
     hold = folder / "hold"
     if kill.moment == "reward":
-        hold.write_text(str(int(kill.at)))
+        hold.write_text(str(kill.iteration))
     resumes = (run / "config.toml").is_file() and bool(checkpoints(run))
     begun = time.time()
     before = len(read(run / "stats.jsonl").splitlines())
@@ -99,7 +94,7 @@ def _wait_for(setting: Setting, running: Running, folder: Path, kill: Kill, fres
     if kill.moment == "reward":
         return running.until(lambda: read(folder / "probe").startswith("held"))
     if kill.moment == "checkpoint":
-        found = running.until(lambda: bool(list(_partials(folder / "run"))))
+        found = running.until(lambda: any(_number(path) > kill.iteration for path in _partials(folder / "run")))
         end = time.perf_counter() + kill.at
         while time.perf_counter() < end:
             pass
@@ -115,6 +110,10 @@ def _partials(run: Path) -> Iterator[Path]:
         yield from (path for path in folder.iterdir() if path.name.startswith(".") and "partial" in path.name)
     except OSError:
         return
+
+
+def _number(partial: Path) -> int:
+    return int("".join(letter for letter in partial.name if letter.isdigit()) or 0)
 
 
 def part_of(folder: Path, begun: float) -> str:

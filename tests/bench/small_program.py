@@ -120,9 +120,11 @@ def newest(run: Path) -> tuple[int, np.ndarray]:
             if FLAW == "lost":
                 shutil.rmtree(folder)
                 raise RefusedError(f"{folder} is damaged ({error})") from None
-            if FLAW != "silent":
+            if FLAW == "silent":
+                return int(folder.name), np.zeros(64, np.float32)
+            if FLAW != "mute":
                 print(f"{folder} is damaged ({error}); an older one is used", file=sys.stderr)
-    if found and FLAW != "silent":
+    if found:
         raise RefusedError(f"no checkpoint of {', '.join(map(str, found))} is whole")
     return 0, np.zeros(64, np.float32)
 
@@ -239,6 +241,8 @@ def adapter(run: Path) -> np.ndarray:
     config_of(run)
     path = run / "adapter" / "weights.safetensors"
     try:
+        if FLAW == "silent":
+            return np.fromfile(path, np.uint8).astype(np.float32)
         weights = load_file(path)["weights"]
         if weights.shape != (64,) or not np.isfinite(weights).all() or not math.isclose(
             float(weights.mean()), json.loads((run / "evaluation.json").read_text())["after"]
