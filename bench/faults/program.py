@@ -129,6 +129,8 @@ class Program:
         """
         streams = folder.with_name(f"{folder.name}.{time.monotonic_ns()}")
         streams.mkdir(parents=True)
+        for name in ("stdout", "stderr"):
+            (streams / name).touch()
         if _main is not None and not fresh and not self.command:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -179,7 +181,7 @@ def _child(
     code = 1
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+            os.dup2(os.open(streams / name, os.O_WRONLY | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         for number in (signal.SIGTERM, signal.SIGHUP):

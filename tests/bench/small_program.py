@@ -52,7 +52,7 @@ class RefusedError(Exception):
 
 
 def settings(arguments: list[str], stored: dict[str, Any]) -> dict[str, Any]:
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    given: dict[str, Any] = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     iterations = int(given.get("train.iterations", stored.get("iterations", 4)))
     reward = given.get("reward.name", stored.get("reward", "probe:score"))
     return {"folder": given.get("run.folder", "run"), "iterations": iterations, "reward": reward}
