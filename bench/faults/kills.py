@@ -3,10 +3,10 @@
 Moments: anywhere in the life of the process, inside a reward, and while a checkpoint's partial folder is there.
 """
 
+import contextlib
 import random
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,24 +77,32 @@ def _kill(setting: Setting, folder: Path, kill: Kill, fresh: bool) -> str:
     if kill.moment == "reward":
         hold.write_text(str(kill.iteration))
     resumes = (run / "config.toml").is_file() and bool(checkpoints(run))
-    begun = time.time()
+    begun, older = time.time(), _partials(run)
     before = len(read(run / "stats.jsonl").splitlines())
     arguments = RESUME if resumes else train() + (["--overwrite"] if (run / "config.toml").is_file() else [])
     running = setting.program.start(arguments, folder, fresh=fresh)
-    alive = _wait_for(setting, running, folder, kill, fresh, before)
+    alive = _wait_for(setting, running, folder, kill, fresh, before, older)
     running.signal(signal.SIGKILL)
     outcome = running.wait()
     hold.unlink(missing_ok=True)
     if not alive or outcome.code != -signal.SIGKILL:
         return "after the end"
-    return part_of(folder, begun)
+    return part_of(folder, begun, older)
 
 
-def _wait_for(setting: Setting, running: Running, folder: Path, kill: Kill, fresh: bool, done: int) -> bool:
+def _wait_for(
+    setting: Setting,
+    running: Running,
+    folder: Path,
+    kill: Kill,
+    fresh: bool,
+    done: int,
+    older: dict[Path, tuple[int, int]],
+) -> bool:
     if kill.moment == "reward":
         return running.until(lambda: read(folder / "probe").startswith("held"))
     if kill.moment == "checkpoint":
-        found = running.until(lambda: any(_number(path) > kill.iteration for path in _partials(folder / "run")))
+        found = running.until(lambda: any(_number(path) > kill.iteration for path in _new(folder / "run", older)))
         end = time.perf_counter() + kill.at
         while time.perf_counter() < end:
             pass
@@ -104,22 +112,30 @@ def _wait_for(setting: Setting, running: Running, folder: Path, kill: Kill, fres
     return running.after(kill.at * (loading + setting.seconds * (1 - 0.6 * done / ITERATIONS)))
 
 
-def _partials(run: Path) -> Iterator[Path]:
+def _partials(run: Path) -> dict[Path, tuple[int, int]]:
+    """Checkpoints that are being written, or were when a process died, each with what tells it from another's."""
     folder = run / "checkpoints"
-    try:
-        yield from (path for path in folder.iterdir() if path.name.startswith(".") and "partial" in path.name)
-    except OSError:
-        return
+    found = {}
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.name.startswith(".") and "partial" in path.name:
+                about = path.stat()
+                found[path] = about.st_ino, about.st_mtime_ns
+    return found
+
+
+def _new(run: Path, older: dict[Path, tuple[int, int]]) -> list[Path]:
+    return [path for path, about in _partials(run).items() if older.get(path) != about]
 
 
 def _number(partial: Path) -> int:
     return int("".join(letter for letter in partial.name if letter.isdigit()) or 0)
 
 
-def part_of(folder: Path, begun: float) -> str:
-    """The part of the run in which a process died that began at `begun`, seconds of the clock."""
+def part_of(folder: Path, begun: float, older: dict[Path, tuple[int, int]]) -> str:
+    """The part of the run in which a process died that began at `begun`, beside partial checkpoints `older` than it."""
     run = folder / "run"
-    if list(_partials(run)):
+    if _new(run, older):
         return "checkpoint"
     probe, status = folder / "probe", run / "run.json"
     if not status.is_file() or status.stat().st_mtime < begun:
