@@ -78,11 +78,15 @@ class Running:
         """Wait for the end; a process that outlives `longest_s` is killed and has no exit code."""
         longest_s = longest_s or self._longest_s
         hung = False
-        while self.alive():
-            if not hung and time.perf_counter() - self.start > longest_s:
-                hung = True
-                os.kill(self.pid, signal.SIGKILL)
-            time.sleep(0.002)
+        try:
+            while self.alive():
+                if not hung and time.perf_counter() - self.start > longest_s:
+                    hung = True
+                    os.kill(self.pid, signal.SIGKILL)
+                time.sleep(0.002)
+        except BaseException:  # interrupted: nothing is left running
+            self.signal(signal.SIGKILL)
+            raise
         seconds = time.perf_counter() - self.start
         texts = [(self._folder / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
         return Outcome(None if hung else self._process.returncode, texts[0], texts[1], seconds)

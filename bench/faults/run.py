@@ -148,12 +148,20 @@ def run_all(found: Sequence[Task], jobs: int) -> list[Row]:
     rows: list[Row] = []
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"))
     with pool:
-        for done in as_completed([pool.submit(guarded, task) for task in found]):
-            new = done.result()
-            rows += new
-            for row in new:
-                if row.failed:
-                    print(f"{row.outcome}: {row.area}, {row.fault}: {row.detail}", file=sys.stderr, flush=True)
+        futures = [pool.submit(guarded, task) for task in found]
+        try:
+            for done in as_completed(futures):
+                new = done.result()
+                rows += new
+                for row in new:
+                    if row.failed:
+                        print(f"{row.outcome}: {row.area}, {row.fault}: {row.detail}", file=sys.stderr, flush=True)
+        except BaseException:  # interrupted: the cases at work end now, with their disks unmounted
+            for future in futures:
+                future.cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return sorted(rows, key=lambda row: (AREAS.index(row.area) if row.area in AREAS else len(AREAS), row.fault))
 
 
@@ -220,4 +228,10 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
