@@ -1,0 +1,1 @@
+"""Faults put into real runs of the embedded model, from the outside: `python -m bench.faults.run`."""
