@@ -45,14 +45,6 @@ class Sensor(Protocol):
 
     def __call__(self, trajectory: Trajectory) -> Curves: ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What it has learned, for a checkpoint."""
-        ...
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with what `tensors` gave."""
-        ...
-
 
 @dataclass(frozen=True)
 class LatentSensor:

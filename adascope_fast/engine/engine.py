@@ -45,6 +45,8 @@ class IterationStatistics:
 
     values: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    rewards: Float32[Tensor, " b"] = field(default_factory=lambda: torch.zeros(0))
+    """Of the finite images."""
 
 
 PARTS = ("rollout", "reward", "sensing", "update")
@@ -146,7 +148,7 @@ class Engine:
             "selector": self.selector.telemetry(),
             "steps": {"uncertainty": as_json(uncertainty)} | statistics.by_step(),
         }
-        return IterationStatistics(values, dict(self._seconds))
+        return IterationStatistics(values, dict(self._seconds), samples.rewards)
 
     def _nothing(self, collection: "_Collection") -> IterationStatistics:
         """An iteration that had too few finite images to learn from: nothing has changed."""

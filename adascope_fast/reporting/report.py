@@ -98,6 +98,7 @@ def _told(run: Record, parts: Record) -> list[str]:
     for name, part in _mapping(parts.get("parts")).items():
         if _mapping(part).get("is_given") is True:
             lines.append(f"{name.replace('_', ' ')} passed in Python, not by the configuration: {part.get('name')}")
+    lines += [f"Prompts: {run['prompts_not_read']}"] if run.get("prompts_not_read") else []
     changes = parts.get("changes")
     return lines + [f"Changed {change}" for change in (changes if isinstance(changes, list) else [])]
 

@@ -138,7 +138,7 @@ class _WithMetadata:
     """A function of (images, prompts, metadata) as one of (images, prompts); all else is its own."""
 
     def __init__(self, reward: Callable[..., Any]) -> None:
-        self._reward = reward
+        self._reward = self.__wrapped__ = reward
         self.__name__ = _name(reward)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Any:

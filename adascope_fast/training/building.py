@@ -58,7 +58,7 @@ def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.
     )
 
 
-def sensor_of(config: Config, backbone: Backbone, reward: Reward) -> Sensor:
+def sensor_of(config: Config, backbone: Backbone, reward: Reward) -> LatentSensor | DecodedSensor:
     """The sensor that a configuration names, for the reward in training."""
     sensing = config.sensing
     if sensing is None or sensing.kind == "latent":

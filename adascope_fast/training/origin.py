@@ -43,6 +43,7 @@ class Part:
 
 def of_object(value: Any, *, is_given: bool) -> Part:
     """A reward, an algorithm or a selector; of one of this package's that the configuration names, its networks."""
+    value = inspect.unwrap(value)
     if is_given or not _is_ours(_type_of(value)):
         return Part(_name_of(value), _digest(json.dumps(_described(value))), is_given)
     networks = {name: weights(one) for name, one in vars(value).items() if isinstance(one, nn.Module)}

@@ -5,6 +5,7 @@ and repeats the run that was left alone bit for bit.
 """
 
 import hashlib
+import logging
 import math
 import random
 import time
@@ -46,6 +47,8 @@ from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
 from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import RunFolder, load_run_files, refuse_another
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,14 @@ class Trainer:
             "selector": selector,
         }
         self._given = {name for name, value in given.items() if value is not None}
-        self.reward = reward or rewards.load(config.reward)
+        self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
-        self.train_prompts = _given(train_prompts, config.prompts.train, "train_prompts")
-        held_out = _given(held_out_prompts, config.prompts.held_out, "held_out_prompts")
+        self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
         self.held_out = held_out[: config.evaluation.num_prompts]
+        rewards.check_prompts(self.reward, self.train_prompts, "prompts.train")
+        rewards.check_prompts(self.reward, self.held_out, "prompts.held_out")
+        if pipeline is not None and train_prompts is None and config.prompts.train == "scenes:train":
+            logger.warning("the pipeline is trained on the captions of scenes: pass train_prompts= for others")
         if algorithm is not None:
             refuse_other(algorithm, "given")
         if selector is not None:
@@ -206,6 +212,8 @@ class Trainer:
     def _run(self, folder: RunFolder, first: int) -> Result:
         if self.config.log.trackers:
             self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+        if self._not_read:
+            logger.warning("%s", self._not_read)
         self._describe(folder, "running")
         status, why = "failed", ""
         try:
@@ -228,6 +236,7 @@ class Trainer:
 
     def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
         seconds = time.perf_counter() - self._start
+        more |= {"prompts_not_read": self._not_read} if self._not_read else {}
         folder.describe(status, self.accelerator.device, seconds, self.acceleration, **more)
 
     def prepare(self) -> None:
@@ -248,6 +257,7 @@ class Trainer:
             getattr(torch, config.model.dtype),
             is_given=self._pipeline is not None,
         )
+        self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
@@ -284,7 +294,7 @@ class Trainer:
 
     def _iterate(self, folder: RunFolder, first: int) -> None:
         train = self.config.train
-        watch = NonFinite(self.config, folder.stats())
+        watch, has_hinted = NonFinite(self.config, folder.stats()), False
         if "before" not in folder.read("evaluation.json"):
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
@@ -304,6 +314,9 @@ class Trainer:
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
             folder.log(record | {"seconds": report.seconds})
+            if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
+                logger.warning("%s", hint)
+                has_hinted = True
             watch.add(record)
             is_last = iteration + 1 == train.iterations
             every = self.config.evaluation.every
@@ -381,7 +394,7 @@ class Trainer:
                     seed=settings.seed,
                     batch=self.config.train.rollout_batch,
                     num_shown=settings.grid_prompts,
-                    breakdown=getattr(self.reward, "breakdown", None),
+                    breakdown=lambda images, texts: rewards.breakdown(self.reward, images, texts),
                     similarity=self.similarity,
                     on_step=on_step,
                 )
@@ -446,14 +459,6 @@ def _with_nan(estimate: dict[str, Any]) -> dict[str, Any]:
     """The same with NaN where JSON has null."""
     nan = {name: math.nan for name in ("mean", "low", "high") if estimate.get(name) is None}
     return estimate | nan
-
-
-def _given(values: Sequence[str] | None, source: str, name: str) -> list[str]:
-    if values is None:
-        return prompts.load(source)
-    if not values:
-        raise ValueError(f"{name} needs at least one prompt, got an empty list")
-    return [prompts.checked(value, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
 def _seed(*parts: Any) -> int:

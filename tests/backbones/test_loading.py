@@ -102,7 +102,7 @@ def test_aligning_keeps_values_layout_and_identity():
 
 def test_a_checkpoint_is_read_into_aligned_memory(tmp_path: Path):
     checkpoint.save(tmp_path / "1", {"a": torch.arange(3.0), "b": torch.arange(5.0)}, {})
-    tensors, _ = checkpoint.load(tmp_path / "1")
+    tensors = checkpoint.load(tmp_path / "1").tensors
     assert _offsets(tensors.values()) == {0}
     assert torch.equal(tensors["b"], torch.arange(5.0))
     assert _offsets(load_file(tmp_path / "1" / "state.safetensors").values()) != {0}, "which the file does not give"
