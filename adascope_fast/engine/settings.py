@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from adascope_fast.settings import Images, Positive, Section
+from adascope_fast.settings import Count, Images, Positive, Section
 
 ROWS_THAT_PAY = 64
 """Rows of a training forward up to which more of them are cheaper each (a quarter on a CPU, from 16 to 64)."""

@@ -144,7 +144,9 @@ class RunFolder:
         """Replace `config.toml`, all but its heading, if it says something else."""
         path = self.path / "config.toml"
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        heading = "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+        heading = "".join(
+            takewhile(lambda line: line.startswith("#") or not line.strip(), text.splitlines(keepends=True))
+        )
         if text != heading + config.to_toml():
             _write(path, heading + config.to_toml())
 

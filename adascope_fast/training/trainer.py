@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,9 @@ class Trainer:
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
         self.held_out = held_out[: config.evaluation.num_prompts]
+        if len(held_out) < config.evaluation.num_prompts:
+            asked = config.evaluation.num_prompts
+            logger.warning("evaluation.num_prompts is %d, and all %d held-out prompts are used", asked, len(held_out))
         rewards.check_prompts(self.reward, self.train_prompts, "prompts.train")
         rewards.check_prompts(self.reward, self.held_out, "prompts.held_out")
         if pipeline is not None and train_prompts is None and config.prompts.train == "scenes:train":
@@ -135,9 +138,10 @@ class Trainer:
         self._start = time.perf_counter()
         RunFolder.check(self.config, overwrite=overwrite)
         self.prepare()  # may refuse; only then is an older run replaced
-        folder = RunFolder.create(self.config, overwrite=overwrite, heading=self._heading())
+        parts = self._parts()
+        folder = RunFolder.create(self.config, overwrite=overwrite, heading=_heading(parts))
         try:
-            origin.write(folder.path, self._parts(), signature=trust.signature(self.config))
+            origin.write(folder.path, parts, signature=trust.signature(self.config))
             return self._run(folder, 0)
         finally:
             folder.close()
@@ -164,7 +168,8 @@ class Trainer:
             if not accept_changes:
                 origin.refuse_changed(origin.differences(before, self._named_parts()))
             self.prepare()
-            changed = origin.differences(before, self._parts())
+            now = self._parts()
+            changed = origin.differences(before, now)
             if not accept_changes:
                 origin.refuse_changed(changed)
             if started.checkpoint is not None:
@@ -173,7 +178,7 @@ class Trainer:
             folder.write_config(self.config)
             if changed:
                 changes = [*changes, *(f"from iteration {first} on: {change}" for change in changed)]
-                origin.write(folder.path, self._parts(), signature=signature, changes=changes)
+                origin.write(folder.path, now, signature=signature, changes=changes)
             return self._run(folder, first)
         finally:
             folder.close()
@@ -198,16 +203,15 @@ class Trainer:
     def _parts(self) -> dict[str, origin.Part]:
         """What the run is made of, once `prepare` has loaded it and before it is trained."""
         found = {
-            "pipeline": self._pipeline_part,
+            "pipeline": self._pipeline_part(),
             "algorithm": origin.of_object(self.algorithm, is_given="algorithm" in self._given),
             "selector": origin.of_object(self.selector, is_given="selector" in self._given),
         }
         return self._named_parts() | found
 
-    def _heading(self) -> str:
-        """Comment lines of `config.toml` about what was passed in Python."""
-        lines = [f"# {name} = {part.name}: passed in Python" for name, part in self._parts().items() if part.is_given]
-        return "".join(f"{' '.join(line.split())}\n" for line in lines) + ("\n" if lines else "")
+    def _pipeline_part(self) -> origin.Part:
+        components, dtype = self.backbone.pipeline.components, getattr(torch, self.config.model.dtype)
+        return origin.of_pipeline(components, self.backbone.name, dtype, is_given=self._pipeline is not None)
 
     def _run(self, folder: RunFolder, first: int) -> Result:
         if self.config.log.trackers:
@@ -250,12 +254,6 @@ class Trainer:
             **config.model.options(),
             seed=_seed(config.run.seed, "adapter"),
             keep_reference=self.algorithm.needs_reference,
-        )
-        self._pipeline_part = origin.of_pipeline(
-            self.backbone.pipeline.components,
-            self.backbone.name,
-            getattr(torch, config.model.dtype),
-            is_given=self._pipeline is not None,
         )
         self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
         self.backbone.to(self.accelerator.device)
@@ -453,6 +451,12 @@ class Trainer:
             samples_dropped=sum(record.get("samples_dropped") or 0 for record in stats),
             updates_skipped=sum(record.get("updates_skipped") or 0 for record in stats),
         )
+
+
+def _heading(parts: Mapping[str, origin.Part]) -> str:
+    """Comment lines of `config.toml` about what was passed in Python."""
+    lines = [f"# {name} = {part.name}: passed in Python" for name, part in parts.items() if part.is_given]
+    return "".join(f"{' '.join(line.split())}\n" for line in lines) + ("\n" if lines else "")
 
 
 def _with_nan(estimate: dict[str, Any]) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 GIVEN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "reward": (lambda: redness, lambda: blueness),
-    "train_prompts": (lambda: CAPTIONS[:1], lambda: CAPTIONS[1:]),
-    "held_out_prompts": (lambda: CAPTIONS[1:], lambda: CAPTIONS[:1]),
+    "train_prompts": (lambda: CAPTIONS[:1], lambda: CAPTIONS[1:]),  # of the built-in set, whose held-out part is taken
+    "held_out_prompts": (lambda: CAPTIONS[1:], lambda: ["a large red cross on a grey background"]),
     "pipeline": (lambda: _pipeline(0.2), lambda: _pipeline(0.3)),
     "algorithm": (lambda: grpo(advantage_scale="group"), lambda: grpo(advantage_scale="global")),
     "selector": (lambda: StaticRange(start=1, end=3), lambda: StaticRange(start=0, end=3)),
@@ -116,7 +116,8 @@ def test_trained_weights_go_on_no_other_model(tmp_path: Path, command: str):
     assert "was made in Python with pipeline=StableDiffusionPipeline" in line
     model, folder = tmp_path / "model", tmp_path / "another"
     _pipeline().save_pretrained(model)
-    Trainer(_config(folder, f"model.name={model}"), quiet=True).train()
+    scenes = ["prompts.train=scenes:train", "prompts.held_out=scenes:held_out"]
+    Trainer(_config(folder, f"model.name={model}", *scenes), quiet=True).train()
     assert call(command, folder, *rest).code == 0
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     _pipeline(0.1).save_pretrained(model)
