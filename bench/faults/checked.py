@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
-from bench.faults.runs import Row, Setting, has_traceback, lines_of, refusal, reset, short
+from bench.faults.runs import Row, Setting, has_traceback, is_bad, lines_of, refusal, reset, short
 
 Configurations = Callable[[int, int], Iterator[tuple[str, list[str]]]]
 KEY = re.compile(r"\b[a-z_]+\.[a-z_0-9]+|line \d+|\bunknown key\b|section")
@@ -38,7 +38,7 @@ def load_all(setting: Setting, part: list[tuple[str, list[str]]], start: int) ->
             label = "refused" if "\n" not in said and KEY.search(said) else "unnamed"
         except Exception as error:  # whatever is not a ConfigError would be no line about a key
             label, said = "traceback", f"{type(error).__name__}: {error}"
-        kept = f"configuration {index} {overrides}: {said[:300]!r}" if Row("", "", label).failed else ""
+        kept = f"configuration {index} {overrides}: {said[:300]!r}" if is_bad(label) else ""
         rows.append(Row("configuration", "read", label, kept))
     reset(folder)
     return rows
@@ -60,7 +60,7 @@ def plan(setting: Setting, index: int, text: str, overrides: list[str]) -> list[
         label = refusal(outcome)
         if label == "refused" and not KEY.search(lines_of(outcome.err)[-1]):
             label = "unnamed"
-    if not Row("", "", label).failed:
+    if not is_bad(label):
         reset(folder)
         return [Row("configuration", "plan", label)]
     return [Row("configuration", "plan", label, f"configuration {index} {overrides}: {short(outcome)}")]

@@ -16,6 +16,7 @@ from bench.faults.runs import (
     go_on,
     has_traceback,
     held,
+    is_bad,
     lines_of,
     refusal,
     reset,
@@ -54,7 +55,7 @@ REWARDS = {
         "    found = good(images, prompts).clone()\n    images.zero_()\n    prompts.clear()\n    return found",
         {"recovered"},
     ),
-    "returns its images' memory": ("    return good(images, prompts).requires_grad_()", {"recovered"}),
+    "returns a tensor that asks for gradients": ("    return good(images, prompts).requires_grad_()", {"recovered"}),
     "turns gradients off": (
         "    import torch\n\n    torch.set_grad_enabled(False)\n    return good(images, prompts)",
         {"recovered", "refused"},
@@ -88,7 +89,7 @@ def run_case(setting: Setting, name: str) -> list[Row]:
     if label in right:
         reset(folder)
         return [Row("reward", name, label)]
-    failure = label if Row("", "", label).failed else "silent"
+    failure = label if is_bad(label) else "silent"
     return [Row("reward", name, failure, f"a reward that {name}: {label}, {detail or short(outcome)}")]
 
 

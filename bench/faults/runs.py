@@ -90,7 +90,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        return self.outcome not in GOOD
+        return is_bad(self.outcome)
 
 
 GOOD = {
@@ -117,6 +117,11 @@ BAD = {
     "disturbed": "the first of two writers did not end as it would have alone",
     "not run": "the harness could not do this",
 }
+
+
+def is_bad(outcome: str) -> bool:
+    """Whether an outcome is a failure."""
+    return outcome not in GOOD
 
 
 def train(*overrides: str) -> list[str]:
