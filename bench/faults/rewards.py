@@ -25,8 +25,8 @@ from bench.faults.runs import (
     train,
 )
 
-HEAD = "import sys\n\nfrom probe import score as good\n\n\ndef score(images, prompts):\n"
-# What a reward does, and the outcomes that are right; the name of the module, `own`, or the cause must be in the line.
+HEAD = "import sys\n\nfrom good import score as good\n\n\ndef score(images, prompts):\n"
+# What a reward does, and the outcomes that are right; its module, `probe`, or the cause must be in the line.
 REWARDS = {
     "raises ValueError": ("    raise ValueError('no judge')", {"refused"}),
     "raises RuntimeError": ("    raise RuntimeError('no judge')", {"refused"}),
@@ -72,15 +72,16 @@ REWARDS = {
     "raises at import": ("    pass\n\n\nraise RuntimeError('no judge')", {"refused"}),
     "exits at import": ("    pass\n\n\nsys.exit(0)", {"refused"}),
 }
-CAUSES = ("own", "reward", "no judge")
+CAUSES = ("probe", "reward", "no judge")
 
 
 def run_case(setting: Setting, name: str) -> list[Row]:
     """One faulty reward: one line, or the result of the good one."""
     body, right = REWARDS[name]
     folder = setting.folder("rewards", name.replace(" ", "_").replace("'", ""))
-    (folder / "own.py").write_text(HEAD + body + "\n")
-    outcome = setting.program.run(train("reward.name=own:score"), folder)
+    (folder / "probe.py").rename(folder / "good.py")
+    (folder / "probe.py").write_text(HEAD + body + "\n")
+    outcome = setting.program.run(train(), folder)
     label, detail = judge(setting, folder / "run", outcome, *CAUSES)
     if label == "silent" and "hinted" in right:
         told = [line for line in lines_of(outcome.err) + lines_of(outcome.out) if "reward" in line.lower()]

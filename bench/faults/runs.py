@@ -259,7 +259,9 @@ def go_on(setting: Setting, folder: Path, run: str = "run", *overrides: str) -> 
     `recovered` if the result is that of the run left alone.
     """
     begin = train(*overrides)
-    if (folder / run / "config.toml").is_file():
+    if status_of(folder / run) == "finished":
+        outcome = Outcome(0, "", "", 0.0)
+    elif (folder / run / "config.toml").is_file():
         outcome = setting.program.run(["train", "--resume", run], folder)
         if outcome.code == 2 and not checkpoints(folder / run):
             outcome = setting.program.run([*begin, "--overwrite"], folder)
