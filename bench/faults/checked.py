@@ -1,18 +1,20 @@
 """Random configurations: each is accepted, or refused in one line that names a key; `plan` says the same."""
 
+import os
 import random
 import re
-from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 
 from bench.faults.runs import Row, Setting, has_traceback, is_bad, lines_of, refusal, reset, short
 
-Configurations = Callable[[int, int], Iterator[tuple[str, list[str]]]]
+Configuration = tuple[dict[str, str], list[str]]
+"""Files by name, of which `config.toml` is the one to read, and overrides."""
 KEY = re.compile(r"\b[a-z_]+\.[a-z_0-9]+|line \d+|\bunknown key\b|section")
 
 
-def configurations(seed: int, count: int) -> list[tuple[str, list[str]]]:
-    """(TOML text, overrides) of `bench.faults.configurations`; none where that module is not there."""
+def configurations(seed: int, count: int) -> list[Configuration]:
+    """Those of `bench.faults.configurations`; none where that module is not there."""
     try:
         module = import_module("bench.faults.configurations")
     except ModuleNotFoundError as error:
@@ -22,14 +24,14 @@ def configurations(seed: int, count: int) -> list[tuple[str, list[str]]]:
     return list(module.configurations(seed, count))
 
 
-def load_all(setting: Setting, part: list[tuple[str, list[str]]], start: int) -> list[Row]:
+def load_all(setting: Setting, part: list[Configuration], start: int) -> list[Row]:
     """Read configurations in this process."""
     from adascope_fast.config import Config, ConfigError
 
     folder = setting.folder("configurations", start)
     path, rows = folder / "config.toml", []
-    for index, (text, overrides) in enumerate(part, start):
-        path.write_text(text, encoding="utf-8")
+    for index, (files, overrides) in enumerate(part, start):
+        _write(folder, files)
         label, said = "accepted", ""
         try:
             Config.load(path, overrides)
@@ -44,15 +46,16 @@ def load_all(setting: Setting, part: list[tuple[str, list[str]]], start: int) ->
     return rows
 
 
-def sample(setting: Setting, count: int, seed: int, whole: list[tuple[str, list[str]]]) -> list[int]:
-    """Indices of the configurations that go through the command line as well."""
-    return sorted(random.Random(f"{seed}/plan").sample(range(len(whole)), min(count, len(whole))))
+def sample(count: int, seed: int, whole: list[Configuration]) -> list[int]:
+    """Indices of the configurations that go through the command line as well, where a shell can write them."""
+    writable = [index for index, (_, overrides) in enumerate(whole) if all(map(_is_argument, overrides))]
+    return sorted(random.Random(f"{seed}/plan").sample(writable, min(count, len(writable))))
 
 
-def plan(setting: Setting, index: int, text: str, overrides: list[str]) -> list[Row]:
+def plan(setting: Setting, index: int, files: dict[str, str], overrides: list[str]) -> list[Row]:
     """One configuration through `adascope-fast plan`."""
     folder = setting.folder("plan", index)
-    (folder / "config.toml").write_text(text, encoding="utf-8")
+    _write(folder, files)
     outcome = setting.program.run(["plan", "config.toml", *overrides], folder)
     if outcome.code == 0 and not has_traceback(outcome):
         label = "accepted"
@@ -64,3 +67,15 @@ def plan(setting: Setting, index: int, text: str, overrides: list[str]) -> list[
         reset(folder)
         return [Row("configuration", "plan", label)]
     return [Row("configuration", "plan", label, f"configuration {index} {overrides}: {short(outcome)}")]
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
+
+
+def _is_argument(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
