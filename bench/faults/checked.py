@@ -10,7 +10,7 @@ from bench.faults.runs import Row, Setting, has_traceback, is_bad, lines_of, ref
 
 Configuration = tuple[dict[str, str], list[str]]
 """Files by name, of which `config.toml` is the one to read, and overrides."""
-KEY = re.compile(r"\b[a-z_]+\.[a-z_0-9]+|line \d+|\bunknown key\b|section")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 
 
 def configurations(seed: int, count: int) -> list[Configuration]:
@@ -37,7 +37,7 @@ def load_all(setting: Setting, part: list[Configuration], start: int) -> list[Ro
             Config.load(path, overrides)
         except ConfigError as error:
             said = str(error)
-            label = "refused" if "\n" not in said and KEY.search(said) else "unnamed"
+            label = "refused" if _names_a_key(said) else "unnamed"
         except Exception as error:  # whatever is not a ConfigError would be no line about a key
             label, said = "traceback", f"{type(error).__name__}: {error}"
         kept = f"configuration {index} {overrides}: {said[:300]!r}" if is_bad(label) else ""
@@ -61,7 +61,7 @@ def plan(setting: Setting, index: int, files: dict[str, str], overrides: list[st
         label = "accepted"
     else:
         label = refusal(outcome)
-        if label == "refused" and not KEY.search(lines_of(outcome.err)[-1]):
+        if label == "refused" and not _names_a_key(lines_of(outcome.err)[-1]):
             label = "unnamed"
     if not is_bad(label):
         reset(folder)
@@ -69,9 +69,17 @@ def plan(setting: Setting, index: int, files: dict[str, str], overrides: list[st
     return [Row("configuration", "plan", label, f"configuration {index} {overrides}: {short(outcome)}")]
 
 
+def _names_a_key(line: str) -> bool:
+    """Whether this is one line without control characters that names a section, an override or the file."""
+    from adascope_fast.config import Config
+
+    named = re.search(rf"\b({'|'.join(Config.model_fields)})\b|unknown key|an override is|config\.toml", line)
+    return bool(named) and not CONTROL.search(line)
+
+
 def _write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (folder / name).write_bytes(text.encode())
+        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def _is_argument(text: str) -> bool:
