@@ -32,6 +32,7 @@ from bench.faults.runs import (
     is_whole,
     lines_of,
     newest_whole,
+    read,
     refusal,
     reset,
     short,
@@ -235,7 +236,10 @@ def judge(
             got.pop(name, None)
             wanted.pop(name)
     changed = differences(got, wanted)
-    said = any(word in outcome.err or word in outcome.out for word in words - {"run"})
+    said = any(word in outcome.err or word in outcome.out for word in words)
+    if case.command == "report":  # the page itself may name the file
+        page, usual = read(run / "report.html"), read(found.folder / "run" / "report.html")
+        said = said or any(page.count(word) > usual.count(word) for word in words)
     if not changed:
         return ("recovered" if said else "harmless"), ""
     if said:
