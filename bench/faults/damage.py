@@ -40,7 +40,6 @@ from bench.faults.runs import (
     train,
 )
 
-FINISHED = ("sensing.kind=reward_only", "sensing.decoder=linear")  # so that the run keeps a decoder
 COMMANDS = {
     "resume": [*RESUME, f"train.iterations={ITERATIONS + 1}"],
     "sample": ["sample", "run", "--prompt", PROMPT, "--num", "1"],
@@ -154,7 +153,7 @@ class Base:
 def base(setting: Setting) -> Base:
     """Make the run and the results; ValueError where a command does not give the same twice."""
     origin = setting.folder("damage", "base")
-    _must(setting.program.run(train(*FINISHED), origin))
+    _must(setting.program.run(train(), origin))
     results: dict[str, dict[str, str]] = {}
     for command, arguments in COMMANDS.items():
         for attempt in ("one", "two"):
