@@ -32,6 +32,7 @@ from bench.faults.runs import (
     is_whole,
     lines_of,
     newest_whole,
+    read,
     refusal,
     reset,
     short,
@@ -39,7 +40,6 @@ from bench.faults.runs import (
     train,
 )
 
-FINISHED = ("sensing.kind=reward_only", "sensing.decoder=linear")  # so that the run keeps a decoder
 COMMANDS = {
     "resume": [*RESUME, f"train.iterations={ITERATIONS + 1}"],
     "sample": ["sample", "run", "--prompt", PROMPT, "--num", "1"],
@@ -153,7 +153,7 @@ class Base:
 def base(setting: Setting) -> Base:
     """Make the run and the results; ValueError where a command does not give the same twice."""
     origin = setting.folder("damage", "base")
-    _must(setting.program.run(train(*FINISHED), origin))
+    _must(setting.program.run(train(), origin))
     results: dict[str, dict[str, str]] = {}
     for command, arguments in COMMANDS.items():
         for attempt in ("one", "two"):
@@ -235,7 +235,10 @@ def judge(
             got.pop(name, None)
             wanted.pop(name)
     changed = differences(got, wanted)
-    said = any(word in outcome.err or word in outcome.out for word in words - {"run"})
+    said = any(word in outcome.err or word in outcome.out for word in words)
+    if case.command == "report":  # the page itself may name the file
+        page, usual = read(run / "report.html"), read(found.folder / "run" / "report.html")
+        said = said or any(page.count(word) > usual.count(word) for word in words)
     if not changed:
         return ("recovered" if said else "harmless"), ""
     if said:

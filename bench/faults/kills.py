@@ -1,6 +1,6 @@
 """SIGKILL at any moment, several in one run; resumed to the end, the run equals the one left alone, bit for bit.
 
-Moments: anywhere in the life of the process, inside a reward, and while a checkpoint's partial folder is there.
+Moments: anywhere in the life of the process, anywhere once it trains, inside a reward, and while a checkpoint's partial folder is there.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from bench.faults.runs import ITERATIONS, RESUME, Row, Setting, checkpoints, go_
 
 @dataclass(frozen=True)
 class Kill:
-    """When: `anywhere` (`at`: share of the time left), in a `reward`, or `at` seconds into writing a `checkpoint`."""
+    """When: a share `at` of the time left, `anywhere` or in `training`; in a `reward`; seconds into a `checkpoint`."""
 
     moment: str
     at: float
@@ -39,7 +39,7 @@ def cases(count: int, seed: int) -> list[Case]:
     while left > 0:
         number = min(left, rng.choice((1, 2, 3)))
         fresh = len(found) % 4 == 3
-        kinds = ["anywhere"] if fresh else ["anywhere", "reward", "checkpoint", "checkpoint"]
+        kinds = ["anywhere"] if fresh else ["anywhere", "training", "training", "reward", "checkpoint", "checkpoint"]
         kills = tuple(_drawn(rng, rng.choice(kinds)) for _ in range(number))
         found.append(Case(f"{len(found):03d}", kills, fresh))
         left -= number
@@ -107,6 +107,9 @@ def _wait_for(
         while time.perf_counter() < end:
             pass
         return found and running.alive()
+    if kill.moment == "training":  # from the first reward on, which ends the loading
+        running.until((folder / "probe").is_file)
+        return running.after(time.perf_counter() - running.start + kill.at * setting.seconds / 2)
     life = setting.fresh_seconds if fresh else setting.seconds
     loading = life - setting.seconds
     return running.after(kill.at * (loading + setting.seconds * (1 - 0.6 * done / ITERATIONS)))

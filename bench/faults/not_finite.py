@@ -1,6 +1,5 @@
 """A denoiser, decoder or update that gives NaN or inf: the run stops or leaves samples out, and exports nothing bad."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,8 @@ class Case:
     share: float = 1.0
 
 
+LARGEST_WEIGHT = 3e38  # or that of the type
+LARGEST = ("train.learning_rate=10.0", "model.lora_alpha=65536", "train.max_grad_norm=1e12")
 OFTEN = ("train.iterations=5",)
 CASES = [
     Case("a NaN in the denoiser's weights", part="unet", value=float("nan"), share=0.0),
@@ -29,14 +30,13 @@ CASES = [
     Case("inf in the denoiser's weights", part="unet", value=float("inf"), share=0.0),
     Case("a NaN in the decoder's weights", part="vae", value=float("nan"), share=0.0),
     Case("a NaN in the text encoder's weights", part="text_encoder", value=float("nan"), share=0.0),
-    Case("huge weights in the denoiser", part="unet", value=3e38),
+    Case("huge weights in the denoiser", part="unet", value=LARGEST_WEIGHT),
     Case("learning rate 1e30", ("train.learning_rate=1e30",)),
-    Case("learning rate 1e30, skip", ("train.learning_rate=1e30", 'train.on_nonfinite="skip"', *OFTEN)),
-    Case("learning rate 1e30, stop", ("train.learning_rate=1e30", 'train.on_nonfinite="stop"', *OFTEN)),
+    Case("updates that overflow, skip", (*LARGEST, 'train.on_nonfinite="skip"', *OFTEN)),
+    Case("updates that overflow, stop", (*LARGEST, 'train.on_nonfinite="stop"', *OFTEN)),
     Case("lora_alpha 1e22", ("model.lora_alpha=10000000000000000000000",)),
     Case("guidance 1e30", ("sampler.guidance_scale=1e30",)),
-    Case("float16 overflow", ("model.dtype=float16", "model.lora_alpha=1000000", "train.learning_rate=1.0", *OFTEN)),
-    Case("mixed precision overflow", ("train.mixed_precision=fp16", "sampler.guidance_scale=100000.0")),
+    Case("float16 overflow", ("model.dtype=float16", "model.lora_alpha=65536", "train.learning_rate=1.0", *OFTEN)),
 ]
 CAUSES = ("finite", "NaN", "nan", "inf", "overflow", "lora_alpha", "learning_rate", "guidance", "dtype", "precision")
 
@@ -49,6 +49,8 @@ def run_case(setting: Setting, case: Case) -> list[Row]:
         overrides.append(f"model.name={_damaged(folder, case)}")
     outcome = setting.program.run(train(*overrides), folder)
     label, detail = judge(setting, folder / "run", outcome, *CAUSES, case.part or "model")
+    if "unknown key" in outcome.err:  # a fault that this harness did not manage to put in
+        return [Row("not finite", case.name, "not run", short(outcome))]
     if label in ("refused", "dropped"):
         reset(folder)
         return [Row("not finite", case.name, label)]
@@ -63,14 +65,9 @@ def _damaged(folder: Path, case: Case) -> Path:
     chosen = floats if case.share else floats[:1]
     for name in chosen:
         tensors[name] = tensors[name].copy()
-        fill: Callable[[np.ndarray], None] = (lambda one: one.fill(case.value)) if case.share else _first(case.value)
-        fill(tensors[name])
+        value = (
+            min(case.value, float(np.finfo(tensors[name].dtype).max)) if case.value == LARGEST_WEIGHT else case.value
+        )
+        tensors[name].reshape(-1)[: None if case.share else 1] = value
     save_file(tensors, path, metadata={"format": "pt"})
     return model
-
-
-def _first(value: float) -> Callable[[np.ndarray], None]:
-    def fill(array: np.ndarray) -> None:
-        array.reshape(-1)[0] = value
-
-    return fill

@@ -126,12 +126,12 @@ class Program:
     def start(
         self, arguments: Sequence[str], folder: Path, *, fresh: bool = False, largest_file: int | None = None
     ) -> Running:
-        """Start the command in `folder`; its streams go to a folder beside it.
+        """Start the command in `folder`; its streams go to a folder in it.
 
         Args:
             largest_file: bytes that a file may grow to; more is an OSError, as on a full disk.
         """
-        streams = folder.with_name(f"{folder.name}.{time.monotonic_ns()}")
+        streams = folder / ".streams" / str(time.monotonic_ns())
         streams.mkdir(parents=True)
         for name in ("stdout", "stderr"):
             (streams / name).touch()

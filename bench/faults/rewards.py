@@ -16,6 +16,7 @@ from bench.faults.runs import (
     go_on,
     has_traceback,
     held,
+    is_bad,
     lines_of,
     refusal,
     reset,
@@ -24,8 +25,8 @@ from bench.faults.runs import (
     train,
 )
 
-HEAD = "import sys\n\nfrom probe import score as good\n\n\ndef score(images, prompts):\n"
-# What a reward does, and the outcomes that are right; the name of the module, `own`, or the cause must be in the line.
+HEAD = "import sys\n\nfrom good import score as good\n\n\ndef score(images, prompts):\n"
+# What a reward does, and the outcomes that are right; its module, `probe`, or the cause must be in the line.
 REWARDS = {
     "raises ValueError": ("    raise ValueError('no judge')", {"refused"}),
     "raises RuntimeError": ("    raise RuntimeError('no judge')", {"refused"}),
@@ -54,7 +55,7 @@ REWARDS = {
         "    found = good(images, prompts).clone()\n    images.zero_()\n    prompts.clear()\n    return found",
         {"recovered"},
     ),
-    "returns its images' memory": ("    return good(images, prompts).requires_grad_()", {"recovered"}),
+    "returns a tensor that asks for gradients": ("    return good(images, prompts).requires_grad_()", {"recovered"}),
     "turns gradients off": (
         "    import torch\n\n    torch.set_grad_enabled(False)\n    return good(images, prompts)",
         {"recovered", "refused"},
@@ -71,15 +72,16 @@ REWARDS = {
     "raises at import": ("    pass\n\n\nraise RuntimeError('no judge')", {"refused"}),
     "exits at import": ("    pass\n\n\nsys.exit(0)", {"refused"}),
 }
-CAUSES = ("own", "reward", "no judge")
+CAUSES = ("probe", "reward", "no judge")
 
 
 def run_case(setting: Setting, name: str) -> list[Row]:
     """One faulty reward: one line, or the result of the good one."""
     body, right = REWARDS[name]
     folder = setting.folder("rewards", name.replace(" ", "_").replace("'", ""))
-    (folder / "own.py").write_text(HEAD + body + "\n")
-    outcome = setting.program.run(train("reward.name=own:score"), folder)
+    (folder / "probe.py").rename(folder / "good.py")
+    (folder / "probe.py").write_text(HEAD + body + "\n")
+    outcome = setting.program.run(train(), folder)
     label, detail = judge(setting, folder / "run", outcome, *CAUSES)
     if label == "silent" and "hinted" in right:
         told = [line for line in lines_of(outcome.err) + lines_of(outcome.out) if "reward" in line.lower()]
@@ -88,7 +90,7 @@ def run_case(setting: Setting, name: str) -> list[Row]:
     if label in right:
         reset(folder)
         return [Row("reward", name, label)]
-    failure = label if Row("", "", label).failed else "silent"
+    failure = label if is_bad(label) else "silent"
     return [Row("reward", name, failure, f"a reward that {name}: {label}, {detail or short(outcome)}")]
 
 

@@ -124,7 +124,7 @@ def tasks(options: argparse.Namespace, setting: Setting, facts: dict[str, Any]) 
             found.append(no_configurations)
         size = 200
         found += [add(checked.load_all, setting, whole[at : at + size], at) for at in range(0, len(whole), size)]
-        chosen = checked.sample(setting, options.plans, options.seed, whole)
+        chosen = checked.sample(options.plans, options.seed, whole)
         found += [add(checked.plan, setting, index, *whole[index]) for index in chosen]
     return found
 

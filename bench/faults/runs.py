@@ -90,7 +90,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        return self.outcome not in GOOD
+        return is_bad(self.outcome)
 
 
 GOOD = {
@@ -117,6 +117,11 @@ BAD = {
     "disturbed": "the first of two writers did not end as it would have alone",
     "not run": "the harness could not do this",
 }
+
+
+def is_bad(outcome: str) -> bool:
+    """Whether an outcome is a failure."""
+    return outcome not in GOOD
 
 
 def train(*overrides: str) -> list[str]:
@@ -254,7 +259,9 @@ def go_on(setting: Setting, folder: Path, run: str = "run", *overrides: str) -> 
     `recovered` if the result is that of the run left alone.
     """
     begin = train(*overrides)
-    if (folder / run / "config.toml").is_file():
+    if status_of(folder / run) == "finished":
+        outcome = Outcome(0, "", "", 0.0)
+    elif (folder / run / "config.toml").is_file():
         outcome = setting.program.run(["train", "--resume", run], folder)
         if outcome.code == 2 and not checkpoints(folder / run):
             outcome = setting.program.run([*begin, "--overwrite"], folder)

@@ -14,6 +14,7 @@ from bench.faults.runs import (
     go_on,
     has_traceback,
     held,
+    is_bad,
     lines_of,
     refusal,
     reset,
@@ -49,7 +50,7 @@ def while_loading(setting: Setting, number: signal.Signals, moment: float) -> li
         label = "after the end"
     if label == "interrupted" and (folder / "run" / "config.toml").is_file():
         label = "interrupted" if status_of(folder / "run") == "interrupted" else "silent"
-    if not Row("", "", label).failed:
+    if not is_bad(label):
         reset(folder)
         return [Row("signal", fault, label)]
     return [Row("signal", fault, label, f"after {moment:.2f} s: {short(outcome)}")]

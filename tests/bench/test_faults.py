@@ -93,6 +93,7 @@ def test_a_configuration_is_accepted_refused_by_key_or_a_failure(
 ):
     checked = faults("checked")
     given = [("", []), ("[train]\niterations = 3\n", ["run.seed=4"]), ("[train]\nwings = 3\n", []), ("= 3", [])]
+    given = [({"config.toml": text}, overrides) for text, overrides in given]
     rows = checked.load_all(_setting(faults, tmp_path), given, 0)
     assert [row.outcome for row in rows] == ["accepted", "accepted", "refused", "refused"]
 
@@ -110,7 +111,7 @@ def test_configurations_go_through_the_command_line_too(faults: Any, tmp_path: P
     checked, texts = faults("checked"), ["", "odd = 3\n"]
     found = {
         flaw: [
-            checked.plan(_setting(faults, tmp_path / flaw, flaw), index, text, [])[0].outcome
+            checked.plan(_setting(faults, tmp_path / flaw, flaw), index, {"config.toml": text}, [])[0].outcome
             for index, text in enumerate(texts)
         ]
         for flaw in ("none", "traceback", "unnamed")
@@ -120,6 +121,11 @@ def test_configurations_go_through_the_command_line_too(faults: Any, tmp_path: P
         "traceback": ["accepted", "traceback"],
         "unnamed": ["accepted", "unnamed"],
     }
+
+
+def test_what_no_shell_can_write_is_read_here_alone(faults: Any):
+    given = [({}, [override]) for override in ("a.b=1", "a.b=\0", "a.b=\ud800", "a.b=é")]
+    assert faults("checked").sample(9, 0, given) == [0, 3]
 
 
 def test_missing_configurations_are_a_failure_not_a_silence(faults: Any, monkeypatch: pytest.MonkeyPatch):
