@@ -140,7 +140,8 @@ class IntervalRule(settings.IntervalRule):
         return mean(s) if is_volatility else np.sqrt(mean(np.diff(s, 2) ** 2))
 
     def _bounds(self, t: int) -> tuple[int, int]:
-        return rounded(self.earliest_start * t), rounded(self.latest_start * t)
+        """Of a start: at least one step comes after it."""
+        return rounded(self.earliest_start * t), min(rounded(self.latest_start * t), t - 1)
 
     def _start(self, q: np.ndarray, t: int) -> int | None:
         low, high = self._bounds(t)

@@ -1,7 +1,6 @@
 """A trained model as a plain diffusers pipeline."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,6 +9,7 @@ from torch import nn
 from adascope_fast.config import ConfigError
 from adascope_fast.loading import follow_umask, quiet
 from adascope_fast.training.draw import load_run
+from adascope_fast.training.run_folder import load_config
 
 
 def merge(run: Path, folder: Path, *, dtype: str | None = None, pipeline: DiffusionPipeline | None = None) -> None:
@@ -25,11 +25,18 @@ def merge(run: Path, folder: Path, *, dtype: str | None = None, pipeline: Diffus
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"merge never replaces what is there, and {str(folder)!r} exists; name another folder")
-    changes: dict[str, Any] = {"quantize": "none"} | ({"dtype": dtype} if dtype else {})
-    config, backbone = load_run(run, pipeline=pipeline, **changes)
+    kept = load_config(run).model.dtype
+    # In its own type, which tells that the model is the one that was trained, or in a wider one.
+    config, backbone = load_run(
+        run, pipeline=pipeline, quantize="none", dtype="float32" if dtype == "float32" else kept
+    )
     backbone.weights.merge()
-    # `Module.to`, since diffusers' own warns of modules kept in float32 even where its list of them is empty.
-    nn.Module.to(backbone.denoiser, getattr(torch, dtype or config.model.dtype))
+    written = getattr(torch, dtype or config.model.dtype)
+    parts = [backbone.denoiser] if dtype is None else list(backbone.pipeline.components.values())
+    for part in parts:
+        if isinstance(part, nn.Module):
+            # `Module.to`, since diffusers' own warns of modules kept in float32 even where its list of them is empty.
+            nn.Module.to(part, written)
     with quiet():
         backbone.pipeline.save_pretrained(folder, safe_serialization=True)
     follow_umask(folder)

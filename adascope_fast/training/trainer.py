@@ -216,6 +216,7 @@ class Trainer:
     def _run(self, folder: RunFolder, first: int) -> Result:
         if self.config.log.trackers:
             self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+        self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
         if self._not_read:
             logger.warning("%s", self._not_read)
         self._describe(folder, "running")
@@ -255,7 +256,6 @@ class Trainer:
             seed=_seed(config.run.seed, "adapter"),
             keep_reference=self.algorithm.needs_reference,
         )
-        self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adascope_fast.adascope.interval_rule import Scale, select_interval
@@ -85,6 +85,7 @@ _SCALE = Scale(floor=0.004, peak=0.2, gain=1.0)
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, st.integers(1, 5), st.integers(1, 60), st.sampled_from(RULES), st.booleans())
+@example(seed=8, p=1, t=9, rule="fraction", wild=True)
 def test_intervals_stay_inside_their_bounds(seed, p, t, rule, wild):
     rng = np.random.default_rng(seed)
     structure, preference = _curves(rng, p, t)

@@ -17,6 +17,7 @@ from torch import Tensor
 from adascope_fast import backbones
 from adascope_fast.algorithms.policy_gradient import grpo
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.prompts.scenes import captions
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.training.draw import load_run
 from adascope_fast.training.export import merge
@@ -64,7 +65,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 GIVEN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "reward": (lambda: redness, lambda: blueness),
     "train_prompts": (lambda: CAPTIONS[:1], lambda: CAPTIONS[1:]),  # of the built-in set, whose held-out part is taken
-    "held_out_prompts": (lambda: CAPTIONS[1:], lambda: ["a large red cross on a grey background"]),
+    "held_out_prompts": (lambda: captions("held_out")[5:6], lambda: captions("held_out")[6:7]),
     "pipeline": (lambda: _pipeline(0.2), lambda: _pipeline(0.3)),
     "algorithm": (lambda: grpo(advantage_scale="group"), lambda: grpo(advantage_scale="global")),
     "selector": (lambda: StaticRange(start=1, end=3), lambda: StaticRange(start=0, end=3)),

@@ -87,7 +87,8 @@ def test_the_command_line_says_it_in_one_line(tiny, tmp_path: Path, command: str
     folder = tmp_path / "model"
     shutil.copytree(tiny("sd"), folder)
     (folder / file).write_text(content)
-    assert file in refused(command, TINY, f"model.name={folder}", f"run.folder={tmp_path / 'run'}")
+    prompts = ["prompts.train=scenes:train", "prompts.held_out=scenes:held_out"]
+    assert file in refused(command, TINY, f"model.name={folder}", f"run.folder={tmp_path / 'run'}", *prompts)
 
 
 VALUES = (10**9, -(10**9), -1, "text", [10**9], [], {}, True, 1e300, "", [[]], 0.5)
