@@ -12,6 +12,7 @@ from adascope_fast.commands.signals import answered_by, leave
 _loading = answered_by(leave)
 _loading.__enter__()
 
+import errno
 import os
 import sys
 
@@ -62,7 +63,14 @@ def main() -> None:
         if os.environ.get("ADASCOPE_FAST_DEBUG") == "1" or _is_a_fault(error):
             raise
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else 1)
+        sys.exit(1 if _came_on_the_way(error) else 2)
+
+
+def _came_on_the_way(error: Exception) -> bool:
+    """Whether it failed although what was asked for could be done: numbers, memory, or a disk that is full or fails."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return not isinstance(error, ValueError)
 
 
 def _is_a_fault(error: Exception) -> bool:

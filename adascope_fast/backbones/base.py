@@ -51,6 +51,8 @@ class PipelineBackbone:
     """Of `Options`, those that this family alone has a use for."""
     size_multiple: int = 1
     """Sides of the latent are multiples of it."""
+    like: ClassVar[str] = ""
+    """The family whose pipelines' settings one of your own understands; "": it sees to its settings itself."""
     has_shift: ClassVar[bool] = False
     """The VAE's `shift_factor` is added to latents."""
     is_t5_silent: bool = False
@@ -109,6 +111,7 @@ class PipelineBackbone:
 
     def _refuse_parts_and_settings(self) -> None:
         family, components = type(self).__name__, self.pipeline.components
+        like = next((base.__name__ for base in type(self).__mro__ if base.__name__ in keys.FAMILIES), self.like)
         for part, classes in self.parts.items():
             component = components.get(part)
             if component is None:
@@ -119,15 +122,16 @@ class PipelineBackbone:
                     f"the {part} of a {family} must be a {' or '.join(classes)}, got {type(component).__name__}; "
                     f"use one of these classes, and do not compile it before: acceleration.compile does"
                 )
-            elif not part.startswith("tokenizer"):
-                keys.refuse_settings(family, part, component)
+            elif not part.startswith("tokenizer") and like:
+                keys.refuse_settings(like, part, component)
         absent = {part for part in self.may_lack if not part.startswith("tokenizer") and components.get(part) is None}
         if any(components.get(f"tokenizer{part.removeprefix('text_encoder')}") is not None for part in absent):
             raise ValueError(
                 f"a {family} lacks {', '.join(sorted(self.may_lack))} together or not at all, got a tokenizer without "
                 f"its {sorted(absent)[0]}; load the pipeline with both, or with neither"
             )
-        keys.refuse_pipeline_settings(family, self.pipeline.config, components)
+        if like:
+            keys.refuse_pipeline_settings(like, self.pipeline.config, components)
 
     def _refuse_parts_that_do_not_fit(self) -> None:
         channels, latent = self.vae.config.latent_channels, self.latent_shape[0]

@@ -25,6 +25,7 @@ class DenoisingUNet(PipelineBackbone):
     """What SD and SDXL share: a UNet, and a scheduler with betas."""
 
     denoiser_name = "unet"
+    like = "StableDiffusion"
     # examples/text_to_image/train_text_to_image_lora.py and its SDXL twin.
     default_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

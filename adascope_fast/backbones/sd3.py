@@ -18,6 +18,7 @@ class FlowTransformer(PipelineBackbone):
     """What SD3 and FLUX share: a transformer, and sigmas that may be shifted by the size of the picture."""
 
     denoiser_name = "transformer"
+    like = "StableDiffusion3"
     size_multiple = 2
     has_shift = True
 

@@ -1,13 +1,20 @@
 """`adascope-fast report`: the page of a run, written again from its folder."""
 
+import logging
+
 from adascope_fast.commands.configuration import RunFolder
 from adascope_fast.config import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 def report(run: RunFolder) -> None:
-    """Write a run's report.html again."""
-    if not (run / "config.toml").is_file():
-        raise ConfigError(f"a run's folder holds a config.toml, {str(run)!r} does not; check the path")
-    from adascope_fast.reporting import write_report
+    """Write a run's report.html again; what is missing or cannot be read is named, and the page is made without it."""
+    from adascope_fast.reporting.report import unread, write_report
 
-    print(write_report(run))
+    if not any((run / name).exists() for name in ("config.toml", "run.json", "stats.jsonl", "checkpoints")):
+        raise ConfigError(f"a run's folder holds a config.toml, {str(run)!r} does not; check the path")
+    lacking, page = unread(run), write_report(run)
+    if lacking:
+        logger.warning("made without %s of %s, which cannot be read", ", ".join(lacking), run)
+    print(page)

@@ -49,6 +49,27 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
+def unread(run_folder: Path) -> list[str]:
+    """The files of a run that the page would show and cannot: missing, or not what they should be.
+
+    A run that is not over need not have all of them.
+    """
+    folder = Path(run_folder)
+    found = [name for name in ("run.json", "evaluation.json", "parts.json") if not _json(folder / name)]
+    found += [] if _toml(_text(folder / "config.toml")) else ["config.toml"]
+    lines = _text(folder / "stats.jsonl").splitlines()
+    found += [] if lines and len(_stats(folder / "stats.jsonl")) == len(lines) else ["stats.jsonl"]
+    grid = _json(folder / "samples" / "grid.json")
+    prompts = grid.get("prompts")
+    found += [] if isinstance(prompts, list) else ["samples/grid.json"]
+    for when in ("before", "after"):
+        if not _strips(folder / "samples" / f"{when}.png", len(prompts) if isinstance(prompts, list) else 1):
+            found.append(f"samples/{when}.png")
+    if _json(folder / "run.json").get("status") == "finished":
+        return found
+    return [name for name in found if (folder / name).exists() or name in ("config.toml", "run.json")]
+
+
 def _contents(folder: Path) -> dict[str, Any]:
     """Everything that the template shows, by its name there."""
     run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")

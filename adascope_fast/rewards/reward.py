@@ -74,6 +74,8 @@ def score_guesses(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Ten
     returned: Any = _called(reward, reward, images, prompts)
     scores = returned[0] if _has_info(returned) else returned
     try:
+        if torch.as_tensor(scores).is_complex():
+            raise TypeError("a complex number is neither higher nor lower than another")
         scores = torch.as_tensor(scores, dtype=torch.float32).detach().to(images.device, copy=True)
     except Exception as error:  # a sequence of the user's own may raise anything
         raise ValueError(

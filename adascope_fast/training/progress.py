@@ -56,6 +56,10 @@ class Progress:
 
             yield on_step
 
+    def say(self, line: str) -> None:
+        """A line on standard error that the bars do not run into."""
+        tqdm.write(line, file=sys.stderr)
+
     def close(self) -> None:
         """Take the bars away."""
         self._close_inner()

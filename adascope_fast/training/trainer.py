@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from adascope_fast import backbones, prompts, reporting, rewards
@@ -313,7 +314,7 @@ class Trainer:
             record["cpu_seconds"] = time.process_time() - cpu
             folder.log(record | {"seconds": report.seconds})
             if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
-                logger.warning("%s", hint)
+                self._progress.say(hint)
                 has_hinted = True
             watch.add(record)
             is_last = iteration + 1 == train.iterations
@@ -332,7 +333,10 @@ class Trainer:
         self._evaluate(folder, "after", iteration=train.iterations)
         with self._averaged():
             self._refuse_not_finite(self.backbone.adapter_tensors())
-            self.backbone.save_adapter(folder.adapter)
+            try:
+                self.backbone.save_adapter(folder.adapter)
+            except SafetensorError as error:
+                raise OSError(f"{folder.adapter} could not be written ({checkpoint.reason(error)})") from None
             follow_umask(folder.adapter)
 
     def _refuse_not_finite(self, tensors: dict[str, Tensor]) -> None:

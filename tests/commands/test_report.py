@@ -1,8 +1,10 @@
 """`report`: the page can be made from the folder alone."""
 
+import shutil
 from pathlib import Path
 
-from command_line import call
+import pytest
+from command_line import call, refused
 
 
 def test_report_is_written_again(run: Path):
@@ -10,3 +12,29 @@ def test_report_is_written_again(run: Path):
     (run / "report.html").unlink()
     assert call("report", run).out == f"{run / 'report.html'}\n"
     assert (run / "report.html").read_text() == before
+
+
+SHOWN = ["config.toml", "run.json", "parts.json", "evaluation.json", "stats.jsonl", "samples/grid.json"]
+SHOWN += ["samples/before.png", "samples/after.png"]
+
+
+@pytest.mark.parametrize("damage", ["deleted", "garbage", "a folder"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_it_cannot_show_is_named(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / name).unlink()
+    if damage == "garbage":
+        (folder / name).write_bytes(b"\xff\x00 no such thing")
+    if damage == "a folder":
+        (folder / name).mkdir()
+    outcome = call("report", folder)
+    assert (outcome.code, outcome.out) == (0, f"{folder / 'report.html'}\n")
+    (line,) = caplog.messages
+    assert line.startswith(f"made without {name}")
+
+
+def test_a_folder_that_is_no_run_has_no_report(tmp_path: Path):
+    assert "a run's folder holds a config.toml" in refused("report", tmp_path)

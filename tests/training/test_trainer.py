@@ -344,7 +344,7 @@ def test_selectors_are_built_as_configured():
 def test_prompts_of_an_iteration_depend_on_the_seed_and_its_number(tmp_path: Path):
     def chosen(seed: int, iteration: int) -> list[str]:
         overrides = ["train.prompts_per_iteration=5", f"run.seed={seed}"]
-        prompts = {"train_prompts": list("abcdefgh"), "held_out_prompts": ["i"]}
+        prompts: dict[str, Any] = {"train_prompts": list("abcdefgh"), "held_out_prompts": ["i"]}
         trainer = Trainer(_config(tmp_path / "run", *overrides), reward=redness, **prompts)
         return trainer.prompts_of(iteration)
 
