@@ -1,6 +1,7 @@
 """SIGKILL at any moment, several in one run; resumed to the end, the run equals the one left alone, bit for bit.
 
-Moments: anywhere in the life of the process, anywhere once it trains, inside a reward, and while a checkpoint's partial folder is there.
+Moments: anywhere in the life of the process, anywhere once it trains, inside a reward, and while a checkpoint's partial
+folder is there.
 """
 
 import contextlib
