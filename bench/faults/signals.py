@@ -46,8 +46,8 @@ def while_loading(setting: Setting, number: signal.Signals, moment: float) -> li
     outcome = running.wait()
     fault = f"{number.name} while loading"
     label = _interrupted(outcome)
-    if outcome.code == 0:
-        label = "after the end"
+    if outcome.code in (0, -number) and status_of(folder / "run") == "finished":
+        label = "after the end"  # Python itself no longer answers while it shuts down
     if label == "interrupted" and (folder / "run" / "config.toml").is_file():
         label = "interrupted" if status_of(folder / "run") == "interrupted" else "silent"
     if not is_bad(label):
