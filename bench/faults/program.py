@@ -74,6 +74,19 @@ class Running:
             time.sleep(min(left, 0.002))
         return self.alive()
 
+    def after_cpu(self, seconds: float) -> bool:
+        """Wait until the process has computed for `seconds`, however busy the machine; False if it ended before."""
+        while self.alive() and self._cpu_seconds() < seconds:
+            time.sleep(0.002)
+        return self.alive()
+
+    def _cpu_seconds(self) -> float:
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # no such file system: by the clock
+            return time.perf_counter() - self.start
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def wait(self, longest_s: float | None = None) -> Outcome:
         """Wait for the end; a process that outlives `longest_s` is killed and has no exit code."""
         longest_s = longest_s or self._longest_s

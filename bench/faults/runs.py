@@ -25,9 +25,10 @@ import time
 
 
 def _say(state):
-    with open(".probe", "w") as file:
+    partial = f".probe{os.getpid()}"  # two writers may be at work
+    with open(partial, "w") as file:
         file.write(state)
-    os.replace(".probe", "probe")
+    os.replace(partial, "probe")
 
 
 def _lines():

@@ -24,12 +24,12 @@ from bench.faults.runs import (
 )
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-EARLIEST_S = 0.35  # before that Python itself is starting and can say nothing
+EARLIEST_S = 0.3  # before that Python itself is starting and can say nothing
 WRITERS = {"resume": RESUME, "overwrite": train("--overwrite"), "plain": train()}
 
 
 def loading_cases(setting: Setting, count: int) -> list[tuple[signal.Signals, float]]:
-    """(signal, seconds after the start) from the earliest moment to the end of loading."""
+    """(signal, seconds of computing after the start) from the earliest moment to the end of loading."""
     last = max(EARLIEST_S, setting.fresh_seconds - setting.seconds)
     return [
         (SIGNALS[index % len(SIGNALS)], EARLIEST_S + (last - EARLIEST_S) * (index / max(1, count - 1)) ** 2)
@@ -41,13 +41,13 @@ def while_loading(setting: Setting, number: signal.Signals, moment: float) -> li
     """A signal to an interpreter of its own, before there is a run: exit code 130 and a line."""
     folder = setting.folder("signals", f"loading_{number.name}_{moment:.3f}")
     running = setting.program.start(train(), folder, fresh=True)
-    running.after(moment)
+    running.after_cpu(moment)
     running.signal(number)
     outcome = running.wait()
     fault = f"{number.name} while loading"
     label = _interrupted(outcome)
-    if outcome.code == 0:
-        label = "after the end"
+    if outcome.code in (0, -number) and status_of(folder / "run") == "finished":
+        label = "after the end"  # Python itself no longer answers while it shuts down
     if label == "interrupted" and (folder / "run" / "config.toml").is_file():
         label = "interrupted" if status_of(folder / "run") == "interrupted" else "silent"
     if not is_bad(label):
