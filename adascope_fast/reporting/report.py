@@ -56,6 +56,9 @@ def unread(run_folder: Path) -> list[str]:
     """
     folder = Path(run_folder)
     found = [name for name in ("run.json", "evaluation.json", "parts.json") if not _json(folder / name)]
+    ends = _ends(_json(folder / "evaluation.json"))
+    is_whole = all("mean" in end for end in ends) or _json(folder / "run.json").get("status") != "finished"
+    found += [] if is_whole or "evaluation.json" in found else ["evaluation.json"]
     found += [] if _toml(_text(folder / "config.toml")) else ["config.toml"]
     lines = _text(folder / "stats.jsonl").splitlines()
     found += [] if lines and len(_stats(folder / "stats.jsonl")) == len(lines) else ["stats.jsonl"]
@@ -293,7 +296,7 @@ def _pairs(samples: Path) -> list[dict[str, Any]]:
 def _strips(path: Path, num_rows: int) -> list[str]:
     try:
         return cut_rows(path, num_rows) if num_rows else []
-    except OSError:  # missing, or cut off while it was written
+    except (OSError, ValueError, SyntaxError):  # missing, cut off while it was written, or no such image
         return []
 
 

@@ -147,12 +147,13 @@ def differences(before: Mapping[str, Part], now: Mapping[str, Part]) -> list[str
     return found
 
 
-def refuse_changed(changed: Sequence[str]) -> None:
+def refuse_changed(folder: Path, changed: Sequence[str]) -> None:
     """ConfigError if anything has changed."""
     if changed:
         raise ConfigError(
-            f"a resumed run goes on with what it was made with, and {'; '.join(changed)}; give the same, start a new "
-            f"run, or take the change with --accept-changes, in Python resume(accept_changes=True)"
+            f"a resumed run goes on with what {folder / FILE} says that it was made with, and {'; '.join(changed)}; "
+            f"give the same, start a new run, or take the change with --accept-changes, in Python "
+            f"resume(accept_changes=True)"
         )
 
 

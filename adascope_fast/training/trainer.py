@@ -167,12 +167,12 @@ class Trainer:
             self._refuse_nothing_to_do(folder, first)
             before, changes, signature = origin.read(folder.path)
             if not accept_changes:
-                origin.refuse_changed(origin.differences(before, self._named_parts()))
+                origin.refuse_changed(folder.path, origin.differences(before, self._named_parts()))
             self.prepare()
             now = self._parts()
             changed = origin.differences(before, now)
             if not accept_changes:
-                origin.refuse_changed(changed)
+                origin.refuse_changed(folder.path, changed)
             if started.checkpoint is not None:
                 self._restore(started.checkpoint)
             folder.restore(started.checkpoint)

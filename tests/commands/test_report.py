@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from command_line import call, refused
+from PIL import Image
 
 
 def test_report_is_written_again(run: Path):
@@ -34,6 +35,26 @@ def test_what_it_cannot_show_is_named(
     assert (outcome.code, outcome.out) == (0, f"{folder / 'report.html'}\n")
     (line,) = caplog.messages
     assert line.startswith(f"made without {name}")
+
+
+@pytest.mark.parametrize("text", ['{"before": 3, "after": []}', '{"before": {}}', "[]", '{"history": 1}'])
+def test_an_evaluation_of_another_shape_is_named(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "evaluation.json").write_text(text)
+    assert call("report", folder).code == 0
+    assert caplog.messages[0].startswith("made without evaluation.json of ")
+
+
+def test_an_image_of_another_size_is_named(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    Image.new("RGB", (1, 1)).save(folder / "samples" / "before.png")
+    (folder / "samples" / "grid.json").write_text('{"prompts": ["a", "b", "c"], "columns": 1, "tile": 64}')
+    assert call("report", folder).code == 0
+    assert "samples/before.png" in caplog.messages[0]
 
 
 def test_a_folder_that_is_no_run_has_no_report(tmp_path: Path):
