@@ -42,7 +42,7 @@ from bench.faults.runs import (
 
 RESULTS = CHECKOUT / "bench" / "results" / "faults.json"
 PARTS = ("kills", "damages", "rewards", "not_finite", "disk", "signals", "writers", "configurations")
-QUICK = {"kills": 4, "damages": 12, "configurations": 50, "plans": 4, "disks": 2, "signals": 2, "rewards": 4}
+QUICK = {"kills": 2, "damages": 8, "configurations": 50, "plans": 2, "disks": 1, "signals": 1, "rewards": 2}
 Task = Callable[[], list[Row]]
 
 
@@ -90,33 +90,29 @@ def prepare(program: Program, work: Path, seed: int) -> Setting:
 def tasks(options: argparse.Namespace, setting: Setting, facts: dict[str, Any]) -> list[Task]:
     """Every case of the chosen parts, long ones first."""
     found: list[Task] = []
-    add = functools.partial
+    add, few = functools.partial, 1 if options.quick else None
     if "kills" in options.only:
         found += [add(kills.run_case, setting, case) for case in kills.cases(options.kills, options.seed)]
     if "signals" in options.only:
         found += [
             add(signals.while_loading, setting, *case) for case in signals.loading_cases(setting, options.signals)
         ]
-        few = signals.SIGNALS[: 1 if options.quick else None]
-        found += [
-            add(signals.while_training, setting, number, iteration, twice)
-            for number in few
-            for iteration, twice in ((0, False), (2, False), (1, True))
-        ]
+        training = [(number, *how) for number in signals.SIGNALS for how in ((1, True), (0, False), (2, False))]
+        found += [add(signals.while_training, setting, *one) for one in training[:few]]
     if "writers" in options.only:
-        found += [add(signals.two_writers, setting, second, 1) for second in signals.WRITERS]
+        found += [add(signals.two_writers, setting, second, 1) for second in list(signals.WRITERS)[:few]]
     if "rewards" in options.only:
         found += [add(rewards.run_case, setting, name) for name in list(rewards.REWARDS)[: options.rewards]]
-        found += [add(rewards.hang, setting, iteration) for iteration in (0, 2)[: 1 if options.quick else None]]
+        found += [add(rewards.hang, setting, iteration) for iteration in (0, 2)[:few]]
     if "not_finite" in options.only:
-        found += [add(not_finite.run_case, setting, case) for case in not_finite.CASES[: 1 if options.quick else None]]
+        found += [add(not_finite.run_case, setting, case) for case in not_finite.CASES[:few]]
     if "disk" in options.only:
         used = facts["disk"] = disk.means(setting.work / "mounted")
         sizes = disk.cases(setting, setting.work / "reference" / "warm" / "run", used, options.disks)
         found += [add(disk.run_case, setting, used, size) for size in sizes]
-        found += [add(disk.read_only, setting, one) for one in ("train", "resume", "report", "merge", "sample")]
+        found += [add(disk.read_only, setting, one) for one in ("resume", "train", "report", "merge", "sample")[:few]]
     if "damages" in options.only:
-        base = damage.base(setting)
+        base = damage.base(setting, attempts=1 if options.quick else 2)
         found += [add(damage.run_case, setting, base, one) for one in damage.cases(base, options.damages, options.seed)]
     if "configurations" in options.only and options.configurations:
         whole = checked.configurations(options.seed, options.configurations)
@@ -193,7 +189,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def facts_of(options: argparse.Namespace) -> dict[str, Any]:
     """Where, when and with what."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
     return {
         "command": f"python -m bench.faults.run {' '.join(sys.argv[1:])}".strip(),
