@@ -51,14 +51,6 @@ def main() -> None:
             except (ImportError, RuntimeError):
                 refuse_broken_torchvision()
                 raise
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except SystemExit as leaving:
-        cause = getattr(leaving.__context__, "__cause__", None)
-        if isinstance(cause, KeyboardInterrupt):  # which typer makes an exit of, and says nothing
-            print("interrupted", file=sys.stderr)
-        raise
     except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError, RuntimeError) as error:
         if os.environ.get("ADASCOPE_FAST_DEBUG") == "1" or _is_a_fault(error):
             raise

@@ -54,22 +54,27 @@ def _not_vanishing(value: float) -> float:
     return value
 
 
+MOST_IMAGES = 1_000_000
+MOST_STEPS = 10_000
+MOST_GUIDANCE = 1000
+LARGEST_SEED = 2**32 - 1
+
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Images = Annotated[int, Field(ge=1, le=1_000_000)]
+Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
 """Prompts, images or (image, step) pairs."""
-Steps = Annotated[int, Field(ge=1, le=10_000)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 """Denoising steps."""
 Width = Annotated[int, Field(ge=1, le=65_536)]
 """Units of a layer, the rank of a matrix, tokens of a prompt."""
 Pixels = Annotated[int, Field(ge=8, le=16_384)]
 """Side of an image."""
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=LARGEST_SEED + 1)]
 """NumPy's seeds have 32 bits."""
 Positive = Annotated[float, Field(gt=0, le=1e12), AfterValidator(_not_vanishing)]
 PositiveOrZero = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_not_vanishing)]
-Guidance = Annotated[float, Field(ge=0, le=1000)]
+Guidance = Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
 LearningRate = Annotated[float, Field(gt=0, le=10), AfterValidator(_not_vanishing)]
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, le=1)]

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.configuration import MOST_STEPS, ConfigArguments, configured
+from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import ConfigError
+from adascope_fast.settings import MOST_IMAGES, MOST_STEPS
 
 
 def calibrate(
     arguments: ConfigArguments = None,
-    prompts: Annotated[int, typer.Option(min=1, max=1_000_000, help="Training prompts to look at.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Training prompts to look at.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/calibration"),
     start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = 0.106,
     end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean end, as a share of T.")] = 0.636,

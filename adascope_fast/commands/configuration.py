@@ -11,8 +11,6 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.prompts import scenes
 from adascope_fast.rewards.settings import SceneAttributes
 
-MOST_STEPS = 10_000
-LARGEST_SEED = 2**32 - 1
 SAMPLES = ("train", "calibrate")
 """The commands that read the prompts."""
 

@@ -10,10 +10,11 @@ logger = logging.getLogger(__name__)
 
 def report(run: RunFolder) -> None:
     """Write a run's report.html again; what is missing or cannot be read is named, and the page is made without it."""
+    from adascope_fast.reporting.files import is_run, no_run
     from adascope_fast.reporting.report import unread, write_report
 
-    if not any((run / name).exists() for name in ("config.toml", "run.json", "stats.jsonl", "checkpoints")):
-        raise ConfigError(f"a run's folder holds a config.toml, {str(run)!r} does not; check the path")
+    if not is_run(run):
+        raise ConfigError(no_run(run))
     lacking, page = unread(run), write_report(run)
     if lacking:
         logger.warning("made without %s of %s, which cannot be read", ", ".join(lacking), run)

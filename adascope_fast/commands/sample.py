@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.configuration import LARGEST_SEED, MOST_STEPS, RunFolder
+from adascope_fast.commands.configuration import RunFolder
 from adascope_fast.config import ConfigError
+from adascope_fast.settings import LARGEST_SEED, MOST_GUIDANCE, MOST_STEPS
 
 
 def sample(
@@ -21,7 +22,7 @@ def sample(
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1000.0, help="Guidance scale; that of the run if absent."),
+        typer.Option(min=0.0, max=MOST_GUIDANCE, help="Guidance scale; that of the run if absent."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="PNG to write; RUN/samples/sample.png if absent.")] = None,
 ) -> None:

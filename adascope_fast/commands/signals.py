@@ -7,7 +7,7 @@ until there is something to save nothing is raised. Imported before anything els
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -26,13 +26,13 @@ def interrupt(*_: int | FrameType | None) -> None:
 
 
 @contextmanager
-def answered_by(handler: signal.Handlers | object) -> Iterator[None]:
+def answered_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Within it signals go to `handler`, but for those that are ignored (nohup's SIGHUP); in the main thread alone."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     is_main = threading.current_thread() is threading.main_thread()
     changed = [number for number in STOPPING if is_main and before[number] not in (signal.SIG_IGN, None)]
     for number in changed:
-        signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)
     try:
         yield
     finally:

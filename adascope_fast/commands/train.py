@@ -40,13 +40,12 @@ def train(
             trainer = Trainer(config)
             result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)
     except KeyboardInterrupt:
-        if not (Path(config.run.folder) / "config.toml").is_file():
-            raise  # stopped before the run began: there is nothing to continue
-        print(
-            f"interrupted; the run continues from its newest checkpoint with: "
-            f"adascope-fast train --resume {config.run.folder}",
-            file=sys.stderr,
-        )
+        line = "interrupted"
+        if (Path(config.run.folder) / "config.toml").is_file():  # else there is nothing to continue
+            line += (
+                f"; the run continues from its newest checkpoint with: adascope-fast train --resume {config.run.folder}"
+            )
+        print(line, file=sys.stderr)
         sys.exit(130)
     print(outcome(result))
 
@@ -69,12 +68,13 @@ def refuse_without_resume(resume: Path | None, arguments: list[str], *, overwrit
 
 def resumed(folder: Path, overrides: list[str], *, trust_code: bool) -> Config:
     """The configuration of a started run, with what may change in its middle changed."""
+    from adascope_fast.reporting.files import is_run
     from adascope_fast.training import origin, trust
-    from adascope_fast.training.run_folder import is_run, load_run_files, refuse_another
+    from adascope_fast.training.run_folder import load_config, refuse_another
 
     if not is_run(folder):
         raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
-    before = load_run_files(folder).config
+    before = load_config(folder)
     after = before.changed([*overrides, f"run.folder={folder}"])
     refuse_another(before, after)
     _, _, signature = origin.read(folder)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from adascope_fast.engine.settings import Updates
 from adascope_fast.settings import (
+    MOST_IMAGES,
     Count,
     CountOrZero,
     Decay,
@@ -19,8 +20,6 @@ from adascope_fast.settings import (
     Steps,
     Text,
 )
-
-MOST_IMAGES = 1_000_000
 
 
 class Run(Section):

@@ -4,7 +4,6 @@ A run may have been stopped at any moment, so every file but the folder itself m
 is missing becomes a sentence on the page. Texts from the folder (prompts, configuration) are escaped by the template.
 """
 
-import json
 import math
 import tomllib
 from collections import Counter
@@ -17,6 +16,7 @@ from markupsafe import Markup
 
 from adascope_fast.reporting import by_step, figures
 from adascope_fast.reporting.figures import number
+from adascope_fast.reporting.files import json_object, records, text_of
 from adascope_fast.reporting.images import cut_rows
 
 PARTS = ("rollout", "reward", "sensing", "update", "other")
@@ -59,8 +59,8 @@ def unread(run_folder: Path) -> list[str]:
     ends = _ends(_json(folder / "evaluation.json"))
     is_whole = all("mean" in end for end in ends) or _json(folder / "run.json").get("status") != "finished"
     found += [] if is_whole or "evaluation.json" in found else ["evaluation.json"]
-    found += [] if _toml(_text(folder / "config.toml")) else ["config.toml"]
-    lines = _text(folder / "stats.jsonl").splitlines()
+    found += [] if _toml(text_of(folder / "config.toml")) else ["config.toml"]
+    lines = text_of(folder / "stats.jsonl").splitlines()
     found += [] if lines and len(_stats(folder / "stats.jsonl")) == len(lines) else ["stats.jsonl"]
     grid = _json(folder / "samples" / "grid.json")
     prompts = grid.get("prompts")
@@ -77,7 +77,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     """Everything that the template shows, by its name there."""
     run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
     stats = _stats(folder / "stats.jsonl")
-    config_text = _text(folder / "config.toml")
+    config_text = text_of(folder / "config.toml")
     config = _toml(config_text)
     return {
         "name": folder.resolve().name,
@@ -158,17 +158,8 @@ def _mapping(value: Any) -> Record:
     return value if isinstance(value, Mapping) else {}
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or was being written when the run was killed."""
-    try:
-        value = json.loads(_text(path))
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    return json_object(text_of(path))
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -180,15 +171,8 @@ def _toml(text: str) -> dict[str, Any]:
 
 def _stats(path: Path) -> list[dict[str, Any]]:
     """The records of `stats.jsonl` by iteration, the later one of an iteration run twice; a cut line is dropped."""
-    records = {}
-    for line in _text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-            records[record["iteration"]] = record
-    return [records[iteration] for iteration in sorted(records)]
+    by_iteration = {record["iteration"]: record for record in records(text_of(path))}
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
 
 
 def _value(record: Record, key: str) -> float:

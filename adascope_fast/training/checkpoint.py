@@ -32,6 +32,14 @@ TENSORS, STATE, LOG = "state.safetensors", "state.json", "stats.jsonl"
 logger = logging.getLogger(__name__)
 
 
+class NotFiniteError(FloatingPointError):
+    """A tensor that was to be written is not finite; `name` says which."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"a checkpoint must be finite, and {name} is not")
+        self.name = name
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read of a checkpoint: tensors on the CPU in memory of their own, JSON state, and the run's log."""
@@ -50,11 +58,11 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
     """Write the files of a checkpoint into `folder`, replacing it in one rename.
 
     Raises:
-        FloatingPointError: a tensor is not finite; nothing is written.
+        NotFiniteError: a tensor is not finite; nothing is written.
         OSError: it could not be written; what was there before is whole.
     """
     if name := not_finite(tensors):
-        raise FloatingPointError(f"a checkpoint must be finite, and {name} is not")
+        raise NotFiniteError(name)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from adascope_fast.config import ConfigError
+from adascope_fast.training.run_folder import write_whole
 
 FILE = "parts.json"
 NUM_PROBED = 64
@@ -45,9 +46,9 @@ def of_object(value: Any, *, is_given: bool) -> Part:
     """A reward, an algorithm or a selector; of one of this package's that the configuration names, its networks."""
     value = inspect.unwrap(value)
     if is_given or not _is_ours(_type_of(value)):
-        return Part(_name_of(value), _digest(json.dumps(_described(value))), is_given)
+        return Part(name_of(value), _digest(json.dumps(_described(value))), is_given)
     networks = {name: weights(one) for name, one in vars(value).items() if isinstance(one, nn.Module)}
-    return Part(_name_of(value), _digest(json.dumps(networks)) if networks else "", is_given)
+    return Part(name_of(value), _digest(json.dumps(networks)) if networks else "", is_given)
 
 
 def of_prompts(prompts: Sequence[str], *, is_given: bool) -> Part:
@@ -91,10 +92,8 @@ def weights(module: nn.Module, dtype: torch.dtype | None = None) -> str:
 def write(folder: Path, parts: Mapping[str, Part], *, signature: str, changes: Sequence[str] = ()) -> None:
     """Write `parts.json` in one go; `signature` is that of `trust`."""
     values = {name: asdict(part) for name, part in parts.items()}
-    partial = folder / f".{FILE}.partial"
     text = json.dumps({"parts": values, "changes": list(changes), "signature": signature}, indent=1)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / FILE)
+    write_whole(folder / FILE, text)
 
 
 def read(folder: Path) -> tuple[dict[str, Part], list[str], str]:
@@ -166,7 +165,7 @@ def _described(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, nn.Module):
-        return [_name_of(value), weights(value)]
+        return [name_of(value), weights(value)]
     if isinstance(value, list | tuple):
         return [_described(one) for one in value]
     if hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
@@ -175,12 +174,12 @@ def _described(value: Any) -> Any:
         return [_described(value.__func__), _described(value.__self__)]
     if callable(value) and hasattr(value, "__code__"):
         held = [_contents(cell) for cell in value.__closure__ or ()]
-        return [_name_of(value), _source(value), [_described(one) for one in held if isinstance(one, nn.Module | str)]]
+        return [name_of(value), _source(value), [_described(one) for one in held if isinstance(one, nn.Module | str)]]
     found = {name: _described(getattr(value, name)) for name in _made_with(value)}
     inside = getattr(value, "__dict__", {})
     found |= {name: _described(one) for name, one in inside.items() if isinstance(one, nn.Module | str)}
     source = _source(type(value))
-    return [_name_of(value), *([source] if source else []), found] if source or found else _name_of(value)
+    return [name_of(value), *([source] if source else []), found] if source or found else name_of(value)
 
 
 def _made_with(value: Any) -> list[str]:
@@ -220,7 +219,8 @@ def _type_of(value: Any) -> Any:
     return value if hasattr(value, "__qualname__") else type(value)
 
 
-def _name_of(value: Any) -> str:
+def name_of(value: Any) -> str:
+    """`module:object` of a function or of an object's class."""
     named = _type_of(value)
     return f"{getattr(named, '__module__', None) or ''}:{getattr(named, '__qualname__', repr(named))}"
 

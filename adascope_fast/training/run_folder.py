@@ -30,6 +30,7 @@ from torch import Tensor
 
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.sources import read_toml
+from adascope_fast.reporting.files import is_run, json_object, no_run, records, text_of
 from adascope_fast.training import checkpoint
 from adascope_fast.training.checkpoint import Checkpoint
 from adascope_fast.training.lock import NAME as LOCK
@@ -101,7 +102,7 @@ class RunFolder:
             for old in _contents(path):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             (path / "samples").mkdir()
-            _write(path / "config.toml", heading + config.to_toml())
+            write_whole(path / "config.toml", heading + config.to_toml())
         except OSError as error:
             held.close()
             raise ConfigError(
@@ -143,12 +144,12 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Replace `config.toml`, all but its heading, if it says something else."""
         path = self.path / "config.toml"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        text = text_of(path)
         heading = "".join(
             takewhile(lambda line: line.startswith("#") or not line.strip(), text.splitlines(keepends=True))
         )
         if text != heading + config.to_toml():
-            _write(path, heading + config.to_toml())
+            write_whole(path, heading + config.to_toml())
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one iteration to `stats.jsonl`; what is not finite is null there."""
@@ -157,7 +158,7 @@ class RunFolder:
 
     def stats(self) -> list[dict[str, Any]]:
         """The logged iterations. A line cut short by a kill is ignored."""
-        return _records(self._log())
+        return records(self._log())
 
     def save_checkpoint(
         self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Config, keep: int
@@ -177,7 +178,7 @@ class RunFolder:
 
     def restore(self, found: Checkpoint | None) -> None:
         """Put log and evaluation back to what they were at a checkpoint: what came later will be made again."""
-        _write(self.path / "stats.jsonl", "" if found is None else found.log)
+        write_whole(self.path / "stats.jsonl", "" if found is None else found.log)
         if found is not None:
             self.write("evaluation.json", found.state["evaluation"])
 
@@ -187,7 +188,7 @@ class RunFolder:
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Replace a JSON file of the folder in one go; what is not finite is null there."""
-        _write(self.path / name, json.dumps(_plain(values), indent=1, allow_nan=False))
+        write_whole(self.path / name, json.dumps(_plain(values), indent=1, allow_nan=False))
 
     def describe(
         self, status: str, device: torch.device, seconds: float, chosen: Mapping[str, str], **more: Any
@@ -220,23 +221,18 @@ class RunFolder:
         )
 
     def _log(self) -> str:
-        path = self.path / "stats.jsonl"
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, by what a run leaves there; its configuration may be lost."""
-    return any((folder / name).exists() for name in ("config.toml", "run.json", "stats.jsonl", "checkpoints"))
-
-
-def no_run(folder: Path) -> str:
-    """What to say of a folder that is no run."""
-    return f"a run's folder holds a config.toml, {str(folder)!r} does not; check the path"
+        return text_of(self.path / "stats.jsonl")
 
 
 def load_config(folder: Path) -> Config:
-    """The configuration of a run; ConfigError where the folder is none, or an earlier version's."""
-    return load_run_files(folder).config
+    """The configuration of a run; ConfigError where the folder is none, or an earlier version's.
+
+    Checkpoints are read only where `config.toml` is lost; `load_run_files` also compares the two.
+    """
+    try:
+        return _config(folder)
+    except ConfigError:
+        return load_run_files(folder).config
 
 
 def load_run_files(folder: Path) -> Started:
@@ -321,7 +317,8 @@ def _made_by(folder: Path) -> str:
     return f"that version ({version or 'unknown'}{f', commit {commit}' if commit else ''})"
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file of a run in one go."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -333,23 +330,11 @@ def _contents(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is not there, cannot be read, or holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_object(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
         return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _records(text: str) -> list[dict[str, Any]]:
-    records = []
-    for line in text.split("\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-            records.append(record)
-    return records
 
 
 def _number(value: Any) -> float:

@@ -5,6 +5,7 @@ and repeats the run that was left alone bit for bit.
 """
 
 import hashlib
+import inspect
 import logging
 import math
 import random
@@ -341,7 +342,10 @@ class Trainer:
 
     def _refuse_not_finite(self, tensors: dict[str, Tensor]) -> None:
         if name := checkpoint.not_finite(tensors):
-            raise FloatingPointError(f"weights must be finite, and {name} is not any more; {remedy(self.config)}")
+            raise FloatingPointError(self._not_finite(name))
+
+    def _not_finite(self, name: str) -> str:
+        return f"weights must be finite, and {name} is not any more; {remedy(self.config)}"
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Take weights, moments and states from a checkpoint."""
@@ -361,9 +365,11 @@ class Trainer:
         tensors |= checkpoint.prefixed(self.ema.tensors() if self.ema else {}, "ema")
         tensors |= checkpoint.prefixed(self.algorithm.tensors(), "algorithm")
         tensors |= checkpoint.prefixed(self.sensor.tensors(), "sensor")
-        self._refuse_not_finite(tensors)
         state = {"algorithm": self.algorithm.state_dict(), "selector": self.selector.state_dict()}
-        folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
+        try:
+            folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
+        except checkpoint.NotFiniteError as error:
+            raise FloatingPointError(self._not_finite(error.name)) from None
 
     def prompts_of(self, iteration: int) -> list[str]:
         """This iteration's prompts, each repeated for its group; a short list is gone through several times."""
@@ -433,8 +439,9 @@ class Trainer:
         return rewards.score(self.reward, images, texts)
 
     def _reward_name(self) -> str:
-        own = self._named_parts()["reward"].name.rpartition(":")[2]
-        return own if "reward" in self._given else self.config.reward.name
+        if "reward" not in self._given:
+            return self.config.reward.name
+        return origin.name_of(inspect.unwrap(self.reward)).rpartition(":")[2]
 
     def _result(self, folder: RunFolder, report: Path) -> Result:
         stats, values = folder.stats(), folder.read("evaluation.json")

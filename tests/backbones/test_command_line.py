@@ -1,21 +1,17 @@
 """Each family through the command line: two iterations, pictures, and a merged pipeline that plain diffusers loads."""
 
-import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from command_line import call
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from adascope_fast import cli
 from adascope_fast.training.draw import draw, initial_latents, load_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -44,16 +40,8 @@ SMALLEST = [
 
 
 def _call(*arguments: str | Path) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["adascope-fast", *map(str, arguments)]),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as stopped,
-    ):
-        cli.main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out.getvalue(), err.getvalue()
+    outcome = call(*arguments)
+    return outcome.code, outcome.out, outcome.err
 
 
 def _train(tiny: Callable[[str], Path], family: str, folder: Path, *more: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import call
 from diffusers import DiffusionPipeline
+from small_runs import CAPTIONS, TINY, lines_of
 from torch import Tensor
 
 from adascope_fast import backbones
@@ -19,8 +20,6 @@ from adascope_fast.training.nonfinite import NonFinite
 from adascope_fast.training.run_folder import RunFolder
 from adascope_fast.training.trainer import Trainer
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
-CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
 SMALLEST = ["sampler.num_steps=4", "evaluation.num_prompts=2", "train.learning_rate=0.01"]
 
 
@@ -35,10 +34,6 @@ def _config(folder: Path, *overrides: str) -> Config:
 
 def _status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ def test_a_run_that_diverges_fails_and_exports_nothing(tmp_path: Path, overrides
     page = (folder / "report.html").read_text()
     assert run["reason"].split(";")[0] in page
     assert "failed after" in page
-    assert "All images, updates, log-probabilities and ratios were finite" not in page or len(_lines(folder)) < 2
+    assert "All images, updates, log-probabilities and ratios were finite" not in page or len(lines_of(folder)) < 2
 
 
 def _pipeline_with_a_nan() -> Any:
@@ -127,7 +122,7 @@ def test_what_is_left_out_is_counted_and_told(tmp_path: Path):
     trainer = Trainer(_config(folder), reward=redness, quiet=True)
     Flaky(trainer, {1, BEFORE + ITERATION + 2})
     result = trainer.train()
-    assert [line["samples_dropped"] for line in _lines(folder)] == [0, 1]
+    assert [line["samples_dropped"] for line in lines_of(folder)] == [0, 1]
     assert (result.samples_dropped, result.updates_skipped) == (1, 0)
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert (evaluation["before"]["num_not_finite"], evaluation["after"]["num_not_finite"]) == (1, 0)
@@ -152,7 +147,7 @@ def test_stop_stops_at_the_first(tmp_path: Path):
         FloatingPointError, match=r"iteration 1 has 1 of 4 images and 0 of 1 updates that are not finite"
     ):
         trainer.train()
-    assert len(_lines(folder)) == 2
+    assert len(lines_of(folder)) == 2
     assert _status(folder)["status"] == "failed"
     assert not (folder / "adapter").exists()
 
@@ -171,7 +166,7 @@ def test_iterations_without_a_finite_update_stop_the_run_only_in_a_row(tmp_path:
             trainer.train()
         return
     trainer.train()
-    lines = _lines(folder)
+    lines = lines_of(folder)
     assert [line["samples_dropped"] for line in lines] == [0, 4, 0, 4, 0]
     assert [line["reward_mean"] is None for line in lines] == [False, True, False, True, False]
     assert (folder / "adapter").is_dir()

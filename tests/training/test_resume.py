@@ -12,6 +12,7 @@ import torch
 from command_line import call, refused
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
 from torch import Tensor
 
 from adascope_fast import backbones
@@ -23,20 +24,6 @@ from adascope_fast.training.draw import load_run
 from adascope_fast.training.export import merge
 from adascope_fast.training.run_folder import RunFolder
 from adascope_fast.training.trainer import Trainer
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
-CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
-SMALLEST = [
-    "sampler.num_steps=4",
-    "train.prompts_per_iteration=1",
-    "train.learning_rate=0.01",
-    "evaluation.num_prompts=1",
-    "evaluation.samples_per_prompt=1",
-]
-
-
-def redness(images: Tensor, prompts: list[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
 def blueness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -56,10 +43,6 @@ def _pipeline(shift: float = 0.0) -> Any:
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
 GIVEN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -96,7 +79,7 @@ def test_what_was_passed_in_python_is_recorded_and_needed_again(tmp_path: Path, 
             Trainer(longer, quiet=True, **plain, **wrong).resume()
     assert _files(folder) == before, "nothing has changed"
     Trainer(longer, quiet=True, **plain, **{name: same()}).resume()
-    assert len(_lines(folder)) == 3
+    assert len(lines_of(folder)) == 3
 
 
 def test_a_change_that_is_accepted_is_written_down(tmp_path: Path):
@@ -160,7 +143,7 @@ def test_what_a_configuration_names_may_move_but_not_change(tmp_path: Path):
     assert "train_prompts was 1 prompt" in line
     assert "take the change with --accept-changes" in line
     assert call("train", "--resume", folder, "train.iterations=4", "--accept-changes").code == 0
-    assert len(_lines(folder)) == 4
+    assert len(lines_of(folder)) == 4
 
 
 @pytest.mark.parametrize(
@@ -209,7 +192,7 @@ def test_files_beside_the_checkpoint_are_restored_from_it(
     got, want = (load_file(run / "checkpoints/000003/state.safetensors") for run in (folder, longer))
     assert all(torch.equal(got[key], want[key]) for key in want)
     untimed = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share"))
-    assert [line | untimed for line in _lines(folder)] == [line | untimed for line in _lines(longer)]
+    assert [line | untimed for line in lines_of(folder)] == [line | untimed for line in lines_of(longer)]
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((longer / "evaluation.json").read_text())
     assert Config.load(folder / "config.toml").train.iterations == 3
     if name == "config.toml":

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
 from torch import Tensor
 
 from adascope_fast import backbones
@@ -25,27 +26,13 @@ from adascope_fast.training.building import algorithm_of, selector_of
 from adascope_fast.training.draw import draw, initial_latents, load_run
 from adascope_fast.training.trainer import Result, Trainer
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 UNTIMED = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share"))
-CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
-# Smaller still than the smallest run; one prompt again and again, so that what was remembered of it matters.
-SMALLEST = [
-    "sampler.num_steps=4",
-    "train.prompts_per_iteration=1",
-    "train.learning_rate=0.01",
-    "evaluation.num_prompts=1",
-    "evaluation.samples_per_prompt=1",
-]
 
 
 def _config(folder: Path, *overrides: str) -> Config:
     is_ddpo = not any(override.startswith("algorithm.name=") for override in overrides)
     own = ["algorithm.min_count=1"] if is_ddpo else []  # from the first iteration on the tracker matters
     return Config.load(TINY, [*SMALLEST, *own, f"run.folder={folder}", *overrides])
-
-
-def redness(images: Tensor, prompts: list[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
 def _calls(outcome: Callable[[Tensor], object], at: int) -> Callable[[Tensor, list[str]], Tensor]:
@@ -70,10 +57,6 @@ def _trainer(config: Config, reward: Callable[[Tensor, list[str]], Tensor] = red
     return Trainer(config, reward=reward, train_prompts=CAPTIONS[:1], held_out_prompts=CAPTIONS[1:], quiet=True)
 
 
-def _lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A run that nobody disturbed."""
@@ -92,7 +75,7 @@ def _check_same_run(folder: Path, alone: Path) -> None:
     assert states[0] == states[1]
     assert [config.pop("run")["folder"] for config in configs] == [str(folder), str(alone)]
     assert configs[0] == configs[1]
-    for got, want in zip(_lines(folder), _lines(alone), strict=True):
+    for got, want in zip(lines_of(folder), lines_of(alone), strict=True):
         assert got | UNTIMED == want | UNTIMED
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((alone / "evaluation.json").read_text())
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
@@ -101,7 +84,7 @@ def _check_same_run(folder: Path, alone: Path) -> None:
 def test_a_run_leaves_every_file_that_it_promises(alone: tuple[Path, Result]):
     folder, result = alone
     assert Config.load(folder / "config.toml") == _config(folder)
-    first, second = _lines(folder)
+    first, second = lines_of(folder)
     assert (first["iteration"], second["iteration"]) == (0, 1)
     for record in (first, second):
         assert set(record["seconds"]) == {"rollout", "reward", "sensing", "update", "other"}
@@ -136,7 +119,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path: Path, al
     folder = tmp_path / "run"
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert (folder / "report.html").is_file(), "what there is so far is reported"
-    assert len(_lines(folder) if (folder / "stats.jsonl").is_file() else []) == max(0, call - 2)
+    assert len(lines_of(folder) if (folder / "stats.jsonl").is_file() else []) == max(0, call - 2)
     _trainer(config).resume(accept_changes=True)
     _check_same_run(folder, alone[0])
 
@@ -156,7 +139,7 @@ def test_an_algorithm_with_a_memory_of_its_own_resumes_bit_for_bit(tmp_path: Pat
     config = _config(tmp_path / "killed", *algorithm)
     with pytest.raises(KeyboardInterrupt):
         _trainer(config, _calls(_interrupt, 3)).train()
-    assert len(_lines(tmp_path / "killed")) == 1
+    assert len(lines_of(tmp_path / "killed")) == 1
     _trainer(config).resume(accept_changes=True)
     _check_same_run(tmp_path / "killed", tmp_path / "alone")
     first, second = (load_file(tmp_path / "alone" / f"checkpoints/00000{n}/state.safetensors") for n in (1, 2))
@@ -213,7 +196,7 @@ def test_a_bad_reward_stops_the_run_and_keeps_what_was_reached(
     with pytest.raises(ValueError, match=message):
         _trainer(_config(tmp_path / "run"), _calls(outcome, 3)).train()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000001"]
-    assert len(_lines(tmp_path / "run")) == 1
+    assert len(lines_of(tmp_path / "run")) == 1
     _, backbone = load_run(tmp_path / "run")
     assert any(value.abs().max() > 0 for key, value in backbone.adapter_tensors().items() if "lora_B" in key)
 
@@ -278,7 +261,7 @@ def test_tensorboard_is_given_the_numbers_of_every_iteration(tmp_path: Path):
     accumulator.Reload()
     logged = accumulator.Scalars("reward_mean")
     assert [(point.step, point.value) for point in logged] == [
-        (record["iteration"], pytest.approx(record["reward_mean"])) for record in _lines(tmp_path / "run")
+        (record["iteration"], pytest.approx(record["reward_mean"])) for record in lines_of(tmp_path / "run")
     ]
     assert "seconds/rollout" in accumulator.Tags()["scalars"]
 
