@@ -1,8 +1,8 @@
 """What an engine's iteration costs outside the denoiser: kernel launches, torch operations, and the bytes of both.
 
-Torch operations are seen by a dispatch mode, below autograd and inside our operators; views and allocations move nothing
-and are left out. Launches run in Triton's interpreter, so values are right, and every load and store that a kernel makes
-is counted as it is made: in elements that its mask lets through, as often as the program asks for them.
+Torch operations are seen by a dispatch mode, below autograd and inside our operators; views and allocations move
+nothing and are left out. Launches run in Triton's interpreter, so values are right, and every load and store that a
+kernel makes is counted as it is made: in elements that its mask lets through, as often as the program asks for them.
 
 What happens between the denoiser's inputs and its output, and in its backward pass, is the model's business and is not
 counted; nor is how its inputs were made, which is told apart. Needs TRITON_INTERPRET=1 and tensors on the CPU.

@@ -89,7 +89,7 @@ def iteration(model: str, dtype: str, case: str, num_steps: int) -> list[Row]:
 
 
 def _a_whole_one(num_microbatches: int, num_updates: int) -> int:
-    """Number of the second microbatch of the last update: the first comes with the plan, the last with the optimiser."""
+    """Number of the last update's second microbatch: with the first comes the plan, after the last the optimiser."""
     per_update = num_microbatches // num_updates
     assert per_update >= 3
     return (num_updates - 1) * per_update + 1
