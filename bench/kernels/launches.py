@@ -20,9 +20,10 @@ FOLDER = Path(__file__).parents[2] / "kernels"
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its arguments in order, and the compiler's options."""
+    """One launch: the kernel, its programs, its arguments in order, and the compiler's options."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
 
@@ -46,7 +47,7 @@ def recorded() -> Iterator[list[Launch]]:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = dict(zip(self.arg_names, args, strict=False))
         arguments |= {name: kwargs.pop(name) for name in self.arg_names if name in kwargs}
-        launches.append(Launch(self, arguments, kwargs))
+        launches.append(Launch(self, grid, arguments, kwargs))
 
     before, JITFunction.run = JITFunction.run, run
     try:
