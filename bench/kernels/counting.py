@@ -25,6 +25,7 @@ CHECKOUT = Path(__file__).parents[2]
 FEW = 64
 """Elements of one access from which it is of latents: what a kernel reads of a few rows' numbers is less."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "set_"}
+MADE_LIKE = {"new_full", "new_ones", "new_zeros", "full_like", "ones_like", "zeros_like", "rand_like", "randn_like"}
 GATHERS = {"index", "index_select", "gather", "embedding"}
 OVERWRITES = {"copy_", "fill_", "zero_", "index_put_", "_index_put_impl_", "normal_", "random_", "uniform_"}
 
@@ -145,10 +146,12 @@ class Counting(TorchDispatchMode):
         given = {_storage(x) for x in inputs}
         if name in ALLOCATIONS or (not func._schema.is_mutable and outputs and {_storage(x) for x in outputs} <= given):
             return
-        written, read = outputs, inputs
+        written, read = outputs, [x for x in inputs if x is not kwargs.get("out")]
         if name in GATHERS:
             source = max(inputs, key=Tensor.numel)
             read = [*outputs, *(x for x in inputs if x is not source)]
+        elif name in MADE_LIKE:
+            read = []
         elif name in OVERWRITES:
             read = inputs[1:]
             written = inputs[-1:] if "index_put" in name else outputs

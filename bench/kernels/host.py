@@ -2,7 +2,8 @@
 
     python bench/kernels/host.py --against PATH [--rounds N] [--out FILE]
 
-Processes for each checkout are kept and take turns for each operation, so that what slows this machine down slows both. Latents are 8 rows of 4 x 64 x 64. "ours" is our Python and PyTorch's alone (launches are recorded), "whole" has
+Processes for each checkout are kept and take turns for each operation, so what slows this machine down slows both.
+Latents are 8 rows of 4 x 64 x 64. "ours" is our Python and PyTorch's alone (launches are recorded), "whole" has
 Triton's in it too, up to a driver that does nothing: `launches.py`. A turn is the least of a few batches of calls, in
 CPU time of the calling thread; times are medians over the rounds, the ratio is that of each round's pair, with its
 quartiles. PATH is "before", this checkout is "after".
