@@ -102,18 +102,25 @@ def call_operations(kernels: Any, n: int, shape: tuple[int, ...], types: tuple[s
     policy = {"clip_range": 0.1, "ref_output": frozen(), "kl_weight": row(), **guided}
     plain, noise, coef = latents(), latents(), row(3)
     for kind in ("gaussian", "squared_error"):
-        log_prob = kernels.guided_transition_log_prob(plain, output(), output(), GUIDANCE, noise, coef, kind=kind)
-        log_prob.sum().backward()
         kernels.transition_step(plain, frozen(), noise, coef, **guided, kind=kind)
-    kernels.transition_step_with_x0(plain, frozen(), noise, coef, row(2), prev_x0=plain, **guided)
-    for clip in ("ppo", "dpok"):
-        rows = (output(), noise, coef, row(), row())
-        kernels.transition_policy_loss(plain, *rows, clip=clip, **policy)[0].sum().backward()
-        kernels.transition_policy_grad(plain, *rows, clip=clip, scale=0.5, **policy)
+    for rows in (None, torch.arange(n)):
+        for kind in ("gaussian", "squared_error"):
+            outputs = output(), output(), GUIDANCE
+            log_prob = kernels.guided_transition_log_prob(plain, *outputs, noise, coef, kind=kind, rows=rows)
+            log_prob.sum().backward()
+        kernels.transition_log_prob_grad(plain, output(), noise, coef, row(), **guided, rows=rows)
+        tables = {} if rows is None else {"rows": rows, "out": kernels.Step(latents(), row(), latents(), row(), row())}
+        kernels.transition_step_with_x0(plain, frozen(), noise, coef, row(2), prev_x0=plain, **guided, **tables)
+        for clip in ("ppo", "dpok"):
+            for old in (row(), None):
+                inputs = (plain, output(), noise, coef, old, row())
+                kernels.transition_policy_loss(*inputs, clip=clip, **policy, rows=rows)[0].sum().backward()
+                kernels.transition_policy_grad(*inputs, clip=clip, scale=0.5, **policy, rows=rows)
     for loss in (kernels.clipped_policy_loss, kernels.dpok_policy_loss):
         loss(row().requires_grad_(), row(), row(), clip_range=0.1)[0].sum().backward()
     kernels.gaussian_kl(output(), frozen(), coef).sum().backward()
     kernels.correlation(plain, noise, center="channel", num_channels=shape[0])
+    kernels.correlations(torch.stack([plain, noise], 1), noise)
     kernels.correlation_update(row(6), plain, noise)
 
 
@@ -153,7 +160,8 @@ def compile_row(launch: Any, dtype: str, target: str, case: tuple[int, tuple[int
     is_hip = TARGETS[target][0] == "hip"
     signature, constants, attributes = specialise(launch, is_hip)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = launch.options | {"num_warps": launch.options["num_warps"] * 32 // TARGETS[target][2]}  # as many threads
+    num_warps = max(1, launch.options["num_warps"] * 32 // TARGETS[target][2])  # as many threads
+    options = launch.options | {"num_warps": num_warps}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     n, shape = case
     tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
@@ -243,9 +251,10 @@ def compile_all(quick: bool) -> Iterator[Row]:
                 key = (launch.kernel.__name__, str(specialise(launch, False)), str(launch.options))
                 if key not in seen:
                     seen.add(key)
-                    block = small[key[0]].arguments.get("BLOCK") or 1
-                    turns = max(1, small[key[0]].arguments.get("chunk", block) // block)
-                    more = {"programs": math.prod(small[key[0]].grid)}
+                    example = small[key[0]]
+                    block = example.arguments.get("BLOCK", 0)
+                    turns = example.arguments.get("chunk", block) // block if block else 1
+                    more = {"programs": math.prod(example.grid)}
                     yield from (compile_row(launch, dtype, target, case, turns) | more for target in targets)
 
 
