@@ -1,6 +1,8 @@
-"""The operations that `run.py` times: their inputs, what is called, the traffic, and the exact answer.
+"""The operations that `run.py` times: their inputs, what is called, and the exact answer.
 
 Axes: `n` rows of latents of one shape, `d` elements each. A provider is a namespace with the functions of `reference`.
+What they move is said in `kernels/operations.py`. The order is that of the goals: a rollout's step and a training step
+with its gradient come first.
 """
 
 from collections.abc import Callable
@@ -12,48 +14,79 @@ import torch
 from torch import Tensor
 
 from adascope_fast import reference
+from adascope_fast.kernels import operations
 
-GUIDANCE = 5.0
+GUIDANCE, NOISE_LEVEL = 5.0, 0.7
 CLIP = {"clip_range": 1e-4}
+MIX = "float32+bfloat16"
+DTYPES = {
+    MIX: (torch.float32, torch.bfloat16),  # of latents, and of model outputs: what the engine uses
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float32": (torch.float32, torch.float32),
+}
+LAYOUTS = {  # of latents, and of model outputs
+    "contiguous": (torch.contiguous_format, torch.contiguous_format),
+    "channels_last": (torch.channels_last, torch.channels_last),
+    "mixed": (torch.contiguous_format, torch.channels_last),
+}
 Outputs = tuple[Tensor, ...]
+Call = Callable[[Any, SimpleNamespace], Outputs]
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One row of the table, for each shape, number of rows, type and provider.
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """One row of the table, for each shape, number of rows, types, layout and provider.
 
     Args:
-        name: of the kernel and of its twin in `reference`; `torch.compile` is given that twin, or `compiled_name`.
+        name: of the kernel's function, and of its twin in `reference`.
         timed: what of it, in words.
         call: the timed call; its results start with the rows, so that the first few can be checked.
         exact: the same results from float64 inputs; it is given what `call` returned, for what depends on rounding.
-        num_latents: latents read and written by the kernels, as kernels/README.md counts them.
         test_names: parts of the names of the tests without which no figure is reported.
+        graph_call, graph_name: what stands in for `call` and `name` where autograd has to make the gradient.
+        is_guided, with_gradient: which of the traffic in `kernels/operations.py` it is.
     """
 
     name: str
     timed: str
-    call: Callable[[Any, SimpleNamespace], Outputs]
+    call: Call
     exact: Callable[[SimpleNamespace, Outputs], Outputs]
-    num_latents: int
     test_names: tuple[str, ...]
-    compiled_name: str = ""
-    compiled_call: Callable[[Any, SimpleNamespace], Outputs] | None = None
+    graph_call: Call | None = None
+    graph_name: str = ""
+    is_guided: bool = False
+    with_gradient: bool = False
+
+    def bytes_moved(self, dtype: str) -> int:
+        """Bytes that the kernels read and write for one element of a row."""
+        latent, output = (one.itemsize for one in DTYPES[dtype])
+        how = {"is_guided": self.is_guided, "with_gradient": self.with_gradient}
+        return operations.OPERATIONS[self.name].bytes_moved(latent=latent, output=output, **how)
 
 
-def inputs(n: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> SimpleNamespace:
-    """Random inputs of every operation, made on the CPU in small pieces so that they do not depend on the device."""
+def inputs(n: int, shape: tuple[int, ...], dtype: str, layout: str, device: str) -> SimpleNamespace:
+    """Random inputs of every operation, and steps of Flow-GRPO's sampler: `coef` of those of `schedule`.
+
+    `schedule` [n, 3] is (t, next t, noise level), from which flow_grpo derives what `coef` holds (2505.05470).
+    """
     generator = torch.Generator(device=device).manual_seed(n)
 
-    def latents() -> Tensor:
-        return torch.randn(n, *shape, generator=generator, device=device, dtype=dtype)
+    def draw(which: int) -> Tensor:
+        drawn = torch.randn(n, *shape, generator=generator, device=device, dtype=DTYPES[dtype][which])
+        return drawn.contiguous(memory_format=LAYOUTS[layout][which])
 
-    data = SimpleNamespace(sample=latents(), output=latents(), output_uncond=latents(), noise=latents())
-    data.coef = torch.tensor([1.01, -0.2, 0.3], device=device) + 0.01 * torch.rand(
-        n, 3, generator=generator, device=device
-    )
-    data.prev_sample, data.old_log_prob = reference.transition_step(data.sample, data.output, data.noise, data.coef)
-    data.old_log_prob = data.old_log_prob + 2e-5 * torch.randn(n, generator=generator, device=device)
+    data = SimpleNamespace(output=draw(1), output_uncond=draw(1), ref_output=draw(1))
+    data.sample, data.noise, data.prev_x0 = draw(0), draw(0), draw(0)
+    t = 0.1 + 0.8 * torch.rand(n, generator=generator, device=device)
+    dt = -0.1 * t
+    coef = [1 + NOISE_LEVEL**2 * dt / (2 * (1 - t)), dt * (1 + NOISE_LEVEL**2 / 2)]
+    data.coef = torch.stack([*coef, NOISE_LEVEL * (t / (1 - t) * -dt).sqrt()], dim=1)
+    data.schedule = torch.stack([t, t + dt, torch.full_like(t, NOISE_LEVEL)], dim=1)
+    data.x0_coef = torch.stack([torch.ones_like(t), -t], dim=1)
+    data.prev_sample, data.log_prob = reference.transition_step(data.sample, data.output, data.noise, data.coef)
+    data.prev_sample = data.prev_sample.contiguous(memory_format=LAYOUTS[layout][0])
+    data.old_log_prob = data.log_prob + 2e-5 * torch.randn(n, generator=generator, device=device)
     data.advantage = torch.randn(n, generator=generator, device=device)
     return data
 
@@ -63,10 +96,12 @@ def first_rows(data: SimpleNamespace, count: int) -> SimpleNamespace:
     return SimpleNamespace(**{name: value[:count].double() for name, value in vars(data).items()})
 
 
+def _guidance(data: SimpleNamespace) -> dict[str, Any]:
+    return {"output_uncond": data.output_uncond, "guidance_scale": GUIDANCE}
+
+
 def _step(provider: Any, data: SimpleNamespace) -> Outputs:
-    return provider.transition_step(
-        data.sample, data.output, data.noise, data.coef, output_uncond=data.output_uncond, guidance_scale=GUIDANCE
-    )
+    return provider.transition_step(data.sample, data.output, data.noise, data.coef, **_guidance(data))
 
 
 def _exact_step(data: SimpleNamespace, outputs: Outputs) -> Outputs:
@@ -74,6 +109,21 @@ def _exact_step(data: SimpleNamespace, outputs: Outputs) -> Outputs:
     stored = outputs[0].double()
     arguments = (data.sample, data.output, data.output_uncond, GUIDANCE, stored, data.coef)
     return _step(reference, data)[0], reference.guided_transition_log_prob(*arguments)
+
+
+def _step_with_x0(provider: Any, data: SimpleNamespace) -> Outputs:
+    prev_sample, log_prob, x0, moments = provider.transition_step_with_x0(
+        data.sample, data.output, data.noise, data.coef, data.x0_coef, prev_x0=data.prev_x0, **_guidance(data)
+    )
+    return prev_sample, log_prob, x0, moments
+
+
+def _exact_step_with_x0(data: SimpleNamespace, outputs: Outputs) -> Outputs:
+    """Log-probability and correlation of what was stored."""
+    _, _, x0, _ = _step_with_x0(reference, data)
+    state = torch.zeros(len(x0), 6, dtype=torch.float64, device=x0.device)
+    moments = reference.correlation_update(state, outputs[2].double(), data.prev_x0)
+    return *_exact_step(data, outputs), x0, moments
 
 
 @torch.no_grad()
@@ -96,7 +146,7 @@ def _policy_grad(provider: Any, data: SimpleNamespace) -> Outputs:
 
 def _kl(provider: Any, data: SimpleNamespace) -> Outputs:
     output = data.output.detach().requires_grad_()
-    kl = provider.gaussian_kl(output, data.sample, data.coef)
+    kl = provider.gaussian_kl(output, data.ref_output, data.coef)
     return kl.detach(), *torch.autograd.grad(kl.sum(), output)
 
 
@@ -104,31 +154,71 @@ def _correlation(provider: Any, data: SimpleNamespace) -> Outputs:
     return (provider.correlation(data.sample, data.prev_sample),)
 
 
-def _exactly(call: Callable[[Any, SimpleNamespace], Outputs]) -> Callable[[SimpleNamespace, Outputs], Outputs]:
+def _exactly(call: Call) -> Callable[[SimpleNamespace, Outputs], Outputs]:
     return lambda data, _: call(reference, data)
 
 
-OPERATIONS = [
-    Operation("transition_step", "guided", _step, _exact_step, 5, ("transition", "step")),
-    Operation("transition_log_prob", "forward", _log_prob, _exactly(_log_prob), 3, ("transition", "log_prob")),
-    Operation(
-        "transition_policy_loss",
-        "forward and backward",
-        _policy_loss,
-        _exactly(_policy_loss),
-        7,
-        ("policy", "training_step"),
+TIMED = [
+    Timed(
+        name="transition_step_with_x0",
+        timed="guided, with prev_x0",
+        call=_step_with_x0,
+        exact=_exact_step_with_x0,
+        test_names=("transition", "step"),
+        is_guided=True,
     ),
-    Operation(
-        "transition_policy_grad",
-        "loss with its gradient",
-        _policy_grad,
-        _exactly(_policy_grad),
-        7,
-        ("policy", "training_step"),
-        compiled_name="transition_policy_loss",  # torch.compile cannot hold the gradient inside
-        compiled_call=_policy_loss,
+    Timed(
+        name="transition_policy_grad",
+        timed="loss with its gradient",
+        call=_policy_grad,
+        exact=_exactly(_policy_grad),
+        test_names=("policy", "training_step"),
+        graph_call=_policy_loss,
+        graph_name="transition_policy_loss",
+        with_gradient=True,
     ),
-    Operation("gaussian_kl", "forward and backward", _kl, _exactly(_kl), 5, ("kl",)),
-    Operation("correlation", "at once", _correlation, _exactly(_correlation), 2, ("correlation",)),
+    Timed(
+        name="transition_step",
+        timed="guided",
+        call=_step,
+        exact=_exact_step,
+        test_names=("transition", "step"),
+        is_guided=True,
+    ),
+    Timed(
+        name="transition_policy_loss",
+        timed="forward and backward",
+        call=_policy_loss,
+        exact=_exactly(_policy_loss),
+        test_names=("policy", "training_step"),
+        with_gradient=True,
+    ),
+    Timed(
+        name="transition_log_prob",
+        timed="forward",
+        call=_log_prob,
+        exact=_exactly(_log_prob),
+        test_names=("transition", "log_prob"),
+    ),
+    Timed(
+        name="correlation",
+        timed="at once",
+        call=_correlation,
+        exact=_exactly(_correlation),
+        test_names=("correlation",),
+    ),
+    Timed(
+        name="gaussian_kl",
+        timed="forward and backward",
+        call=_kl,
+        exact=_exactly(_kl),
+        test_names=("kl",),
+        with_gradient=True,
+    ),
 ]
+NOT_TIMED = {
+    "guided_transition_log_prob": "transition_log_prob with one more model output",
+    "clipped_policy_loss": "a few numbers a row",
+    "dpok_policy_loss": "a few numbers a row",
+    "correlation_update": "correlation with another finish",
+}
