@@ -77,6 +77,9 @@ def part(name: str, command: list[str], *, limit: float, ends: float, results: P
     code = run([sys.executable, *command], limit)
     said = {0: "done", STOPPED: f"stopped after its {limit:.0f} s"}.get(code, f"failed with exit code {code}")
     is_new = results is not None and _written(results) != written_before
+    if code == STOPPED and results is not None:
+        models = json.loads(results.read_text()).get("models", []) if is_new else []
+        said += f", reached by then: {', '.join(one['model'] for one in models) or 'nothing'}"
     return Part(name, code, round(time.monotonic() - began, 1), said, results.name if results and is_new else None)
 
 

@@ -39,6 +39,7 @@ class Parts:
     def __init__(self, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, **codes: int) -> None:
         self.codes, self.seconds, self.now = codes, dict.fromkeys(codes, 0.0), time.monotonic()
         self.begun: list[tuple[str, float]] = []
+        self.reached: dict[str, list[dict[str, str]]] = {}
         monkeypatch.setattr(gpu, "run", self)
         monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: self.now))
 
@@ -49,8 +50,8 @@ class Parts:
         code = self.codes.get(name, 0)
         if name == "tests":  # pytest writes its report when it is stopped too
             Path(command[-1].partition("=")[2]).write_text(REPORT)
-        elif name != "tests" and code == 0:
-            Path(command[command.index("--out") + 1]).write_text("{}")
+        elif code == 0 or name in self.reached:
+            Path(command[command.index("--out") + 1]).write_text(json.dumps({"models": self.reached.get(name, [])}))
         return code
 
 
@@ -95,11 +96,15 @@ def test_a_part_that_is_stopped_leaves_the_others_their_results(gpu: ModuleType,
     assert [name for name, _ in parts.begun] == ORDER
     found = _parts(gpu)
     assert found["correctness"]["said"].startswith("failed with exit code 1")
-    assert found["end to end"]["said"].startswith("stopped after its")
+    assert found["end to end"]["said"].endswith("s, reached by then: nothing")
     assert found["end to end"]["results"] is None
     assert found["kernels"]["results"] == "kernels_h200.json"
     assert found["published models"]["results"] == "published_h200.json"
     assert "end to end: stopped after its" in capsys.readouterr().out
+    parts.reached["end_to_end"] = [{"model": "scenes"}]
+    assert gpu.main() == 2
+    assert _parts(gpu)["end to end"]["said"].endswith("s, reached by then: scenes")
+    assert _parts(gpu)["end to end"]["results"] == "end_to_end_h200.json"
 
 
 def test_tests_that_did_not_end_leave_the_kernels_without_a_figure(gpu: ModuleType, monkeypatch) -> None:
