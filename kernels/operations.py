@@ -38,6 +38,7 @@ class Operation:
     """What one public function does, or one way of calling it.
 
     Args:
+        when: of the ways of calling it, this one; its key in OPERATIONS is then `name_when`.
         file: in this folder, without its ending.
         returns: in words; [n] is a number for each row.
         gradient: None where the operation carries none.
@@ -46,12 +47,18 @@ class Operation:
     """
 
     name: str
+    when: str = ""
     file: str
     returns: str
     forward: Pass
     gradient: Pass | None = None
     takes_guidance: bool = False
     takes_reference: bool = False
+
+    @property
+    def key(self) -> str:
+        """In OPERATIONS."""
+        return f"{self.name}_{self.when}" if self.when else self.name
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -82,7 +89,7 @@ class Operation:
         Args:
             latent, output: bytes of an element of latents, and of model outputs and their gradients.
             is_guided, has_reference: whether `output_uncond` and `ref_output` are given.
-            k: latents a row of a stack.
+            k: latents of a row of a stack.
         """
         for is_asked, is_taken, what in (
             (is_guided, self.takes_guidance, "is_guided"),
@@ -104,6 +111,7 @@ _LOG_PROB: dict[str, Any] = {
     "forward": Pass(launches=2, latents_read=2, outputs_read=1),
     "gradient": Pass(launches=1, latents_read=2, outputs_read=1, outputs_written=1),
 }
+_POLICY: dict[str, Any] = {"takes_guidance": True, "takes_reference": True}
 _CLIPPED: dict[str, Any] = {
     "file": "policy_loss",
     "returns": "loss [n], ratio [n]",
@@ -114,6 +122,13 @@ _ALL = [
     Operation(name="transition_log_prob", **_LOG_PROB),
     Operation(name="guided_transition_log_prob", takes_guidance=True, **_LOG_PROB),
     Operation(
+        name="transition_log_prob_grad",
+        file="transition",
+        returns="the gradient of each output",
+        forward=Pass(launches=1, latents_read=2, outputs_read=1, outputs_written=1),
+        takes_guidance=True,
+    ),
+    Operation(
         name="transition_step",
         file="step",
         returns="prev_sample, log_prob [n]",
@@ -123,7 +138,7 @@ _ALL = [
     Operation(
         name="transition_step_with_x0",
         file="step",
-        returns="prev_sample, log_prob [n], x0, moments [n, 6]",
+        returns="prev_sample, log_prob [n], x0, x0_correlation [n], sample_correlation [n]",
         forward=Pass(launches=2, latents_read=3, outputs_read=1, latents_written=2),
         takes_guidance=True,
     ),
@@ -142,8 +157,7 @@ _ALL = [
         returns="loss [n], statistics [n] each",
         forward=Pass(launches=2, latents_read=2, outputs_read=1),
         gradient=Pass(launches=1, latents_read=2, outputs_read=1, outputs_written=1),
-        takes_guidance=True,
-        takes_reference=True,
+        **_POLICY,
     ),
     Operation(
         name="transition_policy_grad",
@@ -151,8 +165,15 @@ _ALL = [
         returns="loss [n], statistics [n] each, the gradient of each output",
         forward=Pass(launches=1, latents_read=2, outputs_read=1),
         gradient=Pass(launches=1, latents_read=2, outputs_read=1, outputs_written=1),
-        takes_guidance=True,
-        takes_reference=True,
+        **_POLICY,
+    ),
+    Operation(
+        name="transition_policy_grad",
+        when="on_policy",
+        file="training_gradient",
+        returns="the same",
+        forward=Pass(launches=2, latents_read=2, outputs_read=1, outputs_written=1),
+        **_POLICY,
     ),
     Operation(
         name="correlation",
@@ -161,13 +182,19 @@ _ALL = [
         forward=Pass(launches=2, latents_read=2),
     ),
     Operation(
+        name="correlations",
+        file="correlation",
+        returns="correlation [n, k]",
+        forward=Pass(launches=2, latents_read=1, stacks_read=1),
+    ),
+    Operation(
         name="correlation_update",
         file="correlation",
         returns="state [n, 6]",
         forward=Pass(launches=2, latents_read=2),
     ),
 ]
-OPERATIONS = {operation.name: operation for operation in _ALL}
+OPERATIONS = {operation.key: operation for operation in _ALL}
 
 
 def markdown() -> str:
@@ -180,8 +207,9 @@ def markdown() -> str:
         launches = " + ".join(str(way.launches) for way in one.passes())
         sums = [*_sums(one, one.forward), *(["-", "-"] if one.gradient is None else _sums(one, one.gradient))]
         moved = [one.bytes_moved(latent=latent, output=2) for latent in (4, 2)]
+        when = f", {one.when.replace('_', ' ')}" if one.when else ""
         lines.append(
-            f"| `{one.name}` | `{one.file}.py` | {launches} | {' | '.join(sums)} | {moved[0]} | {moved[1]} | "
+            f"| `{one.name}`{when} | `{one.file}.py` | {launches} | {' | '.join(sums)} | {moved[0]} | {moved[1]} | "
             f"{one.returns} |"
         )
     return "\n".join(lines)
@@ -189,7 +217,7 @@ def markdown() -> str:
 
 def _sums(operation: Operation, way: Pass) -> tuple[str, str]:
     """What a pass reads and writes, with what guidance adds in brackets and what a reference adds in braces."""
-    read = [_times(way.latents_read, "s"), _times(way.stacks_read, "k s"), _times(way.outputs_read, "o")]
+    read = [_times(way.stacks_read, "k s"), _times(way.latents_read, "s"), _times(way.outputs_read, "o")]
     written = [_times(way.latents_written, "s"), _times(way.outputs_written, "o")]
     reads, writes = (" + ".join(filter(None, terms)) or "-" for terms in (read, written))
     more_read = (" [+ o]" if operation.takes_guidance else "") + (" {+ o}" if operation.takes_reference else "")

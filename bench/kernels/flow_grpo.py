@@ -49,13 +49,14 @@ def transition_policy_loss(
     output: Tensor,
     prev_sample: Tensor,
     coef: Tensor,
-    old_log_prob: Tensor,
+    old_log_prob: Tensor | None,
     advantage: Tensor,
     *,
     clip_range: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss of each row, not yet averaged so that rows can be checked, and what is logged beside it."""
     log_prob = transition_log_prob(sample, output, prev_sample, coef)
+    old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
     loss = torch.maximum(-advantage * ratio, -advantage * clipped)

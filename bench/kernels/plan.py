@@ -45,7 +45,7 @@ class Case(NamedTuple):
 def serves(provider: str, operation: str) -> bool:
     """Whether a provider has an operation: flow_grpo has those of its scripts, the others have all."""
     (timed,) = (one for one in TIMED if one.name == operation)
-    return provider != "flow_grpo" or hasattr(flow_grpo, timed.graph_name or timed.name)
+    return provider != "flow_grpo" or hasattr(flow_grpo, timed.function)
 
 
 def cases(

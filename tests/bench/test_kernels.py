@@ -279,16 +279,17 @@ def test_flow_grpos_formulas_are_ours_with_its_coefficients(bench: Any) -> None:
         data.sample, data.output, data.noise, data.coef, output_uncond=data.output_uncond, guidance_scale=5.0
     )
     torch.testing.assert_close((prev_sample, log_prob), ours, rtol=1e-5, atol=1e-5)
-    rows = {"clip_range": 1e-5}
-    results = []
-    for provider, coef in ((bench.flow_grpo, data.schedule), (reference, data.coef)):
-        output = data.output.clone().requires_grad_()
-        arguments = (data.sample, output, data.prev_sample, coef, data.old_log_prob, data.advantage)
-        loss, _ = provider.transition_policy_loss(*arguments, **rows)
-        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), output)))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    assert (results[0][1] == 0).all(dim=(1, 2, 3)).any(), "one row is clipped, so the clip is compared too"
-    assert (results[0][1] != 0).all(dim=(1, 2, 3)).any()
+    old_log_prob = data.log_prob - torch.tensor([0.01, 0.3, -0.3])
+    advantage = torch.tensor([1.0, 1.0, -1.0])  # the last two are clipped
+    for old, is_clipped in ((old_log_prob, [False, True, True]), (None, [False, False, False])):
+        results = []
+        for provider, coef in ((bench.flow_grpo, data.schedule), (reference, data.coef)):
+            output = data.output.clone().requires_grad_()
+            arguments = (data.sample, output, data.prev_sample, coef, old, advantage)
+            loss, _ = provider.transition_policy_loss(*arguments, clip_range=0.1)
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), output)))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+        assert (results[0][1] == 0).all(dim=(1, 2, 3)).tolist() == is_clipped
 
 
 def test_inputs_are_laid_out_and_typed_as_asked(bench: Any) -> None:

@@ -19,14 +19,16 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def test_every_operation_that_has_a_door_is_listed():
-    assert OPERATIONS.keys() == ops.explain("cpu").keys() - {"correlation_from_state"}
+    names = {operation.name for operation in OPERATIONS.values()}
+    assert names == ops.explain("cpu").keys() - {"correlation_from_state"}
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_what_it_says(name: str):
+@pytest.mark.parametrize("key", OPERATIONS)
+def test_an_operation_is_what_it_says(key: str):
     pytest.importorskip("triton")
-    operation = OPERATIONS[name]
-    assert operation.name == operation.function.__name__ == name
+    operation = OPERATIONS[key]
+    name = operation.function.__name__
+    assert key == (f"{name}_{operation.when}" if operation.when else name)
     assert operation.function.__module__ == f"adascope_fast.kernels.{operation.file}"
     assert (CHECKOUT / "kernels" / f"{operation.file}.py").exists()
     assert list(operation.signature.parameters) == list(inspect.signature(getattr(reference, name)).parameters)
@@ -44,6 +46,9 @@ def test_bytes_are_those_counted_by_hand():
     assert loss.bytes_moved(latent=4, output=2) == forward + gradient
     assert loss.bytes_moved(latent=4, output=2, has_reference=True) == forward + gradient + 2 + 2
     assert loss.bytes_moved(latent=4, output=2, is_guided=True) == forward + gradient + 2 + 2 + 2
+    on_policy, many = OPERATIONS["transition_policy_grad_on_policy"], OPERATIONS["correlations"]
+    assert on_policy.bytes_moved(latent=4, output=2, is_guided=True) == 4 + 4 + 2 + 2 + 2 + 2
+    assert many.bytes_moved(latent=4, output=2, k=5) == 5 * 4 + 4
     with pytest.raises(ValueError, match="is_guided must be False for gaussian_kl"):
         kl.bytes_moved(latent=4, output=2, is_guided=True)
 
