@@ -21,6 +21,7 @@ class UpdateStatistics:
     num_steps: int
     _sums: list[Tensor] = field(default_factory=list)
     _deviations: list[Tensor] = field(default_factory=list)
+    _drifts: list[Tensor] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _by_step: list[Tensor] = field(default_factory=list)
     _num_trained: int = 0
@@ -48,6 +49,8 @@ class UpdateStatistics:
             self._sums.append(torch.stack([value.float().sum() for value in values]))
             deviation = (stats["ratio"] - 1).abs() if "ratio" in stats else zero
             self._deviations.append(deviation.max())
+            if not self._norms and "rollout_drift" in stats:  # later the policy has moved
+                self._drifts.append(stats["rollout_drift"].float().max())
             rows = [torch.ones_like(zero), deviation, stats.get("clipfrac", zero), stats.get("output_gradient", zero)]
             steps = torch.arange(self.num_steps, device=zero.device)
             where = (stats["step"].unsqueeze(1) == steps).float()  # sums in a fixed order, unlike atomic additions
@@ -55,15 +58,19 @@ class UpdateStatistics:
         self._norms.append(norm)
 
     def read(self) -> dict[str, Any]:
-        """Means over trained rows (the loss: over all), counts, the largest |ratio - 1|, the mean norm; waits."""
+        """Means over trained rows (the loss: over all), counts, the largest |ratio - 1|, the mean norm; waits.
+
+        `rollout_drift_max` is that of the first update, before any parameter has moved: what rounding does.
+        """
         norms = torch.stack(self._norms) if self._norms else torch.zeros(0)
         good = norms.isfinite()
         norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
         deviation = torch.stack(self._deviations or [torch.zeros_like(norm)]).max()
-        rest = torch.stack([deviation, norm, (~good).sum()]).float()
+        drift = torch.stack(self._drifts or [torch.zeros_like(norm)]).max()
+        rest = torch.stack([deviation, drift, norm, (~good).sum()]).float()
         nothing = torch.zeros(len(MEANS) + 1, device=norm.device)
         sums = torch.stack(self._sums).sum(0) if self._sums else nothing
-        *means, nonfinite, deviation, norm, skipped = torch.cat([sums, rest]).tolist()
+        *means, nonfinite, deviation, drift, norm, skipped = torch.cat([sums, rest]).tolist()
         count = {"loss": max(1, self._num_trained + self._num_skipped)}
         return {
             **{
@@ -72,6 +79,7 @@ class UpdateStatistics:
             },
             "nonfinite": round(nonfinite),
             "ratio_max_deviation": deviation,
+            "rollout_drift_max": drift,
             "grad_norm": norm,
             "updates_skipped": round(skipped),
             "pairs_trained": self._num_trained,
