@@ -57,7 +57,6 @@ TYPES = {
 }
 CHANGES = {  # the first rows come first where time is short
     "alike": [],
-    "compiled": ["acceleration.compile=regional"],
     "folded adapter": ["acceleration.fold_adapter=on"],
     "microbatch 40": ["train.microbatch=40"],
     "microbatch 3": ["train.microbatch=3"],
@@ -71,20 +70,20 @@ CHANGES = {  # the first rows come first where time is short
         "model.gradient_checkpointing=true",
         "acceleration.fold_adapter=on",
     ],
+    "compiled": ["acceleration.compile=regional"],
 }
 
 
 def is_measured(model: str, dtype: str, change: str, device: str) -> bool:
-    """Adapters are folded into float32 weights alone; one small model is compiled, which takes long."""
+    """Adapters are folded in float32 alone; one small model is compiled, which takes long."""
     if change == "compiled":
         return model == "scenes-flow" and dtype == ("bfloat16" if device == "cuda" else "float32")
-    return change != "folded adapter" or dtype.startswith("float32")
+    return change != "folded adapter" or dtype == "float32"
 
 
 def measure(model: str, overrides: list[str], *, device: str) -> dict[str, Any]:
     """The pairs of one iteration, the largest of their drifts and of |ratio - 1|, and the share beyond `CLIP_RANGE`."""
     config = Config.load(None, [*ALIKE, *overrides, f"model.name={model}", f"train.device={device}"])
-    AcceleratorState._reset_state(reset_partial_state=True)  # else the first row's precision would be everyone's
     trainer = Trainer(
         config, reward=_brightness, train_prompts=CAPTIONS, held_out_prompts=["a blue circle"], quiet=True
     )
@@ -164,16 +163,20 @@ def main() -> None:
         try:
             if time.monotonic() - started > chosen.seconds:
                 raise TimeoutError("the time was over")
+            AcceleratorState._reset_state(reset_partial_state=True)  # else the first row's precision is everyone's
             row |= measure(model, overrides, device=chosen.device)
         except (TimeoutError, RuntimeError) as error:  # what the device cannot do
             row["note"] = f"not measured: {' '.join(str(error).split())[:200]}"
         rows.append(row)
         print(f"{time.monotonic() - started:.0f} s", markdown([row]).splitlines()[-1], flush=True)
-    rows.sort(key=lambda row: (MODELS.index(row["model"]), list(TYPES).index(row["dtype"])))
-    result = report.facts("drift.py", device=device) | {"shared": ALIKE, "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{markdown(rows)}\n\n{time.monotonic() - started:.0f} s, {out}")
+        result = report.facts("drift.py", device=device) | {"shared": ALIKE, "rows": _ordered(rows)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{markdown(_ordered(rows))}\n\n{out}")
+
+
+def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (MODELS.index(row["model"]), list(TYPES).index(row["dtype"])))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, in one command: tests, the table of kernels, published models, end-to-end comparison.
+"""Everything that needs a GPU, in one command: tests, the table of kernels, drift, published models, end to end.
 
     python bench/gpu.py
 
 The tests come first and gate the table: an operation whose tests fail gets no figure. Writes
-bench/results/kernels_<gpu>.json, published_<gpu>.json and end_to_end_<gpu>.json. Stops each part when its time is
-over; 9 minutes in all.
+bench/results/kernels_<gpu>.json, drift_<gpu>.json, published_<gpu>.json and end_to_end_<gpu>.json. Stops each part when
+its time is over; 9 minutes in all.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
-TEST_S, TABLE_S, MODELS_S, TOTAL_S = 150, 150, 100, 530
+TEST_S, TABLE_S, DRIFT_S, MODELS_S, TOTAL_S = 150, 150, 60, 100, 530
 TABLE_MARGIN_S = 30  # what the timing in progress, the plot and the start of Python may add
 
 
@@ -55,6 +55,8 @@ def main() -> int:
     if importlib.util.find_spec("diffusers") is None:
         print("\nmodels were not measured: that needs diffusers, which is not installed")
     else:
+        out = ["--seconds", str(DRIFT_S // 2), "--out", str(results / f"drift_{gpu}.json")]
+        codes.append(run([python, "bench/drift.py", "--device", "cuda", *out], DRIFT_S))
         out = ["--seconds", str(MODELS_S // 2), "--out", str(results / f"published_{gpu}.json")]
         codes.append(run([python, "bench/published.py", *out], MODELS_S))
         out = ["--quick", "--out", str(results / f"end_to_end_{gpu}.json")]
