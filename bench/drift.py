@@ -95,8 +95,9 @@ def measure(model: str, overrides: list[str], *, device: str) -> dict[str, Any]:
     seen = watched(trainer.engine.algorithm)
     prompts = [caption for caption in CAPTIONS for _ in range(config.train.samples_per_prompt)]
     trainer.engine.step(PromptCache(trainer.backbone)(prompts), prompts, iteration=0, seed=0)
-    ratio, drift = (torch.cat([found[name] for found in seen]).double() for name in ("ratio", "rollout_drift"))
-    deviation = (ratio - 1).abs()
+    names = "ratio", "log_prob", "rollout_log_prob"
+    ratio, log_prob, recorded = (torch.cat([found[name] for found in seen]).double() for name in names)
+    deviation, drift = (ratio - 1).abs(), (log_prob - recorded).abs()
     return {
         "pairs": len(ratio),
         "largest_log_prob_drift": drift.max().item(),
