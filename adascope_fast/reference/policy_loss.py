@@ -6,7 +6,7 @@ Axes: `n` pairs of a sample and a step.
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Clip = Literal["ppo", "dpok"]
@@ -39,10 +39,7 @@ def clipped_policy_loss(
     """
     log_prob, old_log_prob, advantage = _policy_vectors(log_prob, old_log_prob, advantage)
     low, high = clip_bounds(clip_range, clip_range_high)
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.detach().exp()
-    is_clipped = ((advantage >= 0) & (ratio > high)) | ((advantage <= 0) & (ratio < low))
-    return _loss(log_ratio, advantage, ratio.clamp(low, high), is_clipped), ratio
+    return _loss(log_prob - old_log_prob, advantage, low, high, "ppo")
 
 
 def dpok_policy_loss(
@@ -64,10 +61,7 @@ def dpok_policy_loss(
     """
     log_prob, old_log_prob, advantage = _policy_vectors(log_prob, old_log_prob, advantage)
     low, high = clip_bounds(clip_range, clip_range_high)
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.detach().exp()
-    is_clipped = ((ratio > high) | (ratio < low)) & ~advantage.isnan()
-    return _loss(log_ratio, advantage, ratio.clamp(low, high), is_clipped), ratio
+    return _loss(log_prob - old_log_prob, advantage, low, high, "dpok")
 
 
 def clip_bounds(clip_range: float, clip_range_high: float | None) -> tuple[float, float]:
@@ -82,10 +76,19 @@ def clip_bounds(clip_range: float, clip_range_high: float | None) -> tuple[float
     return 1.0 - clip_range, 1.0 + high
 
 
-def _loss(log_ratio: Tensor, advantage: Tensor, clipped_ratio: Tensor, is_clipped: Tensor) -> Tensor:
-    """-A clip(r) where it is clipped, else -A r. What is not taken is left out of exp: inf * 0 has no gradient."""
-    ratio = torch.where(is_clipped, 0.0, log_ratio).exp()
-    return -advantage * torch.where(is_clipped, clipped_ratio, ratio)
+def is_clipped(ratio: Tensor, advantage: Tensor, low: float, high: float, clip: Clip) -> Bool[Tensor, " n"]:
+    """Where the clipped ratio decides, so that the loss has no slope; decided by the sign of A, as 0 * inf is none."""
+    if clip == "ppo":
+        return ((advantage >= 0) & (ratio > high)) | ((advantage <= 0) & (ratio < low))
+    return ((ratio > high) | (ratio < low)) & ~advantage.isnan()
+
+
+def _loss(log_ratio: Tensor, advantage: Tensor, low: float, high: float, clip: Clip) -> tuple[Tensor, Tensor]:
+    """(loss, ratio). Where it is clipped exp is of 0, or its gradient would be inf * 0."""
+    ratio = log_ratio.detach().exp()
+    is_flat = is_clipped(ratio, advantage, low, high, clip)
+    taken = torch.where(is_flat, ratio.clamp(low, high), torch.where(is_flat, 0.0, log_ratio).exp())
+    return -advantage * taken, ratio
 
 
 def _policy_vectors(*vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
