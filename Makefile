@@ -97,7 +97,7 @@ bench-cpu: $(TRL_READY)
 faults: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) -m bench.faults.run $(ARGS)
 
-# GPU tests, the table of kernels, the end-to-end comparison and published models, in this order, under nine minutes; says so where there is no GPU.
+# GPU tests, the table of kernels, the end-to-end comparison, drift and published models, in this order, under nine minutes; says so where there is no GPU.
 # `make gpu PYTHON=python3` uses that Python as it is and installs nothing.
 gpu: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/gpu.py

@@ -3,10 +3,10 @@
     python bench/gpu.py
 
 In this order: the tests of correctness; the table of kernels, which begins with the rows that the goals are about;
-the end-to-end comparison; published models. The tests gate the table: an operation whose tests fail gets no figure.
-Each part is stopped when its time is over, and writes its own JSON into bench/results: kernels_<gpu>.json,
-end_to_end_<gpu>.json, published_<gpu>.json. gpu_<gpu>.json, written after each, says what became of them. The exit code
-is the number of parts that failed or were not reached.
+the end-to-end comparison; how far rounding takes rollout and update apart; published models. The tests gate the table:
+an operation whose tests fail gets no figure. Each part is stopped when its time is over, and writes its own JSON into
+bench/results: kernels_<gpu>.json, end_to_end_<gpu>.json, drift_<gpu>.json, published_<gpu>.json. gpu_<gpu>.json, written
+after each, says what became of them. The exit code is the number of parts that failed or were not reached.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
 RESULTS = HERE / "results"
-TOTAL_S, TEST_S, TABLE_S, MODELS_S = 520, 150, 150, 90
+TOTAL_S, TEST_S, TABLE_S, DRIFT_S, MODELS_S = 520, 150, 150, 50, 90
 TABLE_MARGIN_S = 40  # what the timing in progress, the plots and the start of Python may add
 LEAST_S, CLEAN_S = 5, 10  # no part is begun with less; what one that is stopped may take to tidy up
 STOPPED = 124
@@ -97,7 +97,9 @@ def main() -> int:
     began, name = time.monotonic(), torch.cuda.get_device_name()
     ends = began + TOTAL_S
     gpu = re.sub(r"\W+", "_", name.lower().removeprefix("nvidia "))
-    tables, end_to_end, models = (RESULTS / f"{what}_{gpu}.json" for what in ("kernels", "end_to_end", "published"))
+    tables, end_to_end, drift, models = (
+        RESULTS / f"{what}_{gpu}.json" for what in ("kernels", "end_to_end", "drift", "published")
+    )
     about = {"gpu": name, "date": datetime.date.today().isoformat(), "torch": str(torch.__version__)}
     parts: list[Part] = []
 
@@ -121,12 +123,14 @@ def main() -> int:
         else:
             add(Part("kernels", said="not reached: the tests did not end, so no figure would be worth anything"))
     if importlib.util.find_spec("diffusers") is None:
-        for what in ("end to end", "published models"):
+        for what in ("end to end", "drift", "published models"):
             add(Part(what, said="needs diffusers, which is not installed"))
     else:
         command = ["bench/end_to_end.py", "--device", "cuda", "--quick", "--out", str(end_to_end)]
-        limit = ends - MODELS_S - time.monotonic()
+        limit = ends - MODELS_S - DRIFT_S - time.monotonic()
         add(part("end to end", command, limit=limit, ends=ends, results=end_to_end))
+        command = ["bench/drift.py", "--device", "cuda", "--seconds", str(DRIFT_S // 2), "--out", str(drift)]
+        add(part("drift", command, limit=DRIFT_S, ends=ends, results=drift))
         command = ["bench/published.py", "--seconds", str(MODELS_S // 2), "--out", str(models)]
         add(part("published models", command, limit=TOTAL_S, ends=ends, results=models))
     print(f"\n{time.monotonic() - began:.0f} s in all")

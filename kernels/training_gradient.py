@@ -45,7 +45,7 @@ def policy_grad_kernel(
     at = row_of(rows_ptr, row, HAS_ROWS)
     coef_ptr += row * coef_stride
     kl_weight = weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS)
-    slope = slope_of(
+    slope, _ = slope_of(
         numbers_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks, low, high,
         kl_weight, guidance_scale, part == 0,
         True, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,  # pyright: ignore

@@ -238,6 +238,8 @@ def new_gradients(
 def each_gradient(gradients: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
     """The gradient of each output, from what `new_gradients` made."""
     first, second = gradients
+    if n == 0:
+        return first, first
     return (first[:n], first[n:]) if len(first) > n else (first, second)
 
 

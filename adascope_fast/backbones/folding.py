@@ -15,7 +15,8 @@ from torch import Tensor, nn
 class Folding:
     """Folds within a `with` statement; `off` and `on` in between cost next to nothing.
 
-    Layers whose base weight is not float32 are left alone: rounding would swallow a small adapter.
+    Layers whose base weight is not float32 are left alone, and under autocast all layers: rounding would swallow a
+    small adapter.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -45,7 +46,7 @@ class Folding:
 
     def on(self) -> None:
         """Let the adapted layers use the sum of base and adapter."""
-        if self._is_on:
+        if self._is_on or _is_autocast(self._layers):
             return
         if self._weights is None:
             self._weights = [_both(layer) for layer in self._layers]
@@ -68,6 +69,10 @@ def _can_fold(layer: Any) -> bool:
     is_plain = len(layer.active_adapters) == 1 and not layer.disable_adapters and not layer.merged
     weight = layer.get_base_layer().weight
     return is_plain and type(layer.get_base_layer()) is nn.Linear and weight.dtype == torch.float32
+
+
+def _is_autocast(layers: list[Any]) -> bool:
+    return any(torch.is_autocast_enabled(layer.get_base_layer().weight.device.type) for layer in layers)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def _parts(gpu: ModuleType) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in written["parts"]}
 
 
-ORDER = ["tests", "kernels/run", "end_to_end", "published"]
+ORDER = ["tests", "kernels/run", "end_to_end", "drift", "published"]
 
 
 def test_correctness_then_goals_then_end_to_end_then_models(gpu: ModuleType, monkeypatch, capsys) -> None:
@@ -71,7 +71,7 @@ def test_correctness_then_goals_then_end_to_end_then_models(gpu: ModuleType, mon
     assert [name for name, _ in parts.begun] == ORDER
     found = _parts(gpu)
     assert {one["results"] for one in found.values()} == {
-        None, "kernels_h200.json", "end_to_end_h200.json", "published_h200.json"
+        None, "kernels_h200.json", "end_to_end_h200.json", "drift_h200.json", "published_h200.json"
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert "correctness: done, 5 passed, 2 failed, 2 skipped; 1 s" in printed
@@ -110,7 +110,7 @@ def test_a_part_that_is_stopped_leaves_the_others_their_results(gpu: ModuleType,
 def test_tests_that_did_not_end_leave_the_kernels_without_a_figure(gpu: ModuleType, monkeypatch) -> None:
     parts = Parts(gpu, monkeypatch, tests=124)
     assert gpu.main() == 2
-    assert [name for name, _ in parts.begun] == ["tests", "end_to_end", "published"]
+    assert [name for name, _ in parts.begun] == ["tests", "end_to_end", "drift", "published"]
     assert _parts(gpu)["kernels"]["said"].startswith("not reached: the tests did not end")
 
 
@@ -120,7 +120,7 @@ def test_what_the_time_did_not_reach_is_said_and_counts(gpu: ModuleType, monkeyp
     parts.seconds["kernels/run"] = 1e9
     assert gpu.main() == 2
     assert [name for name, _ in parts.begun] == ORDER[:2]
-    for name in ("end to end", "published models"):
+    for name in ("end to end", "drift", "published models"):
         assert _parts(gpu)[name]["said"] == "not reached: the time of all was over"
 
 
