@@ -267,4 +267,4 @@ def transition_step_with_x0(
 
 
 def _new_numbers(sample: Tensor) -> Tensor:
-    return torch.empty(len(sample), device=sample.device, dtype=torch.float32)
+    return sample.new_empty(len(sample), dtype=torch.float32)
