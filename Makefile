@@ -10,11 +10,11 @@ LOWEST := .venv-lowest/bin
 LOWEST_READY := .venv-lowest/.installed
 OFFLINE := HF_HUB_OFFLINE=1
 TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
-# What `bench`, `drift`, `faults` and `gpu` run on: .venv, or PYTHON where the command line names it.
+# What `bench`, `faults` and `gpu` run on: .venv, or PYTHON where the command line names it.
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu drift faults experiment-quickstart gpu wheel docs
+.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu faults experiment-quickstart gpu wheel docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -72,7 +72,8 @@ lint: $(READY)
 types: $(READY)
 	$(VENV)/pyright
 
-# Time and traffic of each operation, on a GPU if there is one. `make bench PYTHON=python3` uses that Python as it is.
+# Time and traffic of each operation, on a GPU if there is one; ARGS="--ops ... --rows ..." chooses, --help lists.
+# `make bench PYTHON=python3` uses that Python as it is.
 bench: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels/run.py $(ARGS)
 
@@ -92,15 +93,11 @@ $(TRL_READY): $(READY)
 bench-cpu: $(TRL_READY)
 	$(OFFLINE) $(VENV)/python bench/end_to_end.py --device cpu --sweep --out bench/results/end_to_end_cpu.json
 
-# How far the update's log-probabilities are from the rollout's by rounding alone. About six minutes on one core.
-drift: $(MEASURE_READY)
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(OFFLINE) $(MEASURE) bench/drift.py $(ARGS)
-
 # Kills, damaged files, full disks, bad rewards and more, put into real runs; a fault that is not withstood is an error. About 20 minutes.
 faults: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) -m bench.faults.run $(ARGS)
 
-# GPU tests, the table of kernels, drift, published models and the end-to-end comparison, under nine minutes; says so where there is no GPU.
+# GPU tests, the table of kernels, the end-to-end comparison, drift and published models, in this order, under nine minutes; says so where there is no GPU.
 # `make gpu PYTHON=python3` uses that Python as it is and installs nothing.
 gpu: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/gpu.py
