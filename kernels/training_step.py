@@ -58,7 +58,7 @@ def slope_of(
         ratio = 1.0 + (log_prob - old_log_prob)  # NaN unless log_prob is finite
         loss, slope = -advantage * ratio, -advantage
     of_residual = slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
-    gradient = of_residual * of_residual * square
+    gradient = tl.where(slope == 0, 0.0, of_residual * of_residual * square)  # not NaN where the square overflows
     kl = square * 0.0
     if HAS_REF:
         shift_square = load_sum(partial_ptr + num_chunks, num_chunks, WIDTH)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,8 @@ def test_a_step_writes_where_the_noise_lay(is_channels_last, rows):
     exact = reference.transition_step_with_x0(
         states[places, 0], output, states[places, 1], coef, x0_coef, prev_x0=guesses[places, 0], **step_of
     )
-    for twin in (step.transition_step_with_x0, reference.transition_step_with_x0):
+    twins: list[Any] = [step.transition_step_with_x0, reference.transition_step_with_x0]
+    for twin in twins:
         states, guesses, numbers = (x.clone(memory_format=torch.preserve_format) for x in tables)
         states, guesses = (
             states.permute(layout).contiguous().permute(back),
@@ -231,3 +233,12 @@ def test_wrong_input_is_refused():
         step.transition_step_with_x0(*rows, x0_coef, prev_x0=prev_x0[:, :7])
     with pytest.raises(ValueError, match="kind must be one of gaussian, squared_error, not 'cps'"):
         step.transition_step(*rows, kind="cps")
+    good = step.transition_step_with_x0(*rows, x0_coef, prev_x0=prev_x0)
+    twins: list[Any] = [step.transition_step_with_x0, reference.transition_step_with_x0]
+    for twin in twins:
+        for name in good._fields:
+            short = getattr(good, name)[:2]
+            with pytest.raises(ValueError, match=rf"out's {name} must be \[3(, 8)?\] on cpu"):
+                twin(*rows, x0_coef, prev_x0=prev_x0, out=good._replace(**{name: short}))
+        with pytest.raises(ValueError, match="no x0_correlation to write to"):
+            twin(*rows, x0_coef, prev_x0=prev_x0, out=good._replace(x0_correlation=None))
