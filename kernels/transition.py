@@ -121,12 +121,12 @@ def residual_square_kernel(
         sample, prev = load(sample_ptr, index, mask), load(prev_ptr, index, mask)
         output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
         residual = residual_of(prev, sample, output, weight_sample, weight_output)
-        total += fold(residual * residual)
         if HAS_REF:
             shift = tl.where(mask, output - load(ref_ptr, index, mask), 0.0)
             shift_total += fold(shift * shift)
             if HAS_PENALTY:
                 product_total += fold(residual * shift)
+        total += fold(residual * residual)
         if IS_ON_POLICY:
             grad = of_residual * residual
             if HAS_PENALTY:
