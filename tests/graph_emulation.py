@@ -4,12 +4,13 @@ It freezes what a CUDA graph freezes. Numbers are those of the recording. Addres
 other memory later, as `parameter.data = ...` does, the old memory is read. Recording leaves no trace: tensors from
 outside are as before, and those that were made hold bytes of 255 (NaN, -1) until a replay. A replay leaves such bytes
 in the tensors of all other graphs, with which a pool of memory is shared. It refuses what waits for the device, copies
-from the host, and draws random numbers.
+from the host, draws random numbers, and asks a generator for its state.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
+
+random_state = torch.get_rng_state
 
 
 @dataclass
@@ -52,9 +55,9 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs):
                 self._remember(tensor)
-        state = torch.get_rng_state() if torch.Tag.nondeterministic_seeded in func.tags else None
+        state = random_state() if torch.Tag.nondeterministic_seeded in func.tags else None
         result = func(*args, **kwargs)
-        if state is not None and not torch.equal(state, torch.get_rng_state()):
+        if state is not None and not torch.equal(state, random_state()):
             torch.set_rng_state(state)
             raise RuntimeError(f"{func} draws from a generator that is not registered with the graph")
         known = {_address(tensor) for tensor in used}
@@ -102,7 +105,7 @@ class Emulation:
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         recorder = Recorder()
         try:
-            with recorder:
+            with recorder, mock.patch("torch.get_rng_state", _refuse_state):
                 result = work()
         finally:
             recorder.undo()
@@ -125,6 +128,10 @@ class Emulation:
 
     def forget(self) -> None:
         self.recorders.clear()
+
+
+def _refuse_state() -> Never:
+    raise RuntimeError("the state of a generator cannot be known during capture")
 
 
 def _refuse(func: Any, args: tuple[Any, ...]) -> None:

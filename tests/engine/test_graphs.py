@@ -144,6 +144,7 @@ def test_results_last_until_the_next_call(told: Told):
         (lambda x: x + torch.tensor([1.0]), "host's values"),
         (lambda x: x + torch.rand(5), "draws from a generator"),
         (lambda x: torch.dropout(x, 0.5, train=True), "draws from a generator"),
+        (lambda x: checkpoint(torch.sin, x, use_reentrant=False), "state of a generator"),
     ],
 )
 def test_what_cannot_be_recorded_is_told_once_and_done(told: Told, work: Any, reason: str):
