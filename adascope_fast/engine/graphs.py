@@ -83,7 +83,8 @@ class Graphs:
             host: what else the host decides by within the work.
         """
         self.num_calls += 1
-        given, rest = _tensors(inputs), _rest(inputs)
+        given: list[Tensor] = []
+        rest = _taken(inputs, given)
         context = torch.is_grad_enabled(), *_autocast(given)
         key = name, host, rest, context, tuple(_place(x) for x in given), tuple(_address(x) for x in fixed)
         graph = self._graphs.get(key)
@@ -264,32 +265,30 @@ def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
         parts = [_mapped(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{field.name: _mapped(getattr(value, field.name), change) for field in _fields(value)})
+        fields = [field.name for field in dataclasses.fields(value)]
+        return type(value)(**{name: _mapped(getattr(value, name), change) for name in fields})
     return value
 
 
-def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(value)
+def _taken(value: Any, tensors: list[Tensor]) -> Hashable:
+    """The structure without its tensors, as a key; they are added to `tensors`, in the order of `_mapped`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return Tensor
+    if isinstance(value, dict):
+        return tuple([(name, _taken(part, tensors)) for name, part in value.items()])
+    if isinstance(value, list | tuple):
+        return type(value), *[_taken(part, tensors) for part in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), *[_taken(getattr(value, field.name), tensors) for field in dataclasses.fields(value)]
+    return value
 
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors of a structure, in its order."""
     found: list[Tensor] = []
-    _mapped(value, found.append)
+    _taken(value, found)
     return found
-
-
-def _rest(value: Any) -> Hashable:
-    """The structure without its tensors, as a key."""
-    if isinstance(value, Tensor):
-        return Tensor
-    if isinstance(value, dict):
-        return tuple((name, _rest(part)) for name, part in value.items())
-    if isinstance(value, list | tuple):
-        return type(value), *(_rest(part) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value), *(_rest(getattr(value, field.name)) for field in _fields(value))
-    return value
 
 
 def _first_line(error: BaseException) -> str:
