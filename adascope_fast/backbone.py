@@ -24,7 +24,7 @@ def take(condition: Condition, index: Tensor) -> Condition:
 
 
 class Backbone(Protocol):
-    """A frozen pipeline with a trainable adapter. Outputs are float32, whatever the weights are stored in."""
+    """A frozen pipeline with a trainable adapter. Outputs have the denoiser's type, or a wider one."""
 
     name: str
     latent_shape: tuple[int, int, int]

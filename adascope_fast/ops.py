@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from adascope_fast import reference
+from adascope_fast.reference import Step as Step
 from adascope_fast.reference import correlation_from_state as correlation_from_state
 from adascope_fast.reference import guide as guide
 
@@ -89,7 +90,7 @@ def _decide(device: str, *, is_double: bool) -> tuple[str, str]:
     elif device not in ("cpu", "cuda"):
         obstacle = f"no kernels for {device} tensors"
     elif is_double:
-        obstacle = "the kernels compute in float32 and the tensors are float64"
+        obstacle = "the kernels compute in float32 and a tensor is float64"
     elif device == "cpu" and choice == "auto":
         obstacle = "interpreted kernels are for tests; ADASCOPE_FAST_KERNELS=triton asks for them"
     else:
@@ -107,7 +108,7 @@ def _door(twin: Callable[P, R], module: str) -> Callable[P, R]:
     def door(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
-        verdict, reason = _decide(device, is_double=len(tensors) > 0 and tensors[0].dtype == torch.float64)
+        verdict, reason = _decide(device, is_double=any(x.dtype == torch.float64 for x in tensors))
         if verdict == "triton":
             if name not in _kernels:
                 _kernels[name] = getattr(import_module(f"adascope_fast.kernels.{module}"), name)
@@ -126,6 +127,7 @@ def _door(twin: Callable[P, R], module: str) -> Callable[P, R]:
 
 transition_log_prob = _door(reference.transition_log_prob, "transition")
 guided_transition_log_prob = _door(reference.guided_transition_log_prob, "transition")
+transition_log_prob_grad = _door(reference.transition_log_prob_grad, "transition")
 transition_step = _door(reference.transition_step, "step")
 transition_step_with_x0 = _door(reference.transition_step_with_x0, "step")
 clipped_policy_loss = _door(reference.clipped_policy_loss, "policy_loss")
@@ -134,4 +136,5 @@ transition_policy_loss = _door(reference.transition_policy_loss, "training_step"
 transition_policy_grad = _door(reference.transition_policy_grad, "training_gradient")
 gaussian_kl = _door(reference.gaussian_kl, "gaussian_kl")
 correlation = _door(reference.correlation, "correlation")
+correlations = _door(reference.correlations, "correlation")
 correlation_update = _door(reference.correlation_update, "correlation")

@@ -126,14 +126,13 @@ def schedule_correlation(schedule: Schedule, variance: float = 1.0) -> Float64[T
 def measured_uncertainty(trajectory: Trajectory) -> Float32[Tensor, " t"]:
     """1 - correlation of the latents before and after each step, mean over the samples that took it with noise.
 
-    NaN where none did. The steps one after another: it needs the memory of one.
+    NaN where none did. A rollout tells the correlations on its way; without them, two passes over the latents' memory.
     """
-    now, values = trajectory.latents[:, 0].flatten(1), []
-    for following in trajectory.latents[:, 1:].unbind(1):
-        after = following.flatten(1)
-        values.append(ops.correlation(now, after))
-        now = after
-    uncertainty = 1 - torch.stack(values, 1)
+    correlation = trajectory.sample_correlation
+    if correlation is None:
+        steps = trajectory.latents[:, 1:].unbind(1)
+        correlation = torch.stack([ops.correlation(x, y) for x, y in zip(trajectory.latents.unbind(1), steps)], 1)  # noqa: B905
+    uncertainty = 1 - correlation
     return uncertainty.masked_fill(~trajectory.log_prob.isfinite(), torch.nan).nanmean(0)
 
 

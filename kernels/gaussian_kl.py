@@ -13,79 +13,92 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .library import launch, register
-from .rows import BLOCK, NUM_STAGES, aligned, cdiv, check, load, load_sum, ordered_sum, split, vector
-
-FINISH_ROWS = 128
+from .library import WAVE, launch, register
+from .rows import (
+    BLOCK,
+    FOLDED,
+    arranged,
+    coefficients,
+    fold,
+    is_dense,
+    load,
+    load_sum,
+    new_like,
+    ordered_sum,
+    split,
+    vector,
+)
 
 
 @triton.jit
 def output_square_kernel(
-    partial_ptr, output_ptr, ref_ptr, d, chunk, output_stride, ref_stride,
-    NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    partial_ptr, output_ptr, ref_ptr, d, chunk, num_chunks, output_stride, ref_stride, BLOCK: tl.constexpr
+):
     """Sum of (output - ref_output)^2 over each chunk of each row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, chunk, BLOCK, num_stages=NUM_STAGES):
+    total = tl.zeros([BLOCK // FOLDED], tl.float32)
+    for start in range(0, chunk, BLOCK):
         index = part * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
         shift = load(output_ptr + row * output_stride, index, mask) - load(ref_ptr + row * ref_stride, index, mask)
-        total += shift * shift
-    tl.store(partial_ptr + row * NUM_SPLITS + part, ordered_sum(total))
+        total += fold(shift * shift)
+    tl.store(partial_ptr + row * num_chunks + part, ordered_sum(total))
 
 
 @triton.jit
-def kl_of(partial_ptr, coef_ptr, row, mask, d, NUM_SPLITS: tl.constexpr):
-    """KL of each row from its partial sums of squares."""
-    scale = tl.load(coef_ptr + row * 3 + 1, mask=mask, other=0.0)
-    scale /= tl.load(coef_ptr + row * 3 + 2, mask=mask, other=1.0)
-    return 0.5 * scale * scale * (load_sum(partial_ptr, row, mask, NUM_SPLITS) / d)
-
-
-@triton.jit
-def kl_kernel(kl_ptr, partial_ptr, coef_ptr, n, d, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr):
+def kl_kernel(kl_ptr, partial_ptr, coef_ptr, d, num_chunks, coef_stride, WIDTH: tl.constexpr):
     """Finish: one number a row."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < n
-    tl.store(kl_ptr + row, kl_of(partial_ptr, coef_ptr, row, mask, d, NUM_SPLITS), mask=mask)
+    row = tl.program_id(0).to(tl.int64)
+    coef_ptr += row * coef_stride
+    scale = tl.load(coef_ptr + 1) / tl.load(coef_ptr + 2)
+    mean_square = load_sum(partial_ptr + row * num_chunks, num_chunks, WIDTH) / d
+    tl.store(kl_ptr + row, 0.5 * scale * scale * mean_square)
 
 
 @triton.jit
 def kl_grad_kernel(
-    grad_output_ptr, grad_ptr, output_ptr, ref_ptr, coef_ptr, d, output_stride, ref_stride, BLOCK: tl.constexpr
-):
+    grad_output_ptr, grad_ptr, output_ptr, ref_ptr, coef_ptr, d, chunk, output_stride, ref_stride, grad_stride,
+    coef_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
     """grad * b^2 (output - ref_output) / (d * std^2)."""
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < d
-    scale = tl.load(coef_ptr + row * 3 + 1) / tl.load(coef_ptr + row * 3 + 2)
-    shift = load(output_ptr + row * output_stride, index, mask) - load(ref_ptr + row * ref_stride, index, mask)
-    grad = tl.load(grad_ptr + row) * scale * scale / d * shift
-    tl.store(grad_output_ptr + row * d + index, grad.to(grad_output_ptr.dtype.element_ty), mask=mask)
+    coef_ptr += row * coef_stride
+    scale = tl.load(coef_ptr + 1) / tl.load(coef_ptr + 2)
+    weight = tl.load(grad_ptr + row) * scale * scale / d
+    for start in range(0, chunk, BLOCK):
+        index = tl.program_id(1) * chunk + start + tl.arange(0, BLOCK)
+        mask = index < d
+        shift = load(output_ptr + row * output_stride, index, mask) - load(ref_ptr + row * ref_stride, index, mask)
+        grad = (weight * shift).to(grad_output_ptr.dtype.element_ty)
+        tl.store(grad_output_ptr + row * grad_stride + index, grad, mask=mask)
 
 
 def _kl(output: Tensor, ref_output: Tensor, coef: Tensor) -> Tensor:
-    n, d = check(coef, output=output, ref_output=ref_output)
-    num_splits, chunk = split(d)
-    partial = torch.empty(n, num_splits, device=output.device, dtype=torch.float32)
-    latents, strides = zip(aligned(output), aligned(ref_output), strict=True)
-    constants = {"NUM_SPLITS": num_splits, "BLOCK": BLOCK}
-    launch(output_square_kernel, (n, num_splits), partial, *latents, d, chunk, *strides, **constants)
-    kl = torch.empty(n, device=output.device, dtype=torch.float32)
-    grid = (cdiv(n, FINISH_ROWS),)
-    launch(kl_kernel, grid, kl, partial, vector(coef), n, d, NUM_SPLITS=num_splits, ROWS=FINISH_ROWS)
+    n, d, latents = arranged("output ref_output", output, ref_output)
+    coef, (num_chunks, chunk, width) = coefficients("coef", coef, n, 3), split(d)
+    partial = torch.empty((n, num_chunks), device=coef.device, dtype=torch.float32)
+    kl = torch.empty(n, device=coef.device, dtype=torch.float32)
+    strides = (x.stride(0) for x in latents)
+    launch(output_square_kernel, (n, num_chunks), partial, *latents, d, chunk, num_chunks, *strides, BLOCK=BLOCK)
+    launch(kl_kernel, (n,), kl, partial, coef, d, num_chunks, coef.stride(0), WIDTH=width, num_threads=WAVE)
     return kl
 
 
 def _kl_backward(grad: Tensor, output: Tensor, ref_output: Tensor, coef: Tensor) -> Tensor:
-    n, d = check(coef, output=output, ref_output=ref_output)
-    grad_output = torch.empty_like(output, memory_format=torch.contiguous_format)
-    latents, strides = zip(aligned(output), aligned(ref_output), strict=True)
-    grid = (n, cdiv(d, BLOCK))
-    launch(kl_grad_kernel, grid, grad_output, vector(grad), *latents, vector(coef), d, *strides, BLOCK=BLOCK)
+    n, d, latents = arranged("output ref_output", output, ref_output)
+    coef, (num_chunks, chunk, _) = coefficients("coef", coef, n, 3), split(d)
+    grad_output = new_like(latents[0], n, output.dtype)
+    launch(
+        kl_grad_kernel, (n, num_chunks), grad_output, vector(grad), *latents, coef, d, chunk,
+        *(x.stride(0) for x in latents), d, coef.stride(0), BLOCK=BLOCK,
+    )  # fmt: skip
     return grad_output
+
+
+def _fake_gradient(output: Tensor) -> Tensor:
+    is_usable = is_dense(output.shape[1:], output.stride()[1:])
+    return new_like(output if is_usable else output.contiguous(), len(output), output.dtype)
 
 
 kl_op = register(
@@ -96,7 +109,7 @@ kl_op = register(
 kl_backward_op = register(
     "gaussian_kl_backward(Tensor grad, Tensor output, Tensor ref_output, Tensor coef) -> Tensor",
     _kl_backward,
-    lambda grad, output, *_: torch.empty_like(output, memory_format=torch.contiguous_format),
+    lambda grad, output, *_: _fake_gradient(output),
 )
 
 

@@ -6,14 +6,15 @@ to Inductor, which would make float arguments double and pick its own configurat
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 NUM_THREADS = 128  # of a program, with 8 elements each: loads of 128 bits where these have 16
 WAVE = 64 if torch.version.hip else 32
+"""Threads that need not wait for one another: those of a program that finishes a row."""
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IS_HELD = not IS_INTERPRETED and torch.version.hip is None  # there a kernel depends on the size of memory as well
 
 _library = torch.library.Library("adascope_fast", "FRAGMENT")
 
@@ -29,10 +30,39 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
     return getattr(torch.ops.adascope_fast, name).default
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel on the device of its first argument, multiply-adds unfused; a grid with no programs is no launch."""
+_held: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Compiled kernels and their constants in order, by all that Triton would compile anew for."""
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_threads: int = NUM_THREADS, **constants: Any
+) -> None:
+    """Run a kernel on the device of its first argument, multiply-adds unfused; a grid with no programs is no launch.
+
+    A kernel that was compiled for such arguments before is started by its handle: Triton takes 15 us to find it again.
+    """
     if 0 in grid:
         return
     device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=NUM_THREADS // WAVE, enable_fp_fusion=False)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, *arguments, num_threads=num_threads, **constants)
+    key = (id(kernel), device, num_threads, *constants.values(), *map(_specialised, arguments))
+    held = _held.get(key)
+    if held is not None:
+        compiled, values = held
+        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        return
+    options = {"num_warps": max(1, num_threads // WAVE), "enable_fp_fusion": False}
+    compiled = kernel[grid](*arguments, **constants, **options)
+    if compiled is not None and IS_HELD:
+        _held[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _specialised(argument: Any) -> Any:
+    """What a kernel is compiled anew for: type and alignment of memory; of a number, whether it is 1, and its size."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    return float

@@ -2,12 +2,15 @@
 # pyright: reportGeneralTypeIssues=false
 """How every kernel reads rows of latents and splits them over programs.
 
-Axes: `n` rows, `d` elements of a row. A row is cut into at most 16 chunks, a function of d alone, not of n nor of the
-GPU. The kernels that reduce write one partial result a chunk, and a second launch adds them in index order, so a row's
-result is the same bits in any batch and on any run. What else could change the compiled sum is pinned too: rows are
-aligned alike or copied, multiply-adds are not fused, and the sums behind a log-probability spell out their order
-(`ordered_sum`), so two kernels that write one expression compute one number however their registers are laid out.
+Axes: `n` rows, `d` elements of a row, in the order in which they lie in memory: any dense layout will do, channels-last
+too, if all latents of a call share it; those that have another are copied to that of the first. A row is cut into at
+most 128 chunks, a function of d alone, not of n nor of the GPU. The kernels that reduce write one partial result a
+chunk, and a second launch adds them, so a row's result is the same bits in any batch and on any run. Multiply-adds are
+not fused, and sums spell out their order (`fold`, `ordered_sum`), so two kernels that write one expression compute one
+number however their registers are laid out.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -15,10 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+MAX_CHUNKS = 128
 LEVELS = tl.constexpr(BLOCK.bit_length() - 1)
-NUM_STAGES = tl.constexpr(3)
-MAX_SPLITS = 16
-MIN_CHUNK = 8192
+FOLDED = tl.constexpr(4)
+"""Neighbours that are added before blocks are: as many as a thread holds at least."""
+SPREAD = tl.constexpr(8)
+"""Numbers that a sum of a chunk may be left as: further, warps would have to wait for one another."""
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -26,22 +32,99 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def split(d: int) -> tuple[int, int]:
-    """(number of chunks of a row, elements of a chunk, a multiple of BLOCK); the last chunks may be short or empty."""
-    num_splits = min(MAX_SPLITS, max(1, cdiv(d, MIN_CHUNK)))
-    return num_splits, cdiv(d, num_splits * BLOCK) * BLOCK
+@cache
+def split(d: int) -> tuple[int, int, int]:
+    """(chunks of a row, elements of a chunk, the power of two that holds the chunks); the last chunk may be short."""
+    chunk = cdiv(cdiv(d, BLOCK), MAX_CHUNKS) * BLOCK
+    num_chunks = cdiv(d, chunk)
+    return num_chunks, chunk, 1 << (num_chunks - 1).bit_length()
 
 
-def check(coef: Tensor | None, **latents: Tensor) -> tuple[int, int]:
-    """(n, d) of latents that share one shape [n, ...], with `coef` [n, 3]; a ValueError otherwise."""
-    first, *others = latents.values()
-    if first.dim() < 2 or any(x.shape != first.shape for x in others):
-        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in latents.items())
-        raise ValueError(f"latents must share one shape [n, ...], not {shapes}")
-    n = first.shape[0]
-    if coef is not None and coef.shape != (n, 3):
-        raise ValueError(f"coef must be [{n}, 3], one (a, b, std) for each row, not {list(coef.shape)}")
-    return n, first.shape[1:].numel()
+@cache
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements of a row fill a piece of memory without gaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+@cache
+def is_alike(shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether two layouts of rows of a shape are one; an axis of length 1 may have any stride."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, strides, others, strict=True))
+
+
+def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[int, int, list[Tensor]]:
+    """(n, d, the latents in one dense layout, that of the first): only those that have another are copied.
+
+    Args:
+        names: of the latents, for errors.
+        rows: [n] int64, the rows that are meant of the first, and of others that have as many; None: all.
+
+    Raises:
+        ValueError: shapes or devices differ, a type is none of float32, bfloat16 and float16, or rows are empty.
+    """
+    first = latents[0]
+    shape, device = first.shape, first.device
+    row = shape[1:]
+    n = shape[0] if rows is None else rows.shape[0]
+    for x in latents:
+        if x.shape[1:] != row or (x.shape[0] != n and x.shape[0] != shape[0]) or len(shape) < 2:
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip(names.split(), latents, strict=True))
+            raise ValueError(f"latents must share one shape [n, ...], not {shapes}")
+        if x.device != device:
+            devices = ", ".join(f"{name} on {x.device}" for name, x in zip(names.split(), latents, strict=True))
+            raise ValueError(f"latents must be on one device, not {devices}; move them")
+        if x.dtype not in TYPES:
+            types = ", ".join(f"{name} {x.dtype}" for name, x in zip(names.split(), latents, strict=True))
+            raise ValueError(f"kernels read float32, bfloat16 and float16, not {types}; convert, or use the reference")
+    d = row.numel()
+    if d == 0:
+        raise ValueError(f"latents must have elements, got rows of shape {list(row)}")
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"rows must be int64 and [n], got {rows.dtype} and {list(rows.shape)}")
+    layout = first.stride()[1:]
+    if not is_dense(row, layout):
+        first = first.clone(memory_format=torch.contiguous_format)
+        layout = first.stride()[1:]
+    return n, d, [first, *(x if is_alike(row, layout, x.stride()[1:]) else alike(x, first) for x in latents[1:])]
+
+
+def alike(x: Tensor, like: Tensor) -> Tensor:
+    """A copy of `x` whose rows are laid out as those of `like`."""
+    return new_like(like, len(x), x.dtype).copy_(x)
+
+
+def new_like(like: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Memory for `n` rows, touching one another, laid out as those of `like`."""
+    d = like.shape[1:].numel()
+    return torch.empty_strided((n, *like.shape[1:]), (d, *like.stride()[1:]), dtype=dtype, device=like.device)
+
+
+def new_rows(like: Tensor) -> Tensor:
+    """Memory for as many rows as `like` has, of its type, in its layout if that is dense."""
+    is_usable = is_dense(like.shape[1:], like.stride()[1:])
+    return (
+        new_like(like, len(like), like.dtype)
+        if is_usable
+        else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    )
+
+
+def coefficients(name: str, coef: Tensor, n: int, width: int) -> Tensor:
+    """`coef` [n, width] in float32, each row in one piece; rows may be one and the same, expanded."""
+    if coef.shape != (n, width):
+        raise ValueError(f"{name} must be [{n}, {width}], one {WORDS[width]} for each row, not {list(coef.shape)}")
+    if coef.dtype != torch.float32 or coef.stride(1) != 1:
+        coef = coef.to(torch.float32).contiguous()
+    return coef
+
+
+WORDS = {2: "(c0, c1)", 3: "(a, b, std)"}
 
 
 def is_first(name: str, value: str, choices: tuple[str, str]) -> bool:
@@ -51,24 +134,11 @@ def is_first(name: str, value: str, choices: tuple[str, str]) -> bool:
     return value == choices[0]
 
 
-def aligned(x: Tensor) -> tuple[Tensor, int]:
-    """The latents as rows of adjacent elements, and the distance between rows; copied only if they are not so already.
-
-    The first row must start at a multiple of 16 bytes; rows whose length is a multiple of 16 must lie multiples of 16
-    apart, others must touch. Then the compiled kernel, and so the order of its sums, depends on d and dtypes alone.
-    """
-    x = x.detach().flatten(1)
-    n, d = x.shape
-    stride = d if n == 1 else x.stride(0)
-    is_even = x.data_ptr() % 16 == 0 and (stride % 16 == 0 if d % 16 == 0 else stride == d)
-    if not is_even or (d > 1 and x.stride(1) != 1):
-        return x.clone(memory_format=torch.contiguous_format), d
-    return x, stride
-
-
 def vector(x: Tensor) -> Tensor:
-    """One float32 number a row (or `coef`), contiguous: gradients arrive expanded."""
-    return x.detach().to(torch.float32).contiguous()
+    """One float32 number a row, contiguous: gradients arrive expanded."""
+    if x.dtype != torch.float32:
+        x = x.to(torch.float32)
+    return x.contiguous()
 
 
 @triton.jit
@@ -88,20 +158,64 @@ def load_output(output_row_ptr, uncond_row_ptr, guidance_scale, index, mask, IS_
 
 
 @triton.jit
+def row_of(rows_ptr, row, HAS_ROWS: tl.constexpr):
+    """The row of the tables that row `row` of the call means."""
+    at = row
+    if HAS_ROWS:
+        at = tl.load(rows_ptr + row)
+    return at
+
+
+@triton.jit
+def fold(values):
+    """A block's numbers, FOLDED neighbours added: what is accumulated from block to block."""
+    return _pairs_summed(values, values.shape[0] // FOLDED)
+
+
+@triton.jit
 def ordered_sum(values):
-    """Sum of BLOCK numbers, neighbours first. Beyond two, `tl.sum` follows the layout of registers, and kernels differ.
+    """Sum of a power of two of numbers, neighbours first. Beyond two, `tl.sum` follows the layout of registers."""
+    return tl.sum(_pairs_summed(values, 1))  # pyright: ignore -- of one number
+
+
+@triton.jit
+def spread(values):
+    """A sum as SPREAD numbers: what `ordered_sum` would add up."""
+    return _pairs_summed(values, SPREAD)
+
+
+@triton.jit
+def store_spread(part_ptr, values):
+    """Store `spread(values)`."""
+    tl.store(part_ptr + tl.arange(0, SPREAD), spread(values))
+
+
+@triton.jit
+def load_spread(partial_ptr, num_chunks, WIDTH: tl.constexpr):
+    """The sum of each chunk of a row, of what `store_spread` left; 0 beyond the last chunk."""
+    part = tl.arange(0, WIDTH * SPREAD)
+    return _pairs_summed(tl.load(partial_ptr + part, mask=part < num_chunks * SPREAD, other=0.0), WIDTH)
+
+
+@triton.jit
+def _pairs_summed(values, length: tl.constexpr):
+    """Neighbours added until `length` numbers are left.
 
     Sums of pairs, not `tl.split`: that moves each pair into one thread, and spilled kilobytes where rows are unaligned.
     """
     for _ in tl.static_range(LEVELS):
-        values = tl.sum(tl.reshape(values, [values.shape[0] // 2, 2]), axis=1)
-    return tl.sum(values)  # of one number
+        if values.shape[0] > length:
+            values = tl.sum(tl.reshape(values, [values.shape[0] // 2, 2]), axis=1)
+    return values
 
 
 @triton.jit
-def load_sum(partial_ptr, row, mask, NUM_SPLITS: tl.constexpr):
-    """Sum of each row's partial results, in index order."""
-    total = tl.load(partial_ptr + row * NUM_SPLITS, mask=mask, other=0.0)
-    for part in tl.static_range(1, NUM_SPLITS):
-        total += tl.load(partial_ptr + row * NUM_SPLITS + part, mask=mask, other=0.0)
-    return total
+def load_parts(partial_ptr, part, num_chunks):
+    """One of the numbers that each chunk of a row left; 0 beyond the last chunk."""
+    return tl.load(partial_ptr + part, mask=part < num_chunks, other=0.0)
+
+
+@triton.jit
+def load_sum(partial_ptr, num_chunks, WIDTH: tl.constexpr):
+    """The sum of the numbers that the chunks of a row left."""
+    return ordered_sum(load_parts(partial_ptr, tl.arange(0, WIDTH), num_chunks))

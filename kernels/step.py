@@ -3,146 +3,216 @@
 """A rollout step, x_next = a * sample + b * output + std * noise rounded to its storage type, and its log-probability.
 
 Bytes moved a row of d elements, e bytes an element: 3 d e read (4 d e with guidance), d e written. On request the same
-pass writes the predicted x0 (d e more) and reads that of the step before (d e more) for their correlation moments.
-Launches: 2.
+pass writes the guess of x0 (d e more) and reads that of the step before (d e more), and yields two correlations: of the
+guess with the one before, and of sample with x_next. Launches: 2.
 
 The log-probability is of the rounded sample: the residual is taken of what is stored, in registers, by the expression
 and in the order of `transition.residual_square_kernel`. So the update that reads it back finds the same bits.
+x_next may be written where the noise lies: each element is read before it is written, and the pilots, which are read
+while others may write, are none of the noise.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .correlation import load_row, merge_block, store_moments
-from .library import launch, register
-from .rows import BLOCK, NUM_STAGES, aligned, cdiv, check, load, load_output, ordered_sum, split, vector
-from .transition import FINISH_ROWS, is_gaussian, log_prob_of, residual_of
+from .correlation import NUMBERS, add_pairs, median, moments_of, pearson_of, pilot_of, store_sums, three_of
+from .library import WAVE, launch, register
+from .rows import (
+    BLOCK,
+    FOLDED,
+    SPREAD,
+    alike,
+    arranged,
+    coefficients,
+    fold,
+    is_alike,
+    load,
+    load_output,
+    load_spread,
+    new_rows,
+    ordered_sum,
+    row_of,
+    split,
+    store_spread,
+)
+from .transition import is_gaussian, log_prob_of, residual_of
+
+
+class Step(NamedTuple):
+    """See `reference.Step`."""
+
+    prev_sample: Tensor
+    log_prob: Tensor
+    x0: Tensor
+    x0_correlation: Tensor | None
+    sample_correlation: Tensor
 
 
 @triton.jit
-def x0_of(sample, output, weight_sample, weight_output, TYPE: tl.constexpr):
-    """c0 * sample + c1 * output, as stored."""
-    return (weight_sample * sample + weight_output * output).to(TYPE)
+def guess_at(
+    sample_ptr, output_ptr, uncond_ptr, index, x0_sample, x0_output, guidance_scale, TYPE: tl.constexpr,
+    IS_GUIDED: tl.constexpr,
+):  # fmt: skip
+    """(sample, output after guidance, x0 as stored) at one element."""
+    output = load_output(output_ptr, uncond_ptr, guidance_scale, index, True, IS_GUIDED)
+    sample = load(sample_ptr, index, True)
+    return sample, output, (x0_sample * sample + x0_output * output).to(TYPE).to(tl.float32)
 
 
 @triton.jit
 def step_kernel(
-    prev_ptr, x0_ptr, partial_ptr, moments_partial_ptr, sample_ptr, output_ptr, uncond_ptr, noise_ptr, prev_x0_ptr,
-    coef_ptr, x0_coef_ptr, d, chunk, sample_stride, output_stride, uncond_stride, noise_stride, prev_x0_stride,
-    guidance_scale, IS_GUIDED: tl.constexpr, HAS_X0: tl.constexpr, HAS_MOMENTS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    prev_ptr, x0_ptr, partial_ptr, sample_ptr, output_ptr, uncond_ptr, noise_ptr, prev_x0_ptr, rows_ptr, coef_ptr,
+    x0_coef_ptr, d, chunk, num_chunks, sample_stride, output_stride, uncond_stride, noise_stride, prev_x0_stride,
+    prev_stride, x0_stride, coef_stride, x0_coef_stride, guidance_scale, IS_GUIDED: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_X0: tl.constexpr, HAS_PREV_X0: tl.constexpr, OF_A_CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """prev_sample, x0 and the partial sums of one chunk of a row."""
+    """prev_sample, x0, and the sums of one chunk of a row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    sample_ptr += row * sample_stride
+    at = row_of(rows_ptr, row, HAS_ROWS)
+    sample_ptr += at * sample_stride
+    noise_ptr += at * noise_stride
+    prev_x0_ptr += at * prev_x0_stride
+    prev_ptr += at * prev_stride
+    x0_ptr += at * x0_stride
     output_ptr += row * output_stride
     uncond_ptr += row * uncond_stride
-    noise_ptr += row * noise_stride
-    prev_x0_ptr += row * prev_x0_stride
-    coef_ptr += row * 3
+    coef_ptr += row * coef_stride
+    x0_coef_ptr += row * x0_coef_stride
     weight_sample, weight_output, std = tl.load(coef_ptr), tl.load(coef_ptr + 1), tl.load(coef_ptr + 2)
+    total = tl.zeros([BLOCK // FOLDED], tl.float32)
     if HAS_X0:
-        x0_coef_ptr += row * 2
+        x0_type: tl.constexpr = x0_ptr.dtype.element_ty
         x0_sample, x0_output = tl.load(x0_coef_ptr), tl.load(x0_coef_ptr + 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros((), tl.float32)
-    mean_x, mean_y, sxx, syy, sxy = count, count, count, count, count
-    if HAS_MOMENTS:  # relative to the row's first element, as in `correlation.py`
-        first_output = load_output(output_ptr, uncond_ptr, guidance_scale, 0, True, IS_GUIDED)
-        first_x0 = x0_of(load(sample_ptr, 0, True), first_output, x0_sample, x0_output, x0_ptr.dtype.element_ty)
-        pilot_x, pilot_y = first_x0.to(tl.float32), load(prev_x0_ptr, 0, True)
-    for start in tl.range(0, chunk, BLOCK, num_stages=NUM_STAGES):
-        first = part * chunk + start
-        index = first + tl.arange(0, BLOCK)
+        first, middle, last = three_of(part, chunk, d)
+        sample_a, output_a, x0_a = guess_at(
+            sample_ptr, output_ptr, uncond_ptr, first, x0_sample, x0_output, guidance_scale, x0_type, IS_GUIDED
+        )
+        sample_b, output_b, x0_b = guess_at(
+            sample_ptr, output_ptr, uncond_ptr, middle, x0_sample, x0_output, guidance_scale, x0_type, IS_GUIDED
+        )
+        sample_c, output_c, x0_c = guess_at(
+            sample_ptr, output_ptr, uncond_ptr, last, x0_sample, x0_output, guidance_scale, x0_type, IS_GUIDED
+        )
+        pilot_s, pilot_x = median(sample_a, sample_b, sample_c), median(x0_a, x0_b, x0_c)
+        pilot_p = weight_sample * pilot_s + weight_output * median(output_a, output_b, output_c)
+        sum_s, sum_p, sum_ss, sum_pp, sum_sp = total, total, total, total, total
+        if HAS_PREV_X0:
+            pilot_y = pilot_of(prev_x0_ptr, first, middle, last)
+            sum_x, sum_y, sum_xx, sum_yy, sum_xy = total, total, total, total, total
+    for start in range(0, chunk, BLOCK):
+        index = part * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
         sample = load(sample_ptr, index, mask)
         output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
         prev = weight_sample * sample + weight_output * output + std * load(noise_ptr, index, mask)
         prev = prev.to(prev_ptr.dtype.element_ty)
-        tl.store(prev_ptr + row * d + index, prev, mask=mask)
-        residual = residual_of(prev.to(tl.float32), sample, output, weight_sample, weight_output)
-        total += residual * residual
+        tl.store(prev_ptr + index, prev, mask=mask)
+        prev = prev.to(tl.float32)
+        residual = residual_of(prev, sample, output, weight_sample, weight_output)
+        total += fold(residual * residual)
         if HAS_X0:
-            x0 = x0_of(sample, output, x0_sample, x0_output, x0_ptr.dtype.element_ty)
-            tl.store(x0_ptr + row * d + index, x0, mask=mask)
-            if HAS_MOMENTS:
-                x = x0.to(tl.float32) - pilot_x
-                y = load(prev_x0_ptr, index, mask) - pilot_y
-                block_count = tl.minimum(tl.maximum(d - first, 0), BLOCK).to(tl.float32)
-                count, mean_x, mean_y, sxx, syy, sxy = merge_block(
-                    count, mean_x, mean_y, sxx, syy, sxy, x, y, block_count, mask
-                )
-    tl.store(partial_ptr + row * NUM_SPLITS + part, ordered_sum(total))
-    if HAS_MOMENTS:
-        chunk_ptr = moments_partial_ptr + (row * NUM_SPLITS + part) * 8
-        store_moments(chunk_ptr, count, mean_x, mean_y, sxx, syy, sxy, None)
-        tl.store(chunk_ptr + 6, pilot_x)
-        tl.store(chunk_ptr + 7, pilot_y)
+            x0 = (x0_sample * sample + x0_output * output).to(x0_type)
+            tl.store(x0_ptr + index, x0, mask=mask)
+            sum_s, sum_p, sum_ss, sum_pp, sum_sp = add_pairs(
+                sum_s, sum_p, sum_ss, sum_pp, sum_sp, sample - pilot_s, prev - pilot_p, mask
+            )
+            if HAS_PREV_X0:
+                x, y = x0.to(tl.float32) - pilot_x, load(prev_x0_ptr, index, mask) - pilot_y
+                sum_x, sum_y, sum_xx, sum_yy, sum_xy = add_pairs(sum_x, sum_y, sum_xx, sum_yy, sum_xy, x, y, mask)
+    partial_ptr += row * OF_A_CHUNK * num_chunks
+    store_spread(partial_ptr + part * SPREAD, total)
+    if HAS_X0:
+        partial_ptr += SPREAD * num_chunks
+        store_sums(partial_ptr, part, num_chunks, sum_s, sum_p, sum_ss, sum_pp, sum_sp, pilot_s, pilot_p)
+        if HAS_PREV_X0:
+            partial_ptr += NUMBERS * num_chunks
+            store_sums(partial_ptr, part, num_chunks, sum_x, sum_y, sum_xx, sum_yy, sum_xy, pilot_x, pilot_y)
 
 
 @triton.jit
 def finish_step_kernel(
-    log_prob_ptr, moments_ptr, partial_ptr, moments_partial_ptr, coef_ptr, n, d,
-    IS_GAUSSIAN: tl.constexpr, HAS_MOMENTS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    log_prob_ptr, sample_correlation_ptr, x0_correlation_ptr, partial_ptr, rows_ptr, coef_ptr, d, chunk, num_chunks,
+    log_prob_stride, sample_correlation_stride, x0_correlation_stride, coef_stride, HAS_ROWS: tl.constexpr,
+    HAS_X0: tl.constexpr, HAS_PREV_X0: tl.constexpr, IS_GAUSSIAN: tl.constexpr, OF_A_CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Finish: the log-probability and the moments of each row."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < n
-    log_prob = log_prob_of(partial_ptr, coef_ptr, row, mask, d, IS_GAUSSIAN, NUM_SPLITS)
-    tl.store(log_prob_ptr + row, log_prob, mask=mask)
-    if HAS_MOMENTS:
-        count, mean_x, mean_y, sxx, syy, sxy = load_row(moments_partial_ptr + row * NUM_SPLITS * 8, mask, NUM_SPLITS)
-        store_moments(moments_ptr + row * 6, count, mean_x, mean_y, sxx, syy, sxy, mask)
+    """Finish: the log-probability and the correlations of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row_of(rows_ptr, row, HAS_ROWS)
+    partial_ptr += row * OF_A_CHUNK * num_chunks
+    mean_square = ordered_sum(load_spread(partial_ptr, num_chunks, WIDTH)) / d
+    log_prob = log_prob_of(mean_square, coef_ptr + row * coef_stride, IS_GAUSSIAN)
+    tl.store(log_prob_ptr + at * log_prob_stride, log_prob)
+    if HAS_X0:
+        partial_ptr += SPREAD * num_chunks
+        value = correlation_of(partial_ptr, d, chunk, num_chunks, WIDTH)
+        tl.store(sample_correlation_ptr + at * sample_correlation_stride, value)
+        if HAS_PREV_X0:
+            value = correlation_of(partial_ptr + NUMBERS * num_chunks, d, chunk, num_chunks, WIDTH)
+            tl.store(x0_correlation_ptr + at * x0_correlation_stride, value)
+
+
+@triton.jit
+def correlation_of(row_ptr, d, chunk, num_chunks, WIDTH: tl.constexpr):
+    """Correlation of a row from what its chunks left."""
+    count, mean_x, mean_y, sxx, syy, sxy = moments_of(row_ptr, d, chunk, num_chunks, WIDTH)
+    return pearson_of(sxx, syy, sxy, count * mean_x * mean_x, count * mean_y * mean_y)
 
 
 def _step(
-    sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float, noise: Tensor, coef: Tensor,
-    x0_coef: Tensor | None, prev_x0: Tensor | None, is_gaussian: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    coef = vector(coef)
+    prev_sample: Tensor, log_prob: Tensor, x0: Tensor | None, x0_correlation: Tensor | None,
+    sample_correlation: Tensor | None, sample: Tensor, output: Tensor, output_uncond: Tensor | None,
+    guidance_scale: float, noise: Tensor, coef: Tensor, x0_coef: Tensor | None, prev_x0: Tensor | None,
+    rows: Tensor | None, is_gaussian: bool,
+) -> None:  # fmt: skip
     uncond = output if output_uncond is None else output_uncond
     last_x0 = sample if prev_x0 is None else prev_x0
-    n, d = check(coef, sample=sample, output=output, output_uncond=uncond, noise=noise, prev_x0=last_x0)
-    has_x0, has_moments = x0_coef is not None, prev_x0 is not None
-    weights = coef if x0_coef is None else vector(x0_coef)
-    if has_x0 and weights.shape != (n, 2):
-        raise ValueError(f"x0_coef must be [{n}, 2], one (c0, c1) for each row, not {list(weights.shape)}")
-    num_splits, chunk = split(d)
-    prev_sample, log_prob, x0, moments = _new_results(sample, has_x0, has_moments)
-    partial = coef.new_empty(n, num_splits)
-    moments_partial = coef.new_empty(n, num_splits, 8) if has_moments else partial
-    latents, strides = zip(*(aligned(x) for x in (sample, output, uncond, noise, last_x0)), strict=True)
-    launch(
-        step_kernel, (n, num_splits), prev_sample, x0, partial, moments_partial, *latents, coef, weights, d, chunk,
-        *strides, guidance_scale, IS_GUIDED=output_uncond is not None, HAS_X0=has_x0, HAS_MOMENTS=has_moments,
-        NUM_SPLITS=num_splits, BLOCK=BLOCK,
-    )  # fmt: skip
-    launch(
-        finish_step_kernel, (cdiv(n, FINISH_ROWS),), log_prob, moments, partial, moments_partial, coef, n, d,
-        IS_GAUSSIAN=is_gaussian, HAS_MOMENTS=has_moments, NUM_SPLITS=num_splits, ROWS=FINISH_ROWS,
-    )  # fmt: skip
-    return prev_sample, log_prob, x0, moments
-
-
-def _new_results(sample: Tensor, has_x0: bool, has_moments: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for prev_sample, log_prob, x0 and moments; the last two are empty unless they are asked for."""
-    n, contiguous = len(sample), torch.contiguous_format
-    return (
-        torch.empty_like(sample, memory_format=contiguous),
-        sample.new_empty(n, dtype=torch.float32),
-        torch.empty_like(sample, memory_format=contiguous) if has_x0 else sample.new_empty(0),
-        sample.new_empty((n, 6) if has_moments else (0, 6), dtype=torch.float32),
+    n, d, latents = arranged(
+        "sample output output_uncond noise prev_x0", sample, output, uncond, noise, last_x0, rows=rows
     )
+    coef = coefficients("coef", coef, n, 3)
+    weights = coef if x0_coef is None else coefficients("x0_coef", x0_coef, n, 2)
+    num_chunks, chunk, width = split(d)
+    has_x0, has_prev_x0 = x0_coef is not None, prev_x0 is not None
+    numbers = SPREAD.value + NUMBERS.value * (has_x0 + has_prev_x0)
+    partial = torch.empty((n, numbers, num_chunks), device=coef.device, dtype=torch.float32)
+    written = [_written(x, latents[0]) for x in ((prev_sample, x0) if x0 is not None else (prev_sample,))]
+    of_sample = log_prob if sample_correlation is None else sample_correlation
+    of_x0 = log_prob if x0_correlation is None else x0_correlation
+    flags = {"HAS_ROWS": rows is not None, "HAS_X0": has_x0, "HAS_PREV_X0": has_prev_x0, "OF_A_CHUNK": numbers}
+    places = coef if rows is None else rows
+    launch(
+        step_kernel, (n, num_chunks), written[0], written[-1], partial, *latents, places, coef, weights, d, chunk,
+        num_chunks, *(x.stride(0) for x in latents), written[0].stride(0), written[-1].stride(0), coef.stride(0),
+        weights.stride(0), guidance_scale, IS_GUIDED=output_uncond is not None, BLOCK=BLOCK, **flags,
+    )  # fmt: skip
+    launch(
+        finish_step_kernel, (n,), log_prob, of_sample, of_x0, partial, places, coef, d, chunk, num_chunks,
+        log_prob.stride(0), of_sample.stride(0), of_x0.stride(0), coef.stride(0), IS_GAUSSIAN=is_gaussian,
+        WIDTH=width, num_threads=WAVE, **flags,
+    )  # fmt: skip
+    for table, memory in zip((prev_sample, x0), written, strict=False):
+        if table is not None and memory is not table:
+            table.copy_(memory)
+
+
+def _written(table: Tensor, like: Tensor) -> Tensor:
+    """The table itself, or memory of the call's layout to be copied to it."""
+    return table if is_alike(table.shape[1:], table.stride()[1:], like.stride()[1:]) else alike(table, like)
 
 
 step_op = register(
-    "transition_step(Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, Tensor noise, "
-    "Tensor coef, Tensor? x0_coef, Tensor? prev_x0, bool is_gaussian) -> (Tensor, Tensor, Tensor, Tensor)",
+    "transition_step(Tensor(a!) prev_sample, Tensor(b!) log_prob, Tensor(c!)? x0, Tensor(d!)? x0_correlation, "
+    "Tensor(e!)? sample_correlation, Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, "
+    "Tensor noise, Tensor coef, Tensor? x0_coef, Tensor? prev_x0, Tensor? rows, bool is_gaussian) -> ()",
     _step,
-    lambda sample, *rest: _new_results(sample, rest[5] is not None, rest[6] is not None),
+    lambda *_: None,
 )
 
 
@@ -157,11 +227,13 @@ def transition_step(
     kind: str = "gaussian",
 ) -> tuple[Tensor, Tensor]:
     """`reference.transition_step`."""
+    prev_sample, log_prob = new_rows(sample), _new_numbers(sample)
     with torch.no_grad():
-        results = step_op(
-            sample, output, output_uncond, guidance_scale, noise, coef, None, None, is_gaussian(kind)
+        step_op(
+            prev_sample, log_prob, None, None, None, sample, output, output_uncond, guidance_scale, noise, coef, None,
+            None, None, is_gaussian(kind),
         )  # fmt: skip
-    return results[0], results[1]
+    return prev_sample, log_prob
 
 
 def transition_step_with_x0(
@@ -175,10 +247,24 @@ def transition_step_with_x0(
     output_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
     kind: str = "gaussian",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    rows: Tensor | None = None,
+    out: Step | None = None,
+) -> Step:
     """`reference.transition_step_with_x0`."""
+    if out is None:
+        if rows is not None:
+            raise ValueError("rows are those of tables to write to, and out is None; pass out, or the rows themselves")
+        numbers = _new_numbers(sample), _new_numbers(sample)
+        of_x0 = None if prev_x0 is None else _new_numbers(sample)
+        out = Step(new_rows(sample), numbers[0], new_rows(sample), of_x0, numbers[1])
     with torch.no_grad():
-        prev_sample, log_prob, x0, moments = step_op(
-            sample, output, output_uncond, guidance_scale, noise, coef, x0_coef, prev_x0, is_gaussian(kind)
-        )
-    return prev_sample, log_prob, x0, None if prev_x0 is None else moments
+        step_op(
+            out.prev_sample, out.log_prob, out.x0, None if prev_x0 is None else out.x0_correlation,
+            out.sample_correlation, sample, output, output_uncond, guidance_scale, noise, coef, x0_coef, prev_x0, rows,
+            is_gaussian(kind),
+        )  # fmt: skip
+    return out
+
+
+def _new_numbers(sample: Tensor) -> Tensor:
+    return torch.empty(len(sample), device=sample.device, dtype=torch.float32)

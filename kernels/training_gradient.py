@@ -2,9 +2,10 @@
 # pyright: reportGeneralTypeIssues=false
 """The loss of a whole training step and its gradient in the model outputs, without a graph, in 2 launches.
 
-Bytes moved: those of `training_step.py`. The first launch takes the partial sums. Each program of the second derives
-its row's slope, dloss / dlog_prob, from the row's at most 16 partial sums; the first program of a row writes the loss
-and the statistics.
+Bytes moved: on policy, where the ratio is 1 and dloss / dlog_prob = -advantage, the first launch reads every latent
+once, writes the gradient and leaves partial sums; the second makes loss and statistics of these. Else the first takes
+the partial sums, and each program of the second, which reads the latents again, derives its row's slope from them; the
+first program of a row writes the loss and the statistics.
 """
 
 import torch
@@ -14,80 +15,102 @@ from torch import Tensor
 
 from .library import launch, register
 from .policy_loss import clip_bounds, is_ppo
-from .rows import BLOCK, aligned, cdiv, vector
-from .training_step import (
-    STATISTICS,
-    new_losses,
-    old_vector,
-    penalty,
-    row_weights,
-    slope_of,
-    split_weight,
-    store_policy_gradients,
+from .rows import BLOCK, load_output, row_of, vector
+from .training_step import Inputs, named, new_numbers, penalty, slope_of, split_weight
+from .transition import (
+    each_gradient,
+    fake_gradients,
+    gradient_of,
+    is_gaussian,
+    new_gradients,
+    residual_weight,
+    shift_weight,
+    store_gradients,
     weight_of,
 )
-from .transition import gradients, is_gaussian, residual_square
 
 
 @triton.jit
 def policy_grad_kernel(
-    grad_output_ptr, grad_uncond_ptr, loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, old_log_prob_ptr,
-    advantage_ptr, kl_weights_ptr, scales_ptr, sample_ptr, output_ptr, uncond_ptr, prev_ptr, ref_ptr, coef_ptr, n, d,
-    sample_stride, output_stride, uncond_stride, prev_stride, ref_stride, guidance_scale, low, high, kl_weight, scale,
-    IS_GUIDED: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
-    HAS_KL_WEIGHTS: tl.constexpr, HAS_SCALES: tl.constexpr, IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_output_ptr, grad_uncond_ptr, numbers_ptr, partial_ptr, old_log_prob_ptr, advantage_ptr, kl_weights_ptr,
+    scales_ptr, sample_ptr, output_ptr, uncond_ptr, prev_ptr, ref_ptr, rows_ptr, coef_ptr, n, d, chunk, num_chunks,
+    sample_stride, output_stride, uncond_stride, prev_stride, ref_stride, grad_stride, coef_stride, guidance_scale,
+    low, high, kl_weight, scale, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, HAS_SCALES: tl.constexpr,
+    IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient; from the first program of each row, its loss and statistics too."""
     row = tl.program_id(0).to(tl.int64)
-    mask = row < n
-    kl_weight = weight_of(kl_weight, kl_weights_ptr, row, mask, HAS_KL_WEIGHTS)
+    part = tl.program_id(1)
+    at = row_of(rows_ptr, row, HAS_ROWS)
+    coef_ptr += row * coef_stride
+    kl_weight = weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS)
     slope = slope_of(
-        loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, mask,
-        tl.program_id(1) == 0, n, d, low, high, kl_weight,
-        HAS_OLD, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, NUM_SPLITS,
+        numbers_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks, low, high,
+        kl_weight, guidance_scale, part == 0,
+        True, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,  # pyright: ignore
     )  # fmt: skip
-    store_policy_gradients(
-        grad_output_ptr, grad_uncond_ptr, weight_of(scale, scales_ptr, row, mask, HAS_SCALES), slope, kl_weight,
-        sample_ptr, output_ptr, uncond_ptr, prev_ptr, ref_ptr, coef_ptr, d, sample_stride, output_stride,
-        uncond_stride, prev_stride, ref_stride, guidance_scale,
-        IS_GUIDED, IS_GUIDED, HAS_PENALTY, IS_GAUSSIAN, BLOCK,
-    )  # fmt: skip
+    scale = weight_of(scale, scales_ptr, row, HAS_SCALES)
+    of_residual = scale * slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
+    of_shift = scale
+    if HAS_PENALTY:
+        of_shift = scale * kl_weight * shift_weight(coef_ptr, d)
+    for start in range(0, chunk, BLOCK):
+        index = part * chunk + start + tl.arange(0, BLOCK)
+        mask = index < d
+        output = load_output(
+            output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
+        )
+        gradient = gradient_of(
+            output, sample_ptr + at * sample_stride, prev_ptr + at * prev_stride, ref_ptr + row * ref_stride,
+            coef_ptr, index, mask, of_residual, of_shift, HAS_PENALTY,
+        )  # fmt: skip
+        store_gradients(
+            grad_output_ptr + row * grad_stride, grad_uncond_ptr + row * grad_stride, index, gradient, guidance_scale,
+            mask, IS_GUIDED, NEEDS_UNCOND,
+        )  # fmt: skip
 
 
 def _policy_grad(
     sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float, prev_sample: Tensor,
     ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor | None,
-    advantage: Tensor, low: float, high: float, is_ppo: bool, is_gaussian: bool, scale: float, scales: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    coef, is_guided = vector(coef), output_uncond is not None
-    partials = residual_square(sample, output, output_uncond, guidance_scale, prev_sample, ref_output, coef)
-    (n, num_splits), d = partials[0].shape, sample.shape[1:].numel()
-    old, advantage = old_vector(coef, old_log_prob, advantage), vector(advantage)
-    loss, statistics = coef.new_empty(n), coef.new_empty(len(STATISTICS), n)
-    grad_output, grad_uncond = gradients(output, output_uncond, is_guided)
-    uncond = output if output_uncond is None else output_uncond
-    ref = output if ref_output is None else ref_output
-    latents, strides = zip(*(aligned(x) for x in (sample, output, uncond, prev_sample, ref)), strict=True)
-    launch(
-        policy_grad_kernel, (n, cdiv(d, BLOCK)), grad_output, grad_uncond, loss, statistics, *partials, old,
-        advantage, row_weights(kl_weights, coef), row_weights(scales, coef), *latents, coef, n, d, *strides,
-        guidance_scale, low, high, kl_weight, scale, IS_GUIDED=is_guided, HAS_OLD=old_log_prob is not None,
-        HAS_REF=ref_output is not None, HAS_PENALTY=kl_weight != 0, HAS_KL_WEIGHTS=kl_weights is not None,
-        HAS_SCALES=scales is not None, IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian, NUM_SPLITS=num_splits, BLOCK=BLOCK,
+    advantage: Tensor, rows: Tensor | None, low: float, high: float, is_ppo: bool, is_gaussian: bool,
+    needs_uncond: bool, scale: float, scales: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    it = Inputs(
+        sample, output, output_uncond, prev_sample, ref_output, kl_weight, kl_weights, coef, old_log_prob, advantage,
+        rows, needs_uncond,
     )  # fmt: skip
-    return loss, statistics, grad_output, grad_uncond
+    made = new_gradients(it.latents[0], output, output_uncond, needs_uncond)
+    gradients, is_on_policy = each_gradient(made, it.n), old_log_prob is None
+    partial = it.sum_chunks(
+        guidance_scale, gradients, scale, scales, is_on_policy=is_on_policy, is_gaussian=is_gaussian
+    )
+    if is_on_policy:
+        numbers = it.finish(
+            partial, None, low, high, guidance_scale, has_old=False, is_ppo=is_ppo, is_gaussian=is_gaussian
+        )
+        return numbers, *made
+    numbers = new_numbers(it.coef, it.n)
+    launch(
+        policy_grad_kernel, (it.n, it.num_chunks), *gradients, numbers, partial, it.old, it.advantage, it.kl_weights,
+        it.coef if scales is None else vector(scales), *it.latents, it.ref, it.places, it.coef, it.n, it.d, it.chunk,
+        it.num_chunks, *it.strides, it.d, it.coef.stride(0), guidance_scale, low, high, kl_weight, scale,
+        HAS_ROWS=rows is not None, HAS_SCALES=scales is not None, IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian,
+        WIDTH=it.width, BLOCK=BLOCK, **it.flags,
+    )  # fmt: skip
+    return numbers, *made
 
 
 policy_grad_op = register(
     "transition_policy_grad(Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, "
     "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor? old_log_prob, "
-    "Tensor advantage, float low, float high, bool is_ppo, bool is_gaussian, float scale, Tensor? scales) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor advantage, Tensor? rows, float low, float high, bool is_ppo, bool is_gaussian, bool needs_uncond, "
+    "float scale, Tensor? scales) -> (Tensor, Tensor, Tensor)",
     _policy_grad,
-    lambda sample, output, output_uncond, *_: (
-        *new_losses(sample),
-        *gradients(output, output_uncond, needs_uncond=output_uncond is not None),
+    lambda sample, output, output_uncond, *rest: (
+        new_numbers(output, len(output)),
+        *fake_gradients(sample, output, output_uncond, rest[-3]),
     ),
 )
 
@@ -109,15 +132,17 @@ def transition_policy_grad(
     clip: str = "ppo",
     kind: str = "gaussian",
     scale: float | Tensor = 1.0,
+    rows: Tensor | None = None,
+    needs_uncond: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """`reference.transition_policy_grad`."""
-    n = len(sample)
+    n, needs_uncond = len(output), needs_uncond and output_uncond is not None
     with torch.no_grad():
-        loss, statistics, grad_output, grad_uncond = policy_grad_op(
+        numbers, *made = policy_grad_op(
             sample, output, output_uncond, guidance_scale, prev_sample, ref_output,
-            *penalty(kl_weight, ref_output, n), coef, old_log_prob, advantage,
-            *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind),
+            *penalty(kl_weight, ref_output, n), coef, old_log_prob, advantage, rows,
+            *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind), needs_uncond,
             *split_weight("scale", scale, n),
         )  # fmt: skip
-    stats = dict(zip(STATISTICS, statistics, strict=True))
-    return loss, stats, grad_output, None if output_uncond is None else grad_uncond
+    grad_output, grad_uncond = each_gradient((made[0], made[1]), n)
+    return *named(numbers), grad_output, grad_uncond if needs_uncond else None

@@ -14,175 +14,209 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .gaussian_kl import kl_of
-from .library import launch, register
-from .policy_loss import check_vectors, clip_bounds, clipped_loss_of, is_ppo
-from .rows import BLOCK, aligned, cdiv, check, load, load_output, vector
+from .library import WAVE, launch, register
+from .policy_loss import clip_bounds, clipped_loss_of, is_ppo
+from .rows import BLOCK, arranged, coefficients, load_sum, split, vector
 from .transition import (
-    FINISH_ROWS,
-    gradients,
+    each_gradient,
+    fake_gradients,
     is_gaussian,
+    launch_gradient,
     log_prob_of,
-    residual_of,
-    residual_square,
+    new_gradients,
+    residual_square_kernel,
     residual_weight,
-    store_gradients,
+    shift_weight,
+    weight_of,
 )
 
-STATISTICS: tuple[str, ...] = ("log_prob", "ratio", "approx_kl", "clipfrac", "kl", "nonfinite")
-
-
-@triton.jit
-def weight_of(weight, weights_ptr, row, mask, HAS_WEIGHTS: tl.constexpr):
-    """One weight for all rows, times each row's own if there is one."""
-    if HAS_WEIGHTS:
-        weight *= tl.load(weights_ptr + row, mask=mask, other=0.0)
-    return weight
+STATISTICS: tuple[str, ...] = (
+    "log_prob", "ratio", "approx_kl", "clipfrac", "kl", "nonfinite", "output_gradient"
+)  # fmt: skip
 
 
 @triton.jit
 def slope_of(
-    loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, mask,
-    is_first, n, d, low, high, kl_weight, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
-    IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    numbers_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks, low, high, kl_weight,
+    guidance_scale, is_first, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
+    IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr,
+    SUMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dloss / dlog_prob of rows from their partial sums; stores their loss and the rows of STATISTICS, [6, n]."""
-    log_prob = log_prob_of(partial_ptr, coef_ptr, row, mask, d, IS_GAUSSIAN, NUM_SPLITS)
-    old_log_prob = log_prob
+    """dloss / dlog_prob of a row from its partial sums; stores its loss and the rows of STATISTICS, [8, n].
+
+    `coef_ptr` is that of the row. Without old_log_prob the ratio is 1 and the slope -advantage, whatever the sums are.
+    """
+    partial_ptr += row * SUMS * num_chunks
+    square = load_sum(partial_ptr, num_chunks, WIDTH)
+    log_prob = log_prob_of(square / d, coef_ptr, IS_GAUSSIAN)
+    advantage = tl.load(advantage_ptr + row)
     if HAS_OLD:
-        old_log_prob = tl.load(old_log_prob_ptr + row, mask=mask, other=0.0)
-    advantage = tl.load(advantage_ptr + row, mask=mask, other=0.0)
-    loss, ratio, slope = clipped_loss_of(log_prob, old_log_prob, advantage, low, high, IS_PPO)
-    kl = tl.zeros_like(log_prob)
+        old_log_prob = tl.load(old_log_prob_ptr + row)
+        loss, ratio, slope = clipped_loss_of(log_prob, old_log_prob, advantage, low, high, IS_PPO)
+    else:
+        old_log_prob = log_prob
+        ratio = 1.0 + (log_prob - old_log_prob)  # NaN unless log_prob is finite
+        loss, slope = -advantage * ratio, -advantage
+    of_residual = slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
+    gradient = of_residual * of_residual * square
+    kl = square * 0.0
     if HAS_REF:
-        kl = kl_of(kl_partial_ptr, coef_ptr, row, mask, d, NUM_SPLITS)
-    if HAS_PENALTY:
-        loss += kl_weight * kl
+        shift_square = load_sum(partial_ptr + num_chunks, num_chunks, WIDTH)
+        of_kl = shift_weight(coef_ptr, d)
+        kl = 0.5 * of_kl * shift_square
+        if HAS_PENALTY:
+            loss += kl_weight * kl
+            of_shift = kl_weight * of_kl
+            product = load_sum(partial_ptr + 2 * num_chunks, num_chunks, WIDTH)
+            gradient += of_shift * (2 * of_residual * product + of_shift * shift_square)
+            gradient = tl.where(gradient < 0, 0.0, gradient)
+    if IS_GUIDED:
+        share = guidance_scale * guidance_scale
+        if NEEDS_UNCOND:
+            share += (1 - guidance_scale) * (1 - guidance_scale)
+        gradient *= share
     log_ratio = log_prob - old_log_prob
     is_finite = (tl.abs(log_prob) < float("inf")) & (tl.abs(ratio) < float("inf"))
     stride = tl.cast(n, tl.int64)
-    mask = mask & is_first
-    tl.store(loss_ptr + row, loss, mask=mask)
-    tl.store(statistics_ptr + row, log_prob, mask=mask)
-    tl.store(statistics_ptr + stride + row, ratio, mask=mask)
-    tl.store(statistics_ptr + 2 * stride + row, 0.5 * log_ratio * log_ratio, mask=mask)
-    tl.store(statistics_ptr + 3 * stride + row, ((ratio < low) | (ratio > high)).to(tl.float32), mask=mask)
-    tl.store(statistics_ptr + 4 * stride + row, kl, mask=mask)
-    tl.store(statistics_ptr + 5 * stride + row, 1.0 - is_finite.to(tl.float32), mask=mask)
+    numbers_ptr += row
+    tl.store(numbers_ptr, loss, mask=is_first)
+    tl.store(numbers_ptr + stride, log_prob, mask=is_first)
+    tl.store(numbers_ptr + 2 * stride, ratio, mask=is_first)
+    tl.store(numbers_ptr + 3 * stride, 0.5 * log_ratio * log_ratio, mask=is_first)
+    tl.store(numbers_ptr + 4 * stride, ((ratio < low) | (ratio > high)).to(tl.float32), mask=is_first)
+    tl.store(numbers_ptr + 5 * stride, kl, mask=is_first)
+    tl.store(numbers_ptr + 6 * stride, 1.0 - is_finite.to(tl.float32), mask=is_first)
+    tl.store(numbers_ptr + 7 * stride, tl.sqrt(gradient), mask=is_first)
     return slope
 
 
 @triton.jit
 def policy_loss_kernel(
-    loss_ptr, statistics_ptr, slope_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr,
-    kl_weights_ptr, n, d, low, high, kl_weight, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    numbers_ptr, slope_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, kl_weights_ptr, n, d, num_chunks,
+    coef_stride, low, high, kl_weight, guidance_scale, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, HAS_SLOPE: tl.constexpr, IS_PPO: tl.constexpr,
+    IS_GAUSSIAN: tl.constexpr, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Finish: loss, statistics and slope of each row."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < n
+    """Finish: loss, statistics and slope of a row."""
+    row = tl.program_id(0).to(tl.int64)
     slope = slope_of(
-        loss_ptr, statistics_ptr, partial_ptr, kl_partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, mask,
-        True, n, d, low, high, weight_of(kl_weight, kl_weights_ptr, row, mask, HAS_KL_WEIGHTS),
-        HAS_OLD, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, NUM_SPLITS,
+        numbers_ptr, partial_ptr, coef_ptr + row * coef_stride, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks,
+        low, high, weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS), guidance_scale, True,
+        HAS_OLD, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,
     )  # fmt: skip
-    tl.store(slope_ptr + row, slope, mask=mask)
+    if HAS_SLOPE:
+        tl.store(slope_ptr + row, slope)
 
 
-@triton.jit
-def store_policy_gradients(
-    grad_output_ptr, grad_uncond_ptr, scale, slope, kl_weight, sample_ptr, output_ptr, uncond_ptr, prev_ptr, ref_ptr,
-    coef_ptr, d, sample_stride, output_stride, uncond_stride, prev_stride, ref_stride, guidance_scale,
-    IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, HAS_PENALTY: tl.constexpr, IS_GAUSSIAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """scale * (slope * dlog_prob + kl_weight * dkl), one block of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < d
-    output = load_output(
-        output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
-    )
-    sample = load(sample_ptr + row * sample_stride, index, mask)
-    prev = load(prev_ptr + row * prev_stride, index, mask)
-    residual = residual_of(prev, sample, output, tl.load(coef_ptr + row * 3), tl.load(coef_ptr + row * 3 + 1))
-    grad = scale * slope * residual_weight(coef_ptr + row * 3, d, IS_GAUSSIAN) * residual
-    if HAS_PENALTY:
-        ratio = tl.load(coef_ptr + row * 3 + 1) / tl.load(coef_ptr + row * 3 + 2)
-        shift = output - load(ref_ptr + row * ref_stride, index, mask)
-        grad += scale * kl_weight * ratio * ratio / d * shift
-    store_gradients(
-        grad_output_ptr, grad_uncond_ptr, row * d + index, grad, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND
-    )
+class Inputs:
+    """The arguments of a training step, checked and arranged: what both of its operations launch with."""
 
+    def __init__(
+        self, sample: Tensor, output: Tensor, output_uncond: Tensor | None, prev_sample: Tensor,
+        ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor,
+        old_log_prob: Tensor | None, advantage: Tensor, rows: Tensor | None, needs_uncond: bool,
+    ) -> None:  # fmt: skip
+        uncond = output if output_uncond is None else output_uncond
+        ref = output if ref_output is None else ref_output
+        self.n, self.d, (*self.latents, self.ref) = arranged(
+            "sample output output_uncond prev_sample ref_output", sample, output, uncond, prev_sample, ref, rows=rows
+        )
+        check_vectors(self.n, coef.device, old_log_prob=old_log_prob, advantage=advantage)
+        self.coef, self.advantage = coefficients("coef", coef, self.n, 3), vector(advantage)
+        self.old = self.coef if old_log_prob is None else vector(old_log_prob)
+        self.rows, self.places = rows, self.coef if rows is None else rows
+        self.kl_weight = kl_weight
+        self.kl_weights = self.coef if kl_weights is None else vector(kl_weights)
+        self.num_chunks, self.chunk, self.width = split(self.d)
+        self.sums = 1 if ref_output is None else 3 if kl_weight != 0 else 2
+        self.strides = [x.stride(0) for x in (*self.latents, self.ref)]
+        self.is_guided, self.needs_uncond = output_uncond is not None, needs_uncond
+        self.flags = {
+            "IS_GUIDED": self.is_guided,
+            "NEEDS_UNCOND": needs_uncond,
+            "HAS_REF": ref_output is not None,
+            "HAS_PENALTY": self.sums == 3,
+            "HAS_KL_WEIGHTS": kl_weights is not None,
+            "SUMS": self.sums,
+        }
 
-@triton.jit
-def policy_backward_kernel(
-    grad_output_ptr, grad_uncond_ptr, grad_ptr, slope_ptr, kl_weights_ptr, sample_ptr, output_ptr, uncond_ptr,
-    prev_ptr, ref_ptr, coef_ptr, n, d, sample_stride, output_stride, uncond_stride, prev_stride, ref_stride,
-    guidance_scale, kl_weight, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, HAS_PENALTY: tl.constexpr,
-    HAS_KL_WEIGHTS: tl.constexpr, IS_GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient, given each row's slope and the gradient of its loss."""
-    row = tl.program_id(0).to(tl.int64)
-    store_policy_gradients(
-        grad_output_ptr, grad_uncond_ptr, tl.load(grad_ptr + row), tl.load(slope_ptr + row),
-        weight_of(kl_weight, kl_weights_ptr, row, row < n, HAS_KL_WEIGHTS), sample_ptr, output_ptr, uncond_ptr,
-        prev_ptr, ref_ptr, coef_ptr, d, sample_stride, output_stride, uncond_stride, prev_stride, ref_stride,
-        guidance_scale, IS_GUIDED, NEEDS_UNCOND, HAS_PENALTY, IS_GAUSSIAN, BLOCK,
-    )  # fmt: skip
+    def sum_chunks(
+        self, guidance_scale: float, gradients: tuple[Tensor, Tensor], scale: float, scales: Tensor | None,
+        *, is_on_policy: bool, is_gaussian: bool,
+    ) -> Tensor:  # fmt: skip
+        """The partial sums [n, sums, chunks]; on policy the gradients are written as well."""
+        partial = torch.empty((self.n, self.sums, self.num_chunks), device=self.coef.device, dtype=torch.float32)
+        sample, output, uncond, prev_sample = self.latents
+        launch(
+            residual_square_kernel, (self.n, self.num_chunks), partial, *gradients, sample, output, uncond,
+            prev_sample, self.ref, self.places, self.coef, self.advantage, self.kl_weights,
+            self.coef if scales is None else vector(scales), self.d, self.chunk, self.num_chunks, *self.strides, self.d,
+            self.coef.stride(0), guidance_scale, self.kl_weight, scale, HAS_ROWS=self.rows is not None,
+            HAS_SCALES=scales is not None, IS_ON_POLICY=is_on_policy, IS_GAUSSIAN=is_gaussian, BLOCK=BLOCK,
+            **self.flags,
+        )  # fmt: skip
+        return partial
+
+    def finish(
+        self, partial: Tensor, slope: Tensor | None, low: float, high: float, guidance_scale: float,
+        *, has_old: bool, is_ppo: bool, is_gaussian: bool,
+    ) -> Tensor:  # fmt: skip
+        """Loss and statistics [8, n], from the partial sums; writes the slopes if asked for."""
+        numbers = new_numbers(self.coef, self.n)
+        launch(
+            policy_loss_kernel, (self.n,), numbers, numbers if slope is None else slope, partial, self.coef, self.old,
+            self.advantage, self.kl_weights, self.n, self.d, self.num_chunks, self.coef.stride(0), low, high,
+            self.kl_weight, guidance_scale, HAS_OLD=has_old, HAS_SLOPE=slope is not None, IS_PPO=is_ppo,
+            IS_GAUSSIAN=is_gaussian, WIDTH=self.width, num_threads=WAVE, **self.flags,
+        )  # fmt: skip
+        return numbers
 
 
 def _policy_loss(
     sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float, prev_sample: Tensor,
     ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor | None,
-    advantage: Tensor, low: float, high: float, is_ppo: bool, is_gaussian: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    coef = vector(coef)
-    partials = residual_square(sample, output, output_uncond, guidance_scale, prev_sample, ref_output, coef)
-    (n, num_splits), d = partials[0].shape, sample.shape[1:].numel()
-    old, advantage = old_vector(coef, old_log_prob, advantage), vector(advantage)
-    loss, statistics, slope = coef.new_empty(n), coef.new_empty(len(STATISTICS), n), coef.new_empty(n)
-    launch(
-        policy_loss_kernel, (cdiv(n, FINISH_ROWS),), loss, statistics, slope, *partials, coef, old, advantage,
-        row_weights(kl_weights, coef), n, d, low, high, kl_weight, HAS_OLD=old_log_prob is not None,
-        HAS_REF=ref_output is not None, HAS_PENALTY=kl_weight != 0, HAS_KL_WEIGHTS=kl_weights is not None,
-        IS_PPO=is_ppo, IS_GAUSSIAN=is_gaussian, NUM_SPLITS=num_splits, ROWS=FINISH_ROWS,
+    advantage: Tensor, rows: Tensor | None, low: float, high: float, is_ppo: bool, is_gaussian: bool,
+    needs_uncond: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = Inputs(
+        sample, output, output_uncond, prev_sample, ref_output, kl_weight, kl_weights, coef, old_log_prob, advantage,
+        rows, needs_uncond,
     )  # fmt: skip
-    return loss, statistics, slope
+    nothing = (inputs.coef, inputs.coef)
+    partial = inputs.sum_chunks(guidance_scale, nothing, 1.0, None, is_on_policy=False, is_gaussian=is_gaussian)
+    slope = torch.empty(inputs.n, device=coef.device, dtype=torch.float32)
+    numbers = inputs.finish(
+        partial, slope, low, high, guidance_scale,
+        has_old=old_log_prob is not None, is_ppo=is_ppo, is_gaussian=is_gaussian,
+    )  # fmt: skip
+    return numbers, slope
 
 
 def _policy_loss_backward(
     grad: Tensor, slope: Tensor, sample: Tensor, output: Tensor, output_uncond: Tensor | None, guidance_scale: float,
     prev_sample: Tensor, ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor,
-    is_gaussian: bool, needs_uncond: bool,
+    rows: Tensor | None, is_gaussian: bool, needs_uncond: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    uncond = output if output_uncond is None else output_uncond
-    ref = output if ref_output is None else ref_output
-    n, d = check(coef, sample=sample, output=output, output_uncond=uncond, prev_sample=prev_sample, ref_output=ref)
-    coef = vector(coef)
-    grad_output, grad_uncond = gradients(output, output_uncond, needs_uncond)
-    latents, strides = zip(*(aligned(x) for x in (sample, output, uncond, prev_sample, ref)), strict=True)
-    launch(
-        policy_backward_kernel, (n, cdiv(d, BLOCK)), grad_output, grad_uncond, vector(grad), vector(slope),
-        row_weights(kl_weights, coef), *latents, coef, n, d, *strides, guidance_scale, kl_weight,
-        IS_GUIDED=output_uncond is not None, NEEDS_UNCOND=needs_uncond, HAS_PENALTY=kl_weight != 0,
-        HAS_KL_WEIGHTS=kl_weights is not None, IS_GAUSSIAN=is_gaussian, BLOCK=BLOCK,
+    inputs = Inputs(
+        sample, output, output_uncond, prev_sample, ref_output, kl_weight, kl_weights, coef, None, slope, rows,
+        needs_uncond,
     )  # fmt: skip
-    return grad_output, grad_uncond
+    gradients = new_gradients(inputs.latents[0], output, output_uncond, needs_uncond)
+    launch_gradient(
+        each_gradient(gradients, inputs.n), vector(grad), vector(slope), inputs.d, inputs.latents,
+        None if ref_output is None else inputs.ref, rows, inputs.coef, guidance_scale, kl_weight,
+        None if kl_weights is None else inputs.kl_weights, is_guided=inputs.is_guided, needs_uncond=needs_uncond,
+        is_gaussian=is_gaussian,
+    )  # fmt: skip
+    return gradients
 
 
-def old_vector(coef: Tensor, old_log_prob: Tensor | None, advantage: Tensor) -> Tensor:
-    """The old log-probabilities; without them, memory that the kernel does not read. Checks shapes."""
-    given = {} if old_log_prob is None else {"old_log_prob": old_log_prob}
-    check_vectors(log_prob=coef[:, 0], **given, advantage=advantage)
-    return row_weights(old_log_prob, coef)
-
-
-def row_weights(weights: Tensor | None, coef: Tensor) -> Tensor:
-    """A weight a row; without one, memory that the kernel does not read."""
-    return coef if weights is None else vector(weights)
+def check_vectors(n: int, device: torch.device, **vectors: Tensor | None) -> None:
+    """A ValueError unless all are [n] and on the device."""
+    for name, x in vectors.items():
+        if x is not None and (x.shape != (n,) or x.device != device):
+            raise ValueError(f"{name} must be [{n}] on {device}, one for each row, not {list(x.shape)} on {x.device}")
 
 
 def split_weight(name: str, weight: float | Tensor, n: int) -> tuple[float, Tensor | None]:
@@ -194,53 +228,66 @@ def split_weight(name: str, weight: float | Tensor, n: int) -> tuple[float, Tens
     return 1.0, weight
 
 
-def new_losses(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the loss and the statistics."""
-    n = len(sample)
-    return sample.new_empty(n, dtype=torch.float32), sample.new_empty(len(STATISTICS), n, dtype=torch.float32)
+def new_numbers(like: Tensor, n: int) -> Tensor:
+    """Memory for the loss and the statistics, a row for each."""
+    return torch.empty((1 + len(STATISTICS), n), device=like.device, dtype=torch.float32)
+
+
+def named(numbers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, statistics by name) of what a finish has written: views of it."""
+    loss, *statistics = numbers.unbind()
+    return loss, dict(zip(STATISTICS, statistics, strict=True))
 
 
 policy_loss_op = register(
     "transition_policy_loss(Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, "
     "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor? old_log_prob, "
-    "Tensor advantage, float low, float high, bool is_ppo, bool is_gaussian) -> (Tensor, Tensor, Tensor)",
+    "Tensor advantage, Tensor? rows, float low, float high, bool is_ppo, bool is_gaussian, bool needs_uncond) "
+    "-> (Tensor, Tensor)",
     _policy_loss,
-    lambda sample, *_: (*new_losses(sample), sample.new_empty(len(sample), dtype=torch.float32)),
+    lambda sample, output, *_: (
+        new_numbers(output, len(output)),
+        output.new_empty(len(output), dtype=torch.float32),
+    ),
 )
 policy_loss_backward_op = register(
     "transition_policy_loss_backward(Tensor grad, Tensor slope, Tensor sample, Tensor output, Tensor? output_uncond, "
     "float guidance_scale, Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, "
-    "bool is_gaussian, bool needs_uncond) -> (Tensor, Tensor)",
+    "Tensor? rows, bool is_gaussian, bool needs_uncond) -> (Tensor, Tensor)",
     _policy_loss_backward,
-    lambda grad, slope, sample, output, output_uncond, *rest: gradients(output, output_uncond, needs_uncond=rest[-1]),
+    lambda grad, slope, sample, output, output_uncond, *rest: fake_gradients(sample, output, output_uncond, rest[-1]),
 )
 
 
 class _PolicyLoss(Function):
     @staticmethod
     def forward(*inputs):  # pyright: ignore
-        return policy_loss_op(*inputs)
+        numbers, slope = policy_loss_op(*inputs)
+        return numbers[0].clone(), numbers, slope
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # pyright: ignore
         sample, model_output, output_uncond, ctx.guidance_scale, prev_sample, *rest = inputs
-        ref_output, ctx.kl_weight, kl_weights, coef, *_, ctx.is_gaussian = rest
-        _, statistics, slope = output
+        ref_output, ctx.kl_weight, kl_weights, coef, _, _, rows, *_, ctx.is_gaussian, _ = rest
+        _, numbers, slope = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(statistics, slope)
+        ctx.mark_non_differentiable(numbers, slope)
         ref_output = ref_output if ctx.kl_weight != 0 else None
-        ctx.save_for_backward(slope, sample, model_output, output_uncond, prev_sample, ref_output, kl_weights, coef)
+        ctx.save_for_backward(
+            slope, sample, model_output, output_uncond, prev_sample, ref_output, kl_weights, coef, rows
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):  # pyright: ignore
-        slope, sample, output, output_uncond, prev_sample, ref_output, kl_weights, coef = ctx.saved_tensors
+        slope, sample, output, output_uncond, prev_sample, ref_output, kl_weights, coef, rows = ctx.saved_tensors
         needs_uncond = output_uncond is not None and ctx.needs_input_grad[2]
-        grad_output, grad_uncond = policy_loss_backward_op(
+        gradients = policy_loss_backward_op(
             grad, slope, sample, output, output_uncond, ctx.guidance_scale, prev_sample, ref_output, ctx.kl_weight,
-            kl_weights, coef, ctx.is_gaussian, needs_uncond,
+            kl_weights, coef, rows, ctx.is_gaussian, needs_uncond,
         )  # fmt: skip
-        return None, grad_output, grad_uncond if needs_uncond else None, *(None,) * 12
+        grad_output, grad_uncond = each_gradient(gradients, len(output))
+        return None, grad_output, grad_uncond if needs_uncond else None, *(None,) * 14
 
 
 def transition_policy_loss(
@@ -259,14 +306,16 @@ def transition_policy_loss(
     kl_weight: float | Tensor = 0.0,
     clip: str = "ppo",
     kind: str = "gaussian",
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`reference.transition_policy_loss`."""
-    loss, statistics, _ = _PolicyLoss.apply(  # pyright: ignore
+    needs_uncond = output_uncond is not None and output_uncond.requires_grad
+    loss, numbers, _ = _PolicyLoss.apply(  # pyright: ignore
         sample, output, output_uncond, guidance_scale, prev_sample, ref_output,
-        *penalty(kl_weight, ref_output, len(sample)), coef, old_log_prob, advantage,
-        *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind),
+        *penalty(kl_weight, ref_output, len(output)), coef, old_log_prob, advantage, rows,
+        *clip_bounds(clip_range, clip_range_high), is_ppo(clip), is_gaussian(kind), needs_uncond,
     )  # fmt: skip
-    return loss, dict(zip(STATISTICS, statistics, strict=True))
+    return loss, named(numbers)[1]
 
 
 def penalty(kl_weight: float | Tensor, ref_output: Tensor | None, n: int) -> tuple[float, Tensor | None]:

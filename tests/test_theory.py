@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from adascope_fast import ops
 from adascope_fast.rollout import EncodedPrompts, rollout
@@ -114,6 +114,7 @@ class _Ideal:
     """The ideal denoiser of data N(0, variance I), in closed form, of epsilon or velocity."""
 
     latent_shape = (4, 32, 32)
+    denoiser = nn.Identity()
 
     def __init__(self, variance: float, alphas: Tensor | None = None) -> None:
         self.variance, self.alphas = variance, alphas

@@ -122,7 +122,7 @@ class DecodedSensor:
         preference[rows] = interpolated(torch.stack([reward for reward, _ in judged], 1), states)
         if self.similarity is None:
             volatility, _ = latent_curves(trajectory)
-            return Curves(preference, volatility=volatility)
+            return Curves(preference, volatility=volatility.to(device))
         structure[rows] = splined(torch.stack([likeness for _, likeness in judged], 1), states)
         return Curves(preference, structure=structure)
 
@@ -187,47 +187,35 @@ def _between(values: Tensor, states: list[int], curve: Callable[[np.ndarray], Ca
 
 
 @torch.no_grad()
-def latent_curves(
-    trajectory: Trajectory, *, steps_per_chunk: int = 8
-) -> tuple[Float32[Tensor, "b t"], Float32[Tensor, "b t+1"]]:
+def latent_curves(trajectory: Trajectory) -> tuple[Float32[Tensor, "b t"], Float32[Tensor, "b t+1"]]:
     """Volatility 1 - corr(x0_i, x0_{i+1}) of the guided x0 guesses, and preference corr(x0_i, x_t), which ends at 1.
 
-    x0_t is the final latent x_t. NaN where a latent is constant or not finite.
-
-    Args:
-        steps_per_chunk: steps that are copied to rows at once; bounds memory, changes nothing else.
+    x0_t is the final latent x_t. NaN where a latent is constant or not finite. On the CPU, in one transfer. The rollout
+    told the correlations of successive guesses on its way; those with the final latent are one pass over the table.
     """
-    curves = curves_of_guesses(trajectory.x0, trajectory.latents[:, -1], steps_per_chunk=steps_per_chunk)
-    assert curves.volatility is not None
-    return curves.volatility, curves.preference
+    successive = trajectory.x0_correlation
+    if successive is None:
+        curves = curves_of_guesses(trajectory.x0, trajectory.latents[:, -1])
+        assert curves.volatility is not None
+        return curves.volatility.cpu(), curves.preference.cpu()
+    final = ops.correlations(trajectory.x0, trajectory.latents[:, -1]).float()
+    successive, preference = torch.stack([successive, final]).cpu()
+    volatility = 1 - torch.cat([successive[:, :-1], preference[:, -1:]], 1)
+    return volatility, torch.cat([preference, torch.ones(len(preference), 1)], 1)
 
 
 @torch.no_grad()
-def curves_of_guesses(
-    x0: Float[Tensor, "b t *latent"], final: Float[Tensor, "b *latent"], *, steps_per_chunk: int = 8
-) -> Curves:
-    """The same from x0 guesses of any sampler and the final latents, for loops that are not ours."""
-    final = final.unsqueeze(1).to(x0.dtype)  # [b, 1, *latent]
+def curves_of_guesses(x0: Float[Tensor, "b t *latent"], final: Float[Tensor, "b *latent"]) -> Curves:
+    """The same from x0 guesses of any sampler and the final latents, for loops that are not ours; where they are."""
+    preference = ops.correlations(x0, final.to(x0.dtype)).float()
     b, t = x0.shape[:2]
-    volatility, preference = [], []
-    for first in range(0, t, steps_per_chunk):
-        last = min(first + steps_per_chunk, t)
-        now = x0[:, first:last]
-        after = x0[:, first + 1 : last + 1]
-        if last == t:
-            after = torch.cat([after, final], 1)
-        volatility.append(_correlation(now, after))
-        preference.append(_correlation(now, final.expand_as(now)))
-    ends_at = torch.ones(b, 1, device=final.device)
-    return Curves(torch.cat([*preference, ends_at], 1), volatility=1 - torch.cat(volatility, 1))
+    pairs = (x.reshape(b * (t - 1), *x.shape[2:]) for x in (x0[:, :-1], x0[:, 1:]))
+    successive = ops.correlation(*pairs).float().view(b, t - 1) if t > 1 else preference[:, :0]
+    volatility = 1 - torch.cat([successive, preference[:, -1:]], 1)
+    return Curves(torch.cat([preference, torch.ones_like(preference[:, :1])], 1), volatility=volatility)
 
 
 def _state(trajectory: Trajectory, rows: Tensor, state: int) -> Tensor:
     if state == trajectory.num_steps:
         return trajectory.latents[rows, -1]
     return trajectory.x0[rows, state]
-
-
-def _correlation(x: Tensor, y: Tensor) -> Float32[Tensor, "b k"]:
-    rows = ops.correlation(x.flatten(2).flatten(0, 1), y.flatten(2).flatten(0, 1), center="sample")
-    return rows.view(x.shape[:2]).float()

@@ -129,8 +129,12 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, rows: Int64[Tensor, " m"]) -> Any:
-        """What `loss` is given of these rows, on the device."""
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "Rows":
+        """These rows, in their order: those of an update. Copies no latents."""
+        ...
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> Any:
+        """What `loss` is given of some rows, on the device."""
         ...
 
 
@@ -138,8 +142,9 @@ class Rows(Protocol):
 class Loss:
     """Of `n` rows: what is minimised, unreduced, and what is told of each.
 
-    Statistics are [n] without gradient: "step" (the denoising step of each row), and of "ratio", "approx_kl",
-    "clipfrac", "kl", "nonfinite" and "rollout_drift" those that the algorithm has.
+    Statistics are [n] without gradient: "step" (the denoising step of each row), and those that the algorithm has of
+    "ratio", "approx_kl", "clipfrac", "kl", "nonfinite", "log_prob" and "rollout_log_prob" (as the rollout recorded it),
+    and "output_gradient" (norm of the gradient of the row's loss in the outputs).
     """
 
     values: Float[Tensor, " n"]

@@ -6,6 +6,7 @@ objective that has one. `b` samples, `t` steps, `n` (sample, step) pairs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,9 +42,18 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def take(self, rows: Int64[Tensor, " m"]) -> tuple[StepBatch, Float[Tensor, " m"]]:
-        """Dense batch and advantages of some pairs."""
-        return self.trajectory.gather(self.pairs[rows]), self.advantage[rows]
+    @cached_property
+    def steps(self) -> StepBatch:
+        """The pairs' steps."""
+        return self.trajectory.gather(self.pairs)
+
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "Pairs":
+        """These pairs, in their order."""
+        return Pairs(self.trajectory, self.pairs[rows], self.advantage[rows], None)
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> tuple[StepBatch, Float[Tensor, " m"]]:
+        """Steps and advantages of some pairs."""
+        return self.steps[rows], self.advantage[rows]
 
 
 @dataclass(kw_only=True)
@@ -101,8 +111,10 @@ class PolicyGradient(Algorithm):
         where = pairs.sample, pairs.timestep, pairs.prompt_index
         output, without = policy.outputs(*where)
         old_log_prob = None if is_on_policy else pairs.old_log_prob
-        inputs = pairs.sample, output, pairs.prev_sample, pairs.coef, old_log_prob
+        transition = pairs.transition
+        inputs = transition["sample"], output, transition["prev_sample"], pairs.coef, old_log_prob
         shared: dict[str, Any] = {
+            "rows": pairs.rows,
             "output_uncond": without,
             "guidance_scale": policy.guidance_scale,
             "ref_output": policy.reference(*where) if self.kl_weight else None,
@@ -113,16 +125,18 @@ class PolicyGradient(Algorithm):
         if isinstance(self.objective, Clipped):
             bounds = {"clip_range": self.objective.clip_range, "clip_range_high": self.objective.clip_range_high}
             values, stats, *found = ops.transition_policy_grad(
-                *inputs, advantage, **bounds, **shared, clip=self.objective.form, scale=scale
+                *inputs,
+                advantage,
+                **bounds,
+                **shared,
+                clip=self.objective.form,
+                scale=scale,
+                needs_uncond=policy.train_guidance != "conditional",
             )
             gradients = [gradient for gradient in found if gradient is not None]
-            if policy.train_guidance == "conditional":
-                gradients = gradients[:1]
         else:
             values, stats = self._plain(inputs, advantage, shared)
-        told = {name: stats[name] for name in ("ratio", "approx_kl", "clipfrac", "kl", "nonfinite") if name in stats}
-        drift = (stats["log_prob"] - pairs.old_log_prob).abs()
-        return Loss(values, told | {"rollout_drift": drift, "step": pairs.step_index}, gradients)
+        return Loss(values, stats | {"rollout_log_prob": pairs.old_log_prob, "step": pairs.step_index}, gradients)
 
     def _plain(
         self, inputs: tuple[Any, ...], advantage: Tensor, shared: dict[str, Any]
@@ -133,11 +147,19 @@ class PolicyGradient(Algorithm):
             sample, output, prev_sample, coef, old_log_prob, torch.zeros_like(advantage), **shared, clip_range=1.0
         )
         log_prob = ops.guided_transition_log_prob(
-            sample, output, shared["output_uncond"], shared["guidance_scale"], prev_sample, coef, kind=shared["kind"]
+            sample,
+            output,
+            shared["output_uncond"],
+            shared["guidance_scale"],
+            prev_sample,
+            coef,
+            kind=shared["kind"],
+            rows=shared["rows"],
         )
         old_log_prob = log_prob.detach() if old_log_prob is None else old_log_prob
         loss, _ = self.objective(log_prob, old_log_prob, advantage)
-        return loss + penalty, {name: value for name, value in stats.items() if name != "clipfrac"}
+        unknown = ("clipfrac", "output_gradient")  # of an objective that is differentiated as it stands
+        return loss + penalty, {name: value for name, value in stats.items() if name not in unknown}
 
     def weights(
         self,

@@ -39,7 +39,11 @@ class PairedSteps:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, rows: Int64[Tensor, " m"]) -> tuple[StepBatch, Float32[Tensor, " m"]]:
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "PairedSteps":
+        """These rows, in their order."""
+        return PairedSteps(self.trajectory, self.rows[rows], self.weight)
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> tuple[StepBatch, Float32[Tensor, " m"]]:
         """The steps of the better samples, then those of the worse ones; and the weight of each row."""
         better, worse, step = self.rows[rows].unbind(1)
         pairs = torch.stack([torch.cat([better, worse]), torch.cat([step, step])], 1)
@@ -77,12 +81,19 @@ class D3po(Algorithm):
         pairs, weight = rows
         where = pairs.sample, pairs.timestep, pairs.prompt_index
         output, without = policy.outputs(*where)
-        kind = self.log_prob_kind(policy.schedule)
+        kind, tables = self.log_prob_kind(policy.schedule), pairs.transition
         log_prob = ops.guided_transition_log_prob(
-            pairs.sample, output, without, policy.guidance_scale, pairs.prev_sample, pairs.coef, kind=kind
+            tables["sample"],
+            output,
+            without,
+            policy.guidance_scale,
+            tables["prev_sample"],
+            pairs.coef,
+            kind=kind,
+            rows=pairs.rows,
         )
         reference = policy.reference(*where)
-        ref_log_prob = ops.transition_log_prob(pairs.sample, reference, pairs.prev_sample, pairs.coef, kind=kind)
+        ref_log_prob = ops.transition_log_prob(output=reference, coef=pairs.coef, kind=kind, **tables)
         log_ratio = log_prob - ref_log_prob
         values = preference_loss(log_ratio.view(2, -1), weight, beta=self.settings.beta, clip=self.settings.clip_range)
         ratio, clip = log_ratio.detach().exp(), self.settings.clip_range
@@ -91,7 +102,8 @@ class D3po(Algorithm):
             "approx_kl": 0.5 * log_ratio.detach().square(),
             "clipfrac": ((ratio - 1).abs() > clip).float(),
             "nonfinite": (~log_ratio.detach().isfinite()).float(),
-            "rollout_drift": (log_prob.detach() - pairs.old_log_prob).abs(),
+            "log_prob": log_prob.detach(),
+            "rollout_log_prob": pairs.old_log_prob,
         }
         by_row = {name: value.view(2, -1).mean(0) for name, value in told.items()}
         return Loss(values, by_row | {"step": pairs.step_index[: len(values)]})

@@ -34,14 +34,22 @@ class Noised:
     old_log_prob: Float[Tensor, " n"] | None = None
     is_live: Bool[Tensor, " n"] | None = None
     num_forwards: int = 1
+    place: Int64[Tensor, " n"] | None = None
+    """Where each row's noise lies; None: in order."""
 
     def __len__(self) -> int:
         return len(self.step)
 
-    def take(self, rows: Int64[Tensor, " m"]) -> "NoisedBatch":
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "Noised":
+        """These rows, in their order."""
+        old = None if self.old_log_prob is None else self.old_log_prob[rows]
+        each = {name: getattr(self, name)[rows] for name in ("sample_index", "step", "advantage")}
+        return replace(self, **each, old_log_prob=old, is_live=None, place=rows)
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> "NoisedBatch":
         """The noised latents of some rows, and what the model should have said of them."""
         sample, step = self.sample_index[rows], self.step[rows]
-        x0, noise = self.x0[sample].float(), self.noise[rows]
+        x0, noise = self.x0[sample].float(), self.noise[rows if self.place is None else self.place[rows]]
         signal, sigma = (level.to(x0.device, torch.float32)[step] for level in self.schedule.levels())
         of_x, of_output = self.schedule.x0_coef[step].unbind(1)
         ones = [1] * (x0.dim() - 1)
@@ -129,10 +137,10 @@ class Awm(Algorithm):
         )
         told = {"step": rows.step, "ratio": ratio}
         if self.settings.kl_weight:
-            kl = mean_square(output - policy.reference(*where, is_guided=False))
+            kl = mean_square(output.float() - policy.reference(*where, is_guided=False))
             values, told["kl"] = values + self.settings.kl_weight * kl, kl.detach()
         if average is not None:
-            values = values + self.settings.ema_kl_weight * mean_square(output - average)
+            values = values + self.settings.ema_kl_weight * mean_square(output.float() - average)
         told["approx_kl"] = 0.5 * (log_prob.detach() - old_log_prob).square()
         told["clipfrac"] = ((ratio - 1).abs() > self.settings.clip_range).float()
         told["nonfinite"] = (~log_prob.detach().isfinite()).float()

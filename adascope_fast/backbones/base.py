@@ -281,12 +281,16 @@ class PipelineBackbone:
         return [self._readings[prompt] for prompt in prompts]
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Model output in float32; offloaded text encoders leave the device here."""
+        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
         self._align()
         if self.options.offload_text_encoders:
             self._place_text_encoders(is_near=False)
-        output = self._predict(sample.to(self.dtype), timestep, condition).float()
-        return output if self._gradient_scale == 1 else half.multiply_gradient(output, self._gradient_scale)
+        output = self._predict(sample.to(self.dtype), timestep, condition)
+        if self._gradient_scale == 1:
+            return output
+        return half.multiply_gradient(
+            output.float(), self._gradient_scale
+        )  # its gradient is float32, and enters scaled
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

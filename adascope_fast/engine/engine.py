@@ -9,6 +9,7 @@ cannot matter; the number of optimiser updates is fixed, so a selector changes t
 update of an iteration takes its own log-probability as the old one (no parameter has moved, so the ratio is 1 exactly).
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -137,7 +138,7 @@ class Engine:
                 statistics = self._replay(policy, rows, trajectory.num_steps, generator)
             else:
                 statistics = self._apply(collection.gradients, samples, context, schedule)
-            values = statistics.read()
+            values = dict(statistics.read())
         values |= {
             "reward_mean": samples.rewards.mean().item(),
             "reward_std": samples.rewards.std(correction=0).item(),
@@ -220,20 +221,22 @@ class Engine:
     def _replay(self, policy: ModelPolicy, rows: Rows, num_steps: int, generator: torch.Generator) -> UpdateStatistics:
         """The updates; after their plan nothing here waits for the device, if the optimiser can skip a step itself."""
         updates = self.planned(rows, generator)
+        num_forwards = rows.num_forwards
         total = sum(len(update.rows) for update in updates)
         statistics, done = UpdateStatistics(num_steps), 0
         for number, update in enumerate(updates):
-            before = done
+            before, mine = done, rows.ordered(update.rows)
 
-            def attempt(microbatch: int, update: Update = update, before: int = before, number: int = number) -> list:
+            def attempt(
+                microbatch: int, mine: Rows = mine, update: Update = update, before: int = before, number: int = number
+            ) -> list:
                 nonlocal done
                 self.optimizer.zero_grad(set_to_none=True)
                 done, parts = before, []
-                size = max(1, microbatch // rows.num_forwards)
-                for part in update.rows.tensor_split(-(-len(update.rows) // size)):  # of equal size, or one less
+                for part in even_parts(len(mine), max(1, microbatch // num_forwards)):
                     # The first update comes before any parameter moved, so log_prob is old_log_prob.
-                    parts.append(self._accumulate(policy, rows.take(part), update.divisor, is_on_policy=number == 0))
-                    done += len(part)
+                    parts.append(self._accumulate(policy, mine.take(part), update.divisor, is_on_policy=number == 0))
+                    done += part.stop - part.start
                     self._progress("update", done, total)
                 return parts
 
@@ -255,11 +258,14 @@ class Engine:
         gradients = loss.gradients
         if gradients is None:
             gradients = torch.autograd.grad(loss.values.sum() / divisor, policy.leaves())
-        policy.backward(list(gradients))
+        policy.backward(gradients)
         policy.clear()
+        told = loss.statistics | {"loss": loss.values.detach()}
+        if "output_gradient" in told:
+            return told
         norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in gradients])
         squares = norms.square().sum(0).view(-1, len(loss.values)).sum(0)  # a row may be several of the denoiser's
-        return loss.statistics | {"loss": loss.values.detach(), "output_gradient": squares.sqrt() * divisor}
+        return told | {"output_gradient": squares.sqrt() * divisor}
 
     def _apply(
         self, gradients: PerSampleGradients, samples: Samples, context: Context, schedule: Schedule
@@ -437,6 +443,13 @@ def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:
             f"{algorithm.name} is known after it; use attribution 'uniform' or 'discount', or update = 'replay' and "
             f"tail_share = 1"
         )
+
+
+def even_parts(length: int, size: int) -> list[slice]:
+    """Slices of at most `size` rows that differ by one row at most."""
+    count = -(-length // size)
+    starts = [number * (length // count) + min(number, length % count) for number in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def _by_samples(

@@ -7,6 +7,7 @@ of their log-probability, and only the weight, the advantage, has to wait for th
 saved. In return the steps must be known beforehand, and an iteration makes one update. LeanGRPO calls this reweighting.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from adascope_fast import ops
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.engine.per_sample import PerSampleGradients
-from adascope_fast.rollout import Denoising, Moved, predict
+from adascope_fast.engine.policy import in_one
+from adascope_fast.rollout import Denoising, Tables, predict_in_one, split
 
 
 @dataclass
@@ -39,23 +41,20 @@ class OnePass:
         self,
         step: int,
         samples: Int64[Tensor, " m"],
-        sample: Float[Tensor, "m *latent"],
-        noise: Float[Tensor, "m *latent"],
-        prompt_index: Int64[Tensor, " m"],
-    ) -> Moved:
+        at: slice | Int64[Tensor, " m"],
+        tables: Tables,
+        prompt_index: Int64[Tensor, " b"],
+    ) -> None:
         """One step of the samples with these numbers: the kept ones with gradient, the others without."""
-        kept, numbers = self.keep[samples, step], samples.to(sample.device, non_blocking=True)
-        if not kept.any():
-            return self._plain(step, samples, sample, noise, prompt_index)
+        kept = self.keep[samples, step]
         if kept.all():
-            return self._learn(step, numbers, sample, noise, prompt_index)
-        parts = []
-        for flag in (True, False):
-            index = (kept == flag).nonzero()[:, 0].to(sample.device, non_blocking=True)
-            part = numbers[index], sample[index], noise[index], prompt_index[index]
-            parts.append((index, (self._learn if flag else self._plain)(step, *part)))
-        order = torch.cat([index for index, _ in parts]).argsort()
-        return Moved(*(torch.cat(values)[order] for values in zip(*(moved for _, moved in parts), strict=True)))
+            self._learn(step, at, tables, prompt_index)
+        elif not kept.any():
+            self._plain(step, samples, at, tables, prompt_index)
+        else:
+            some, others = (samples[kept == flag].to(prompt_index.device, non_blocking=True) for flag in (True, False))
+            self._learn(step, some, tables, prompt_index)
+            self._plain(step, samples, others, tables, prompt_index)
 
     def guess(self, step: Tensor, sample: Tensor, prompt_index: Tensor) -> Tensor:
         """Without gradient: steps of a tail are not trained."""
@@ -63,33 +62,52 @@ class OnePass:
             self.folding.on()
         return self.denoising.guess(step, sample, prompt_index)
 
-    def _plain(self, *step: Any) -> Moved:
+    def _plain(self, *step: Any) -> None:
         if self.folding is not None:
             self.folding.on()
-        return self.denoising(*step)
+        self.denoising(*step)
 
-    def _learn(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor) -> Moved:
+    def _learn(self, step: int, at: slice | Tensor, tables: Tables, prompt_index: Tensor) -> None:
         if self.folding is not None:
             self.folding.off()
         size = self.microbatch
-        parts = [
-            self._differentiate(step, *part)
-            for part in zip(*(x.split(size) for x in (samples, sample, noise, prompt_index)), strict=True)
-        ]
-        return Moved(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        parts: Sequence[slice | Tensor]
+        if isinstance(at, slice):
+            parts = [slice(start, min(start + size, at.stop)) for start in range(at.start, at.stop, size)]
+        else:
+            parts = at.split(size)
+        for part in parts:
+            self._differentiate(step, part, tables, prompt_index)
 
-    def _differentiate(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor) -> Moved:
-        it = self.denoising
+    def _differentiate(self, step: int, at: slice | Tensor, tables: Tables, prompt_index: Tensor) -> None:
+        """The step, and the gradient of its log-probability, which the step itself has told already."""
+        it, sample = self.denoising, tables.sample(at, step)
         timestep, coef = it.row(step, len(sample))
+        whole, rows = (at, None) if isinstance(at, slice) else (slice(None), at)
         with torch.enable_grad(), self.gradients.leaves(len(sample)) as leaves:
-            where = sample, timestep, prompt_index
-            output, without = predict(
-                it.backbone, it.encoded, *where, it.guidance_scale, train_guidance=self.train_guidance
+            outputs, apart = predict_in_one(
+                it.backbone,
+                it.encoded,
+                sample,
+                timestep,
+                prompt_index[at],
+                it.guidance_scale,
+                train_guidance=self.train_guidance,
             )
-            moved = it.move(step, sample, noise, output.detach(), None if without is None else without.detach())
-            log_prob = ops.guided_transition_log_prob(
-                sample, output, without, it.guidance_scale, moved.prev_sample, coef, kind=it.kind
+            output, without = split(outputs.detach(), apart, len(sample))
+            it.move(step, at, tables, output, without)
+            found = ops.transition_log_prob_grad(
+                tables.latents[whole, step],
+                output,
+                tables.latents[whole, step + 1],
+                coef,
+                self.weight[at, step],
+                output_uncond=without,
+                guidance_scale=it.guidance_scale,
+                kind=it.kind,
+                rows=rows,
+                needs_uncond=apart is None,
             )
-            gradients = torch.autograd.grad((log_prob * self.weight[samples, step]).sum(), leaves)
-        self.gradients.add(samples, gradients)
-        return moved
+            gradient = in_one([one for one in found if one is not None])
+            gradients = torch.autograd.grad(outputs, leaves, gradient)
+        self.gradients.add(at, gradients)

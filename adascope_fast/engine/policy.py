@@ -4,7 +4,7 @@ A loss differentiates leaves that stand for the outputs; the engine hands the gr
 operation can give them without a graph around the loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adascope_fast import ops
 from adascope_fast.backbone import Backbone, take
-from adascope_fast.rollout import EncodedPrompts, predict
+from adascope_fast.rollout import EncodedPrompts, predict_in_one, split
 from adascope_fast.schedules import Schedule
 
 
@@ -43,11 +43,8 @@ class ModelPolicy:
         self, sample: Float[Tensor, "n *latent"], timestep: Float[Tensor, " n"], prompt_index: Int64[Tensor, " n"]
     ) -> tuple[Tensor, Tensor | None]:
         """(conditional, unconditional) output."""
-        output, without = self._predict(sample, timestep, prompt_index, train_guidance=self.train_guidance)
-        taken = self._take(output)
-        if without is None or not without.requires_grad:
-            return taken, without
-        return taken, self._take(without)
+        outputs, without = self._predict(sample, timestep, prompt_index, train_guidance=self.train_guidance)
+        return split(self._take(outputs), without, len(sample))
 
     def output(
         self, sample: Float[Tensor, "n *latent"], timestep: Float[Tensor, " n"], prompt_index: Int64[Tensor, " n"]
@@ -69,7 +66,8 @@ class ModelPolicy:
         with self.backbone.reference_policy():
             if not is_guided:
                 return self.frozen(sample, timestep, prompt_index)
-            return ops.guide(*self._predict(sample, timestep, prompt_index), self.guidance_scale)
+            outputs = self._predict(sample, timestep, prompt_index)
+            return ops.guide(*split(*outputs, len(sample)), self.guidance_scale)
 
     @torch.no_grad()
     def frozen(
@@ -92,12 +90,18 @@ class ModelPolicy:
         self._taken = []
 
     def leaves(self) -> list[Tensor]:
-        """What stands for the outputs that were taken since `clear`, in their order."""
+        """What stands for the denoiser's outputs that were taken since `clear`, in their order."""
         return [leaf for _, leaf in self._taken]
 
-    def backward(self, gradients: list[Tensor]) -> None:
-        """Hand the gradients in the leaves on to the model."""
-        torch.autograd.backward([output for output, _ in self._taken], gradients)
+    def backward(self, gradients: Sequence[Tensor]) -> None:
+        """Hand the gradients in the outputs on to the model: of each leaf, or of its halves one after the other."""
+        left, whole = list(gradients), []
+        for _, leaf in self._taken:
+            parts = [left.pop(0)]
+            if len(parts[0]) < len(leaf):
+                parts.append(left.pop(0))
+            whole.append(in_one(parts))
+        torch.autograd.backward([output for output, _ in self._taken], whole)
 
     def _take(self, output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
@@ -112,4 +116,16 @@ class ModelPolicy:
     ) -> tuple[Tensor, Tensor | None]:
         where = sample, timestep, prompt_index
         with self._autocast():
-            return predict(self.backbone, self.encoded, *where, self.guidance_scale, train_guidance=train_guidance)
+            return predict_in_one(
+                self.backbone, self.encoded, *where, self.guidance_scale, train_guidance=train_guidance
+            )
+
+
+def in_one(parts: Sequence[Tensor]) -> Tensor:
+    """Gradients of an output's parts as the one tensor that they are pieces of; copied only if they are of none."""
+    if len(parts) == 1:
+        return parts[0]
+    base = parts[0]._base
+    if base is not None and all(part._base is base for part in parts) and len(base) == sum(map(len, parts)):
+        return base
+    return torch.cat(list(parts))

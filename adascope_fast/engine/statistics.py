@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,17 +14,14 @@ MEANS = ("loss", "kl", "approx_kl", "clipfrac", "rollout_drift")
 
 @dataclass
 class UpdateStatistics:
-    """`add` each update, `read` at the end; no value is looked at in between.
+    """`add` each update, `read` at the end; no value is looked at, and nothing is computed, in between.
 
     `num_steps` is the number of denoising steps, t.
     """
 
     num_steps: int
-    _sums: list[Tensor] = field(default_factory=list)
-    _deviations: list[Tensor] = field(default_factory=list)
+    _rows: list[dict[str, Float32[Tensor, " n"]]] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
-    _by_step: list[Tensor] = field(default_factory=list)
-    _num_trained: int = 0
     _num_skipped: int = 0
 
     def add(
@@ -40,59 +38,81 @@ class UpdateStatistics:
         Args:
             num_skipped: rows that were not trained, since their loss has no gradient.
         """
-        self._num_skipped += num_skipped
-        for stats in microbatches:
-            zero, nonfinite = torch.zeros_like(stats["loss"]), ~stats["loss"].isfinite()
-            values = [*(stats.get(name, zero) for name in MEANS), nonfinite]
-            self._num_trained += len(zero)
-            self._sums.append(torch.stack([value.float().sum() for value in values]))
-            deviation = (stats["ratio"] - 1).abs() if "ratio" in stats else zero
-            self._deviations.append(deviation.max())
-            rows = [torch.ones_like(zero), deviation, stats.get("clipfrac", zero), stats.get("output_gradient", zero)]
-            steps = torch.arange(self.num_steps, device=zero.device)
-            where = (stats["step"].unsqueeze(1) == steps).float()  # sums in a fixed order, unlike atomic additions
-            self._by_step.append(torch.stack([row.float().nan_to_num(0.0, 0.0, 0.0) for row in rows]) @ where)
+        self.__dict__.pop("_told", None)
+        self._rows += microbatches
         self._norms.append(norm)
+        self._num_skipped += num_skipped
 
     def read(self) -> dict[str, Any]:
-        """Means over trained rows (the loss: over all), counts, the largest |ratio - 1|, the mean norm; waits."""
-        norms = torch.stack(self._norms) if self._norms else torch.zeros(0)
-        good = norms.isfinite()
-        norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
-        deviation = torch.stack(self._deviations or [torch.zeros_like(norm)]).max()
-        rest = torch.stack([deviation, norm, (~good).sum()]).float()
-        nothing = torch.zeros(len(MEANS) + 1, device=norm.device)
-        sums = torch.stack(self._sums).sum(0) if self._sums else nothing
-        *means, nonfinite, deviation, norm, skipped = torch.cat([sums, rest]).tolist()
-        count = {"loss": max(1, self._num_trained + self._num_skipped)}
-        return {
-            **{
-                name: value / count.get(name, max(1, self._num_trained))
-                for name, value in zip(MEANS, means, strict=True)
-            },
-            "nonfinite": round(nonfinite),
-            "ratio_max_deviation": deviation,
-            "grad_norm": norm,
-            "updates_skipped": round(skipped),
-            "pairs_trained": self._num_trained,
-            "pairs_skipped": self._num_skipped,
-        }
+        """Means over trained rows (the loss: over all), counts, the largest deviations, the mean norm; waits."""
+        return self._told[0]
 
     def by_step(self) -> dict[str, list[float | None]]:
         """For each denoising step its pairs, mean |ratio - 1|, clipped share, and share of the output gradients' norms.
 
         None where a step had no pair, or no gradient was seen; waits for the device.
         """
-        nothing = torch.zeros(4, self.num_steps)
-        parts = torch.stack(self._by_step).sum(0) if self._by_step else nothing
-        pairs, deviation, clipped, gradient = parts.double().cpu()
-        total = gradient.sum().item()
-        return {
-            "pairs": [float(count) for count in pairs.tolist()],
-            "ratio_deviation": _where(deviation / pairs, pairs),
-            "clipfrac": _where(clipped / pairs, pairs),
-            "gradient_share": _where(gradient / total, pairs if total > 0 else torch.zeros_like(pairs)),
+        return self._told[1]
+
+    @cached_property
+    def _told(self) -> tuple[dict[str, Any], dict[str, list[float | None]]]:
+        """What `read` and `by_step` say, in one transfer."""
+        norms = torch.stack(self._norms).float() if self._norms else torch.zeros(0)
+        rows = {name: self._column(name, norms.device) for name in ("loss", "kl", "approx_kl", "clipfrac", "step")}
+        rows |= {name: self._column(name, norms.device) for name in ("output_gradient", "log_prob", "rollout_log_prob")}
+        rows["ratio"] = self._column("ratio", norms.device, nothing=1.0)
+        rows["rollout_drift"] = (rows["log_prob"] - rows["rollout_log_prob"]).abs()
+        deviation = (rows["ratio"] - 1).abs()
+        num_trained = len(deviation)
+        largest = torch.stack([deviation, rows["rollout_drift"]]).amax(1) if num_trained else norms.new_zeros(2)
+        sums = torch.stack([*(rows[name] for name in MEANS), (~rows["loss"].isfinite()).float()]).sum(1)
+        good = norms.isfinite()
+        norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
+        by_step = self._by_step(rows, deviation)
+        told = torch.cat([sums, largest, torch.stack([norm, (~good).sum()]), by_step.flatten()]).cpu()
+        *means, nonfinite, deviation, drift, norm, skipped = told[: len(MEANS) + 5].tolist()
+        count = {"loss": max(1, num_trained + self._num_skipped)}
+        values = {
+            **{name: value / count.get(name, max(1, num_trained)) for name, value in zip(MEANS, means, strict=True)},
+            "nonfinite": round(nonfinite),
+            "ratio_max_deviation": deviation,
+            "rollout_drift_max": drift,
+            "grad_norm": norm,
+            "updates_skipped": round(skipped),
+            "pairs_trained": num_trained,
+            "pairs_skipped": self._num_skipped,
         }
+        return values, _told_by_step(told[len(MEANS) + 5 :].view_as(by_step).double())
+
+    def _column(self, name: str, device: torch.device, *, nothing: float = 0.0) -> Float32[Tensor, " n"]:
+        """What is told of every row under a name, `nothing` where it is not."""
+        if not self._rows:
+            return torch.zeros(0, device=device)
+        like = [rows["loss"] for rows in self._rows]
+        parts = [
+            rows[name] if name in rows else torch.full_like(one, nothing)
+            for rows, one in zip(self._rows, like, strict=True)
+        ]
+        return torch.cat([part.float() for part in parts])
+
+    def _by_step(self, rows: dict[str, Tensor], deviation: Tensor) -> Float32[Tensor, "4 t"]:
+        """Sums over the rows of each denoising step: 1, |ratio - 1|, clipped, norm of the output gradient."""
+        steps = torch.arange(self.num_steps, device=deviation.device)
+        where = (rows["step"].unsqueeze(1) == steps).float()  # sums in a fixed order, unlike atomic additions
+        values = [torch.ones_like(deviation), deviation, rows["clipfrac"], rows["output_gradient"]]
+        return torch.stack(values).nan_to_num(0.0, 0.0, 0.0) @ where
+
+
+def _told_by_step(parts: Tensor) -> dict[str, list[float | None]]:
+    """See `UpdateStatistics.by_step`."""
+    pairs, deviation, clipped, gradient = parts
+    total = gradient.sum().item()
+    return {
+        "pairs": [float(count) for count in pairs.tolist()],
+        "ratio_deviation": _where(deviation / pairs, pairs),
+        "clipfrac": _where(clipped / pairs, pairs),
+        "gradient_share": _where(gradient / total, pairs if total > 0 else torch.zeros_like(pairs)),
+    }
 
 
 def as_json(values: Tensor) -> list[float | None]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adascope_fast.reference.rows import as_rows, row_mean, row_sum
+from adascope_fast.reference.rows import arranged, row_mean, row_sum, storage_order
 
 DEGENERATE = 1e-12
 """Variance, relative to the mean square, at or below which a row counts as constant: a spread of 1e-6 of its level."""
@@ -31,18 +31,29 @@ def correlation(
         center: "sample" removes one mean a row; "channel" removes one a channel and sums the co-moments over channels.
         num_channels: C of rows laid out [C, H, W]; needed by "channel" alone.
     """
-    x, y = as_rows(None, x=x, y=y)
+    x, y = arranged(None, x=x, y=y)
+    d = x.shape[1:].numel()
     if center == "sample":
         num_channels = 1
     elif center != "channel":
         raise ValueError(f'center must be "sample" or "channel", not {center!r}')
-    elif num_channels is None or num_channels < 1 or x.shape[1] % num_channels:
-        raise ValueError(
-            f"center='channel' needs num_channels that divides {x.shape[1]} elements a row, not {num_channels}"
-        )
-    n, d = x.shape
-    state = _moments(x.reshape(n * num_channels, d // num_channels), y.reshape(n * num_channels, d // num_channels))
-    return _pearson(state.view(n, num_channels, 6))
+    elif num_channels is None or num_channels < 1 or d % num_channels:
+        raise ValueError(f"center='channel' needs num_channels that divides {d} elements a row, not {num_channels}")
+    shape = (len(x) * num_channels, d // num_channels)
+    if num_channels == 1:
+        order = (0, *storage_order(x))
+        x, y = x.permute(order), y.permute(order)
+    state = _moments(x.reshape(shape), y.reshape(shape))
+    return _pearson(state.view(len(x), num_channels, 6))
+
+
+@torch.no_grad()
+def correlations(x: Float[Tensor, "n k *latent"], y: Float[Tensor, "n *latent"]) -> Float[Tensor, "n k"]:
+    """`correlation` of each of the k rows of x with the one of y."""
+    if x.dim() != y.dim() + 1 or x.shape[2:] != y.shape[1:] or len(x) != len(y) or x.shape[1] == 0:
+        shapes = f"x {list(x.shape)}, y {list(y.shape)}"
+        raise ValueError(f"x must be [n, k, ...] and y [n, ...] of one latent shape, k at least 1, not {shapes}")
+    return torch.stack([correlation(one, y) for one in x.unbind(1)], 1)
 
 
 @torch.no_grad()
@@ -53,7 +64,7 @@ def correlation_update(
 
     Start from zeros. The result is float32, or float64 if x or y is.
     """
-    x, y = as_rows(None, x=x, y=y)
+    x, y = (rows.flatten(1) for rows in arranged(None, x=x, y=y))
     if state.shape != (x.shape[0], 6):
         raise ValueError(f"state must be [{x.shape[0]}, 6], one row for each row of x, not {list(state.shape)}")
     new = _moments(x, y)

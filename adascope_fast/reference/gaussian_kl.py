@@ -6,7 +6,7 @@ Axes: `n` rows of `d` elements; `coef` [n, 3] is (a, b, std) of x_next ~ N(a * s
 from jaxtyping import Float
 from torch import Tensor
 
-from adascope_fast.reference.rows import as_rows, row_mean
+from adascope_fast.reference.rows import arranged, row_mean
 
 
 def gaussian_kl(
@@ -23,6 +23,6 @@ def gaussian_kl(
         ref_output: the reference policy's output at the same x_t; no gradient flows to it.
         coef: as in `transition_log_prob`.
     """
-    output, ref_output, coef = as_rows(coef, output=output, ref_output=ref_output.detach())
+    output, ref_output, coef = arranged(coef, output=output, ref_output=ref_output.detach())
     _, weight_output, std = coef.unbind(1)
     return 0.5 * (weight_output / std).square() * row_mean((output - ref_output).square())

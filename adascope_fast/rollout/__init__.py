@@ -2,10 +2,12 @@
 
 from adascope_fast.rollout.denoising import Advance as Advance
 from adascope_fast.rollout.denoising import Denoising as Denoising
-from adascope_fast.rollout.denoising import Moved as Moved
 from adascope_fast.rollout.denoising import predict as predict
+from adascope_fast.rollout.denoising import predict_in_one as predict_in_one
+from adascope_fast.rollout.denoising import split as split
 from adascope_fast.rollout.prompts import EncodedPrompts as EncodedPrompts
 from adascope_fast.rollout.prompts import PromptCache as PromptCache
 from adascope_fast.rollout.sampling import rollout as rollout
 from adascope_fast.rollout.trajectory import StepBatch as StepBatch
+from adascope_fast.rollout.trajectory import Tables as Tables
 from adascope_fast.rollout.trajectory import Trajectory as Trajectory

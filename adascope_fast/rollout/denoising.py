@@ -1,10 +1,10 @@
 """One step of a rollout: what the denoiser says of some samples, and where the sampler takes them.
 
-Axes: `n` rows of a denoiser call, `m` samples of a step.
+Axes: `n` rows of a denoiser call, `k` outputs of each, `m` samples of a step, `b` samples and `t` steps of a rollout.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -14,6 +14,7 @@ from adascope_fast import ops
 from adascope_fast.backbone import Backbone, take
 from adascope_fast.reference import Kind
 from adascope_fast.rollout.prompts import EncodedPrompts
+from adascope_fast.rollout.trajectory import Tables
 from adascope_fast.schedules import Schedule
 
 
@@ -32,6 +33,26 @@ def predict(
     Args:
         train_guidance: "conditional" makes the unconditional output apart, without gradient and without its cost.
     """
+    outputs, without = predict_in_one(
+        backbone, encoded, sample, timestep, prompt_index, guidance_scale, train_guidance=train_guidance
+    )
+    return split(outputs, without, len(sample))
+
+
+def predict_in_one(
+    backbone: Backbone,
+    encoded: EncodedPrompts,
+    sample: Float[Tensor, "n *latent"],
+    timestep: Float[Tensor, " n"],
+    prompt_index: Int64[Tensor, " n"],
+    guidance_scale: float,
+    *,
+    train_guidance: str = "both",
+) -> tuple[Float[Tensor, "kn *latent"], Float[Tensor, "n *latent"] | None]:
+    """`predict`'s outputs as the denoiser gave them: conditional, then, if in the same call, unconditional; else apart.
+
+    What is differentiated is the first tensor whole: a gradient of its halves would have to be put together again.
+    """
     condition = take(encoded.condition, prompt_index)
     if guidance_scale == 1.0:
         return backbone.predict(sample, timestep, condition), None
@@ -41,17 +62,14 @@ def predict(
             without = backbone.predict(sample, timestep, nothing)
         return backbone.predict(sample, timestep, condition), without
     both = {name: torch.cat([value, encoded.negative[name].expand_as(value)]) for name, value in condition.items()}
-    output = backbone.predict(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both)
-    with_prompt, without = output.chunk(2)
-    return with_prompt, without
+    return backbone.predict(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both), None
 
 
-class Moved(NamedTuple):
-    """Where a step took `m` samples: the next latents as stored, their log-probability, the guess of the final ones."""
-
-    prev_sample: Float[Tensor, "m *latent"]
-    log_prob: Float32[Tensor, " m"]
-    x0: Float[Tensor, "m *latent"]
+def split(
+    outputs: Float[Tensor, "kn *latent"], without: Float[Tensor, "n *latent"] | None, n: int
+) -> tuple[Float[Tensor, "n *latent"], Float[Tensor, "n *latent"] | None]:
+    """(conditional, unconditional) of what `predict_in_one` gave."""
+    return (outputs[:n], outputs[n:]) if len(outputs) > n else (outputs, without)
 
 
 @dataclass(frozen=True)
@@ -69,28 +87,46 @@ class Denoising:
         self,
         step: int,
         samples: Int64[Tensor, " m"],
-        sample: Float[Tensor, "m *latent"],
-        noise: Float[Tensor, "m *latent"],
-        prompt_index: Int64[Tensor, " m"],
-    ) -> Moved:
-        """Step `step` of the samples with these numbers (on the CPU)."""
+        at: slice | Int64[Tensor, " m"],
+        tables: Tables,
+        prompt_index: Int64[Tensor, " b"],
+    ) -> None:
+        """Step `step` of the samples with these numbers (on the CPU), which `at` picks from the tables."""
+        sample = tables.sample(at, step)
         timestep, _ = self.row(step, len(sample))
-        output = predict(self.backbone, self.encoded, sample, timestep, prompt_index, self.guidance_scale)
-        return self.move(step, sample, noise, *output)
+        output = predict(self.backbone, self.encoded, sample, timestep, prompt_index[at], self.guidance_scale)
+        self.move(step, at, tables, *output)
 
     def row(self, step: int, count: int) -> tuple[Float32[Tensor, " m"], Float32[Tensor, "m 3"]]:
         """The step's timestep and coefficients, for `count` samples."""
         return self.schedule.timesteps[step].expand(count), self.schedule.coef[step].expand(count, 3)
 
-    def move(self, step: int, sample: Tensor, noise: Tensor, output: Tensor, without: Tensor | None) -> Moved:
-        """The step itself, from the model outputs with and without the prompt."""
-        _, coef = self.row(step, len(sample))
-        x0_coef = self.schedule.x0_coef[step].expand(len(sample), 2)
-        guidance: dict[str, Any] = {"output_uncond": without, "guidance_scale": self.guidance_scale}
-        prev_sample, log_prob, x0, _ = ops.transition_step_with_x0(
-            sample, output, noise, coef, x0_coef, **guidance, kind=self.kind
+    def move(self, step: int, at: slice | Tensor, tables: Tables, output: Tensor, without: Tensor | None) -> None:
+        """The step itself, from the model outputs with and without the prompt: what it gives is in the tables."""
+        _, coef = self.row(step, len(output))
+        x0_coef = self.schedule.x0_coef[step].expand(len(output), 2)
+        whole, rows = (at, None) if isinstance(at, slice) else (slice(None), at)
+        noise = tables.latents[whole, step + 1]
+        out = ops.Step(
+            noise,
+            tables.log_prob[whole, step],
+            tables.x0[whole, step],
+            tables.x0_correlation[whole, step - 1] if step else None,
+            tables.sample_correlation[whole, step],
         )
-        return Moved(prev_sample, log_prob, x0)
+        ops.transition_step_with_x0(
+            tables.latents[whole, step],
+            output,
+            noise,
+            coef,
+            x0_coef,
+            prev_x0=tables.x0[whole, step - 1] if step else None,
+            output_uncond=without,
+            guidance_scale=self.guidance_scale,
+            kind=self.kind,
+            rows=rows,
+            out=out,
+        )
 
     def guess(
         self, step: Int64[Tensor, " m"], sample: Float[Tensor, "m *latent"], prompt_index: Int64[Tensor, " m"]
@@ -108,6 +144,6 @@ class Denoising:
 class Advance(Protocol):
     """What takes the steps of a rollout: `Denoising`, or something that does more on the way."""
 
-    def __call__(self, step: int, samples: Tensor, sample: Tensor, noise: Tensor, prompt_index: Tensor, /) -> Moved: ...
+    def __call__(self, step: int, samples: Tensor, at: Any, tables: Tables, prompt_index: Tensor, /) -> None: ...
 
     def guess(self, step: Tensor, sample: Tensor, prompt_index: Tensor, /) -> Tensor: ...

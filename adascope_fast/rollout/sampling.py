@@ -1,7 +1,7 @@
 """Sampling trajectories: every step is one row of a table, every sample has its own noise.
 
 `b` samples, `t` steps. Noise is drawn into the table that the latents then overwrite, so it costs no memory, and a
-sample's noise does not depend on how many are denoised at once.
+sample's noise depends neither on how many are denoised at once nor on the layout of the table.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
 from adascope_fast.rollout.denoising import Advance, Denoising
 from adascope_fast.rollout.prompts import EncodedPrompts
-from adascope_fast.rollout.trajectory import Trajectory
+from adascope_fast.rollout.trajectory import Tables, Trajectory
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules.tail import Tails
 
@@ -55,27 +55,25 @@ def rollout(
     advance = advance or Denoising(backbone, schedule, encoded, guidance_scale, kind)
     prompt_index = encoded.index(prompts, device)
     shape = (len(prompts), num_steps + 1, *backbone.latent_shape)
-    latents = torch.randn(shape, generator=generator, device=device)
+    tables = Tables.of(torch.randn(shape, generator=generator, device=device), backbone.denoiser)
+    latents = tables.latents
     if initial is not None:
         latents[:, 0] = initial
-    x0 = torch.full((len(prompts), num_steps, *backbone.latent_shape), torch.nan, device=device)
-    log_prob = torch.full((len(prompts), num_steps), torch.nan, device=device)
     for start in range(0, len(prompts), batch):
         rows = slice(start, min(start + batch, len(prompts)))
         for step in range(num_steps):
             samples, at = _walking(rows, None if tails is None else tails.start > step, device)
             if not len(samples):
                 break
-            moved = advance(step, samples, latents[at, step], latents[at, step + 1], prompt_index[at])
-            for table, column, value in zip((latents, log_prob, x0), (step + 1, step, step), moved, strict=True):
-                table[at, column] = value.to(table.dtype)
+            advance(step, samples, at, tables, prompt_index)
             if on_step is not None:
                 on_step(len(samples))
         if tails is not None:
             _finish(advance, tails, rows, latents, prompt_index, on_step)
         if on_batch is not None:
             on_batch(rows, latents[rows, -1])
-    return Trajectory(latents, x0, log_prob, schedule, list(prompts), prompt_index)
+    told = tables.x0_correlation, tables.sample_correlation
+    return Trajectory(latents, tables.x0, tables.log_prob, schedule, list(prompts), prompt_index, *told)
 
 
 def _walking(rows: slice, flags: Tensor | None, device: torch.device) -> tuple[Tensor, slice | Tensor]:

@@ -5,18 +5,25 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Float32, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from adascope_fast.reference.rows import picked
 from adascope_fast.schedules import Schedule
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """`n` pairs of a sample and a step, each with its own timestep: what one update trains on."""
+    """`n` pairs of a sample and a step, each with its own timestep: what one update trains on.
 
-    sample: Float[Tensor, "n *latent"]
-    prev_sample: Float[Tensor, "n *latent"]
+    The latents stay where the rollout put them: an operation is given `transition`, and reads them there.
+    """
+
+    states: Float[Tensor, "m *latent"]
+    """All states of all samples, one after another."""
+    rows: Int64[Tensor, " n"]
+    """The state that enters each pair's step; the next one is where the step led."""
     timestep: Float32[Tensor, " n"]
     coef: Float32[Tensor, "n 3"]
     old_log_prob: Float32[Tensor, " n"]
@@ -24,11 +31,27 @@ class StepBatch:
     step_index: Int64[Tensor, " n"]
     prompt_index: Int64[Tensor, " n"]
 
+    @property
+    def sample(self) -> Float[Tensor, "n *latent"]:
+        """The latents that enter each step: what the denoiser is shown. A copy."""
+        return picked(self.states, self.rows)
+
+    @property
+    def prev_sample(self) -> Float[Tensor, "n *latent"]:
+        """The latents that each step led to. A copy."""
+        return picked(self.states, self.rows + 1)
+
+    @property
+    def transition(self) -> dict[str, Tensor]:
+        """`sample`, `prev_sample` and `rows` of an operation: tables, and what is meant of them."""
+        return {"sample": self.states[:-1], "prev_sample": self.states[1:], "rows": self.rows}
+
     def __len__(self) -> int:
-        return len(self.sample)
+        return len(self.rows)
 
     def __getitem__(self, rows: Tensor | slice) -> "StepBatch":
-        return StepBatch(**{name: value[rows] for name, value in self.__dict__.items()})
+        each = {name: value[rows] for name, value in self.__dict__.items() if name != "states"}
+        return StepBatch(states=self.states, **each)
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,10 @@ class Trajectory:
     schedule: Schedule
     prompts: list[str]
     prompt_index: Int64[Tensor, " b"]
+    x0_correlation: Float32[Tensor, "b t"] | None = None
+    """Of each guess with the next one; the last has none. None where the rollout did not tell."""
+    sample_correlation: Float32[Tensor, "b t"] | None = None
+    """Of the latents that enter each step with those that leave it."""
 
     @property
     def num_steps(self) -> int:
@@ -52,13 +79,15 @@ class Trajectory:
 
     def rows(self, samples: Int64[Tensor, " m"]) -> "Trajectory":
         """The trajectories of some samples alone."""
+        told = self.x0_correlation, self.sample_correlation
         return Trajectory(
-            self.latents[samples],
-            self.x0[samples],
+            picked(self.latents, samples),
+            picked(self.x0, samples),
             self.log_prob[samples],
             self.schedule,
             [self.prompts[sample] for sample in samples.tolist()],
             self.prompt_index[samples],
+            *(None if table is None else table[samples] for table in told),
         )
 
     def pairs(self, keep: Bool[Tensor, "b t"]) -> Int64[Tensor, "n 2"]:
@@ -78,8 +107,8 @@ class Trajectory:
         """The batch of the given (sample, step) pairs, in their order."""
         sample, step = pairs.unbind(1)
         return StepBatch(
-            sample=self.latents[sample, step],
-            prev_sample=self.latents[sample, step + 1],
+            states=self.latents.flatten(0, 1),
+            rows=sample * self.latents.shape[1] + step,
             timestep=self.schedule.timesteps[step],
             coef=self.schedule.coef[step],
             old_log_prob=self.log_prob[sample, step],
@@ -87,3 +116,38 @@ class Trajectory:
             step_index=step,
             prompt_index=self.prompt_index[sample],
         )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the steps of a rollout write to, each its own column; the fields of `Trajectory`."""
+
+    latents: Float[Tensor, "b t+1 *latent"]
+    """Of states that are yet to come, the noise of the step that leads to them."""
+    x0: Float[Tensor, "b t *latent"]
+    log_prob: Float32[Tensor, "b t"]
+    x0_correlation: Float32[Tensor, "b t"]
+    sample_correlation: Float32[Tensor, "b t"]
+
+    @classmethod
+    def of(cls, noise: Float[Tensor, "b t+1 *latent"], denoiser: nn.Module) -> "Tables":
+        """Tables for a rollout with that noise, in the layout of the outputs of `denoiser`; the rest is NaN."""
+        b, t = noise.shape[0], noise.shape[1] - 1
+        is_last = noise.dim() == 5 and gives_channels_last(denoiser)
+        if is_last:
+            noise = noise.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (b, t + 1))
+        height, width = noise.shape[-2:]
+        shape = (b, t, height, width, noise.shape[2]) if is_last else (b, t, *noise.shape[2:])
+        x0 = noise.new_full(shape, torch.nan)
+        numbers = noise.new_full((3, b, t), torch.nan, dtype=torch.float32)
+        return cls(noise, x0.permute(0, 1, 4, 2, 3) if is_last else x0, *numbers)
+
+    def sample(self, at: slice | Int64[Tensor, " m"], step: int) -> Float[Tensor, "m *latent"]:
+        """The latents of some samples that enter a step; a view where the samples follow one another."""
+        return self.latents[at, step] if isinstance(at, slice) else picked(self.latents[:, step], at)
+
+
+def gives_channels_last(model: nn.Module) -> bool:
+    """Whether a model's convolutions have their channels last, as its outputs have then."""
+    weights = (layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)

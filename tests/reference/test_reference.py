@@ -213,20 +213,21 @@ def test_x0_of_a_step_equals_the_known_answers(case):
     }[case["pred"]]
     sample, output = (torch.tensor([case[name]], dtype=torch.float64) for name in "xm")
     rows = (sample, output, torch.zeros_like(sample), torch.tensor([[0.9, -0.1, 0.3]]))
-    *step, x0, moments = reference.transition_step_with_x0(*rows, torch.tensor([x0_coef], dtype=torch.float64))
-    assert moments is None
-    _close(x0, [case["x0"]], torch.float64, "x0")
-    for got, want in zip(step, reference.transition_step(*rows), strict=True):
+    step = reference.transition_step_with_x0(*rows, torch.tensor([x0_coef], dtype=torch.float64))
+    assert step.x0_correlation is None
+    _close(step.x0, [case["x0"]], torch.float64, "x0")
+    for got, want in zip(step[:2], reference.transition_step(*rows), strict=True):
         assert torch.equal(got, want)
 
 
-def test_moments_of_a_step_are_of_x0_as_stored():
+def test_correlations_of_a_step_are_of_what_is_stored():
     sample, output, noise, prev_x0, coef = _random(3, 40)
     rows = (sample.bfloat16(), output, noise, coef, torch.tensor([[1.5, -0.5]]).expand(3, 2))
-    _, _, x0, moments = reference.transition_step_with_x0(*rows, prev_x0=prev_x0)
-    assert x0.dtype == torch.bfloat16
-    assert moments is not None
-    assert torch.equal(reference.correlation_from_state(moments), reference.correlation(x0, prev_x0))
+    step = reference.transition_step_with_x0(*rows, prev_x0=prev_x0)
+    assert step.prev_sample.dtype == step.x0.dtype == torch.bfloat16
+    assert step.x0_correlation is not None
+    assert torch.equal(step.x0_correlation, reference.correlation(step.x0, prev_x0))
+    assert torch.equal(step.sample_correlation, reference.correlation(rows[0], step.prev_sample))
     with pytest.raises(ValueError, match=r"x0_coef must be \[3, 2\]"):
         reference.transition_step_with_x0(*rows[:4], coef)
 
