@@ -280,11 +280,15 @@ class PipelineBackbone:
                     self._readings[prompt][name] = reading
         return [self._readings[prompt] for prompt in prompts]
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
+    def settle(self) -> None:
+        """Have all where `predict` wants it: offloaded text encoders away, before it is replayed and not called."""
         self._align()
         if self.options.offload_text_encoders:
             self._place_text_encoders(is_near=False)
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
+        self.settle()
         output = self._predict(sample.to(self.dtype), timestep, condition)
         if self._gradient_scale == 1:
             return output

@@ -68,6 +68,7 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._refused: dict[str, str] = {}
         self._addresses: list[int] = []
+        self._held: dict[str, Tensor] = {}
         self._is_full = False
         self.num_replays = self.num_calls = 0
 
@@ -121,6 +122,25 @@ class Graphs:
         count, size = len(self._graphs), self._backend.num_bytes() / 2**30
         self._tell(f"CUDA graphs: {name} is recorded, graph {count} of at most {self._most}, {size:.2f} GiB in all")
         return graph
+
+    def hold(self, name: str, value: Tensor, *, room: int = 0) -> Tensor:
+        """The same values where graphs read them: a name is one place, as long as its values have one shape.
+
+        Args:
+            room: rows that there may be; those that are not given are what they were, zero at first.
+        """
+        own, rows = self._held.get(name), max(room, len(value))
+        has_room = own is not None and (len(own) == rows or (room > 0 and len(own) > rows))
+        if own is None or not has_room or _kind(own) != _kind(value):
+            own = self._held[name] = value.new_zeros((rows, *value.shape[1:]))
+        own[: len(value)].copy_(value)
+        return own
+
+    def refuse(self, name: str, why: str) -> None:
+        """Run work of this name without graphs."""
+        if name not in self._refused:
+            self._refused[name] = why
+            self._tell(f"CUDA graphs: {name} runs without: {why}")
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Forget all graphs if any of these tensors, which they read where they are, has moved since the last call."""
@@ -245,6 +265,10 @@ def _no_autocast_cache() -> Iterator[None]:
 def _autocast(tensors: list[Tensor]) -> tuple[Hashable, ...]:
     kinds = dict.fromkeys(tensor.device.type for tensor in tensors)
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
+
+
+def _kind(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.shape[1:], tensor.dtype, tensor.device
 
 
 def _place(tensor: Tensor) -> tuple[Hashable, ...]:
