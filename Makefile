@@ -72,7 +72,8 @@ lint: $(READY)
 types: $(READY)
 	$(VENV)/pyright
 
-# Time and traffic of each operation, on a GPU if there is one. `make bench PYTHON=python3` uses that Python as it is.
+# Time and traffic of each operation, on a GPU if there is one; ARGS="--ops ... --rows ..." chooses, --help lists.
+# `make bench PYTHON=python3` uses that Python as it is.
 bench: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/kernels/run.py $(ARGS)
 
@@ -96,7 +97,7 @@ bench-cpu: $(TRL_READY)
 faults: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) -m bench.faults.run $(ARGS)
 
-# GPU tests, the table of kernels, published models and the end-to-end comparison, under nine minutes; says so where there is no GPU.
+# GPU tests, the table of kernels, the end-to-end comparison, drift and published models, in this order, under nine minutes; says so where there is no GPU.
 # `make gpu PYTHON=python3` uses that Python as it is and installs nothing.
 gpu: $(MEASURE_READY)
 	PYTHONPATH=. $(OFFLINE) $(MEASURE) bench/gpu.py

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ from adascope_fast.reference import correlation_from_state as correlation_from_s
 from adascope_fast.reference import guide as guide
 
 CHOICES = ("auto", "triton", "reference")
+CONVERTED = {"coef", "x0_coef", "old_log_prob", "advantage", "weight", "kl_weight", "scale", "state"}
+"""Arguments of a few numbers a row, which are computed with in the type that the latents are."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +93,7 @@ def _decide(device: str, *, is_double: bool) -> tuple[str, str]:
     elif device not in ("cpu", "cuda"):
         obstacle = f"no kernels for {device} tensors"
     elif is_double:
-        obstacle = "the kernels compute in float32 and a tensor is float64"
+        obstacle = "the kernels compute in float32 and latents are float64"
     elif device == "cpu" and choice == "auto":
         obstacle = "interpreted kernels are for tests; ADASCOPE_FAST_KERNELS=triton asks for them"
     else:
@@ -103,12 +106,25 @@ def _door(twin: Callable[P, R], module: str) -> Callable[P, R]:
     """The operation of `reference` named as `twin`, served by `adascope_fast.kernels.<module>` where that can serve."""
     name = twin.__name__
     _doors.append(name)
+    parameters = tuple(signature(twin).parameters)
+
+    def named(*args: Any, **kwargs: Any) -> list[tuple[str, Tensor]]:
+        given = (*zip(parameters, args, strict=False), *kwargs.items())
+        return [(key, value) for key, value in given if isinstance(value, Tensor)]
 
     @wraps(twin)
     def door(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        device = tensors[0].device.type if tensors else "cpu"
-        verdict, reason = _decide(device, is_double=any(x.dtype == torch.float64 for x in tensors))
+        place = tensors[0].device if tensors else torch.device("cpu")
+        is_double = False
+        for value in tensors:
+            if value.device != place:
+                places = ", ".join(f"{key} on {value.device}" for key, value in named(*args, **kwargs))
+                raise ValueError(f"the tensors of {name} must be on one device, got {places}; move them")
+            if value.dtype == torch.float64:
+                is_double = any(x.dtype == torch.float64 and key not in CONVERTED for key, x in named(*args, **kwargs))
+        device = place.type
+        verdict, reason = _decide(device, is_double=is_double)
         if verdict == "triton":
             if name not in _kernels:
                 _kernels[name] = getattr(import_module(f"adascope_fast.kernels.{module}"), name)

@@ -20,8 +20,15 @@ _library = torch.library.Library("adascope_fast", "FRAGMENT")
 
 
 def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator of a schema, served by `launcher` on CUDA (and on the CPU, interpreted) and by `fake` for shapes."""
+    """The operator of a schema, served by `launcher` on CUDA (and on the CPU, interpreted) and by `fake` for shapes.
+
+    A file imported under a second name, `kernels.step` beside `adascope_fast.kernels.step`, gets the operator of the
+    first. One with another schema is from another copy of the kernels, and torch refuses it.
+    """
     name = schema[: schema.index("(")]
+    defined = getattr(torch.ops.adascope_fast, name, None)
+    if defined is not None and defined.default._schema == torch._C.parse_schema(f"adascope_fast::{schema}"):
+        return defined.default
     _library.define(schema)
     _library.impl(name, launcher, "CUDA")
     if IS_INTERPRETED:

@@ -22,14 +22,16 @@ FINISH_ROWS = 128
 def clipped_loss_of(log_prob, old_log_prob, advantage, low, high, IS_PPO: tl.constexpr):
     """Loss, ratio r, and the slope dloss / dlog_prob: max(-A r, -A clip(r)), or -A clip(r) alone.
 
-    A NaN passes: tl.maximum would drop it.
+    Decided by the sign of A, not by which product is larger: 0 * inf is neither, and tl.maximum would drop a NaN.
     """
     ratio = tl.exp(log_prob - old_log_prob)
-    is_outside = (ratio < low) | (ratio > high)
-    clipped_ratio = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    plain, clipped = -advantage * ratio, -advantage * clipped_ratio
-    is_flat = clipped > plain if IS_PPO else is_outside
-    return tl.where(is_flat, clipped, plain), ratio, tl.where(is_flat, 0.0, plain)
+    is_below, is_above = ratio < low, ratio > high
+    if IS_PPO:
+        is_clipped = ((advantage >= 0) & is_above) | ((advantage <= 0) & is_below)
+    else:
+        is_clipped = (is_above | is_below) & (advantage == advantage)
+    loss = -advantage * tl.where(is_clipped, tl.where(is_below, low, high), ratio)
+    return loss, ratio, tl.where(is_clipped, 0.0, loss)
 
 
 @triton.jit
@@ -57,8 +59,15 @@ def check_vectors(**vectors: Tensor) -> None:
 
 
 def clip_bounds(clip_range: float, clip_range_high: float | None) -> tuple[float, float]:
-    """The smallest and the largest ratio that is not clipped."""
-    return 1.0 - clip_range, 1.0 + (clip_range if clip_range_high is None else clip_range_high)
+    """`reference.policy_loss.clip_bounds`."""
+    high = clip_range if clip_range_high is None else clip_range_high
+    for name, value in (("clip_range", clip_range), ("clip_range_high", high)):
+        if not 0 < value <= 1e12:
+            raise ValueError(
+                f"{name} must be above 0 and at most 1e12, got {value}; pass a distance of the ratio from 1, such as "
+                f"1e-4, and 1e12 to clip nothing"
+            )
+    return 1.0 - clip_range, 1.0 + high
 
 
 def is_ppo(clip: str) -> bool:

@@ -25,6 +25,8 @@ FOLDED = tl.constexpr(4)
 SPREAD = tl.constexpr(8)
 """Numbers that a sum of a chunk may be left as: further, warps would have to wait for one another."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TABLES = ("sample", "prev_sample", "noise", "prev_x0")
+"""Latents that `rows` are picked from, in every operation."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -63,7 +65,7 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
 
     Args:
         names: of the latents, for errors.
-        rows: [n] int64, the rows that are meant of the first, and of others that have as many; None: all.
+        rows: [n] int64, the rows that are meant of `TABLES`, which have the length of the first; None: all.
 
     Raises:
         ValueError: shapes or devices differ, a type is none of float32, bfloat16 and float16, or rows are empty.
@@ -72,10 +74,14 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
     shape, device = first.shape, first.device
     row = shape[1:]
     n = shape[0] if rows is None else rows.shape[0]
-    for x in latents:
-        if x.shape[1:] != row or (x.shape[0] != n and x.shape[0] != shape[0]) or len(shape) < 2:
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"rows must be int64 and [n], got {rows.dtype} and {list(rows.shape)}")
+    lengths = None if rows is None else [shape[0] if name in TABLES else n for name in names.split()]
+    for number, x in enumerate(latents):
+        if x.shape[1:] != row or x.shape[0] != (n if lengths is None else lengths[number]) or len(shape) < 2:
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip(names.split(), latents, strict=True))
-            raise ValueError(f"latents must share one shape [n, ...], not {shapes}")
+            wanted = "[n, ...]" if rows is None else f"[{n}, ...], or [{len(first)}, ...] where rows pick from them"
+            raise ValueError(f"latents must share one shape {wanted}, not {shapes}")
         if x.device != device:
             devices = ", ".join(f"{name} on {x.device}" for name, x in zip(names.split(), latents, strict=True))
             raise ValueError(f"latents must be on one device, not {devices}; move them")
@@ -85,8 +91,6 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
     d = row.numel()
     if d == 0:
         raise ValueError(f"latents must have elements, got rows of shape {list(row)}")
-    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
-        raise ValueError(f"rows must be int64 and [n], got {rows.dtype} and {list(rows.shape)}")
     layout = first.stride()[1:]
     if not is_dense(row, layout):
         first = first.clone(memory_format=torch.contiguous_format)

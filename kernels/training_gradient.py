@@ -45,7 +45,7 @@ def policy_grad_kernel(
     at = row_of(rows_ptr, row, HAS_ROWS)
     coef_ptr += row * coef_stride
     kl_weight = weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS)
-    slope = slope_of(
+    slope, _ = slope_of(
         numbers_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks, low, high,
         kl_weight, guidance_scale, part == 0,
         True, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,  # pyright: ignore
@@ -55,20 +55,25 @@ def policy_grad_kernel(
     of_shift = scale
     if HAS_PENALTY:
         of_shift = scale * kl_weight * shift_weight(coef_ptr, d)
+    sample_ptr += at * sample_stride
+    prev_ptr += at * prev_stride
+    output_ptr += row * output_stride
+    uncond_ptr += row * uncond_stride
+    ref_ptr += row * ref_stride
+    grad_output_ptr += row * grad_stride
+    grad_uncond_ptr += row * grad_stride
+    weight_sample, weight_output = tl.load(coef_ptr), tl.load(coef_ptr + 1)
     for start in range(0, chunk, BLOCK):
         index = part * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
-        output = load_output(
-            output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
-        )
+        output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
         gradient = gradient_of(
-            output, sample_ptr + at * sample_stride, prev_ptr + at * prev_stride, ref_ptr + row * ref_stride,
-            coef_ptr, index, mask, of_residual, of_shift, HAS_PENALTY,
+            output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, of_residual, of_shift,
+            HAS_PENALTY,
         )  # fmt: skip
         store_gradients(
-            grad_output_ptr + row * grad_stride, grad_uncond_ptr + row * grad_stride, index, gradient, guidance_scale,
-            mask, IS_GUIDED, NEEDS_UNCOND,
-        )  # fmt: skip
+            grad_output_ptr, grad_uncond_ptr, index, gradient, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND
+        )
 
 
 def _policy_grad(

@@ -42,7 +42,7 @@ def slope_of(
     IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr,
     SUMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dloss / dlog_prob of a row from its partial sums; stores its loss and the rows of STATISTICS, [8, n].
+    """(dloss / dlog_prob, loss) of a row from its partial sums; stores the loss and the rows of STATISTICS, [8, n].
 
     `coef_ptr` is that of the row. Without old_log_prob the ratio is 1 and the slope -advantage, whatever the sums are.
     """
@@ -87,12 +87,12 @@ def slope_of(
     tl.store(numbers_ptr + 5 * stride, kl, mask=is_first)
     tl.store(numbers_ptr + 6 * stride, 1.0 - is_finite.to(tl.float32), mask=is_first)
     tl.store(numbers_ptr + 7 * stride, tl.sqrt(gradient), mask=is_first)
-    return slope
+    return slope, loss
 
 
 @triton.jit
 def policy_loss_kernel(
-    numbers_ptr, slope_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, kl_weights_ptr, n, d, num_chunks,
+    numbers_ptr, loss_ptr, slope_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, kl_weights_ptr, n, d, num_chunks,
     coef_stride, low, high, kl_weight, guidance_scale, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, HAS_SLOPE: tl.constexpr, IS_PPO: tl.constexpr,
     IS_GAUSSIAN: tl.constexpr, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, SUMS: tl.constexpr,
@@ -100,12 +100,13 @@ def policy_loss_kernel(
 ):  # fmt: skip
     """Finish: loss, statistics and slope of a row."""
     row = tl.program_id(0).to(tl.int64)
-    slope = slope_of(
+    slope, loss = slope_of(
         numbers_ptr, partial_ptr, coef_ptr + row * coef_stride, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks,
         low, high, weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS), guidance_scale, True,
         HAS_OLD, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,
     )  # fmt: skip
     if HAS_SLOPE:
+        tl.store(loss_ptr + row, loss)
         tl.store(slope_ptr + row, slope)
 
 
@@ -159,15 +160,15 @@ class Inputs:
         return partial
 
     def finish(
-        self, partial: Tensor, slope: Tensor | None, low: float, high: float, guidance_scale: float,
+        self, partial: Tensor, apart: tuple[Tensor, Tensor] | None, low: float, high: float, guidance_scale: float,
         *, has_old: bool, is_ppo: bool, is_gaussian: bool,
     ) -> Tensor:  # fmt: skip
-        """Loss and statistics [8, n], from the partial sums; writes the slopes if asked for."""
+        """Loss and statistics [8, n], from the partial sums; writes losses and slopes apart as well, if asked for."""
         numbers = new_numbers(self.coef, self.n)
         launch(
-            policy_loss_kernel, (self.n,), numbers, numbers if slope is None else slope, partial, self.coef, self.old,
+            policy_loss_kernel, (self.n,), numbers, *((numbers, numbers) if apart is None else apart), partial, self.coef, self.old,
             self.advantage, self.kl_weights, self.n, self.d, self.num_chunks, self.coef.stride(0), low, high,
-            self.kl_weight, guidance_scale, HAS_OLD=has_old, HAS_SLOPE=slope is not None, IS_PPO=is_ppo,
+            self.kl_weight, guidance_scale, HAS_OLD=has_old, HAS_SLOPE=apart is not None, IS_PPO=is_ppo,
             IS_GAUSSIAN=is_gaussian, WIDTH=self.width, num_threads=WAVE, **self.flags,
         )  # fmt: skip
         return numbers
@@ -178,19 +179,19 @@ def _policy_loss(
     ref_output: Tensor | None, kl_weight: float, kl_weights: Tensor | None, coef: Tensor, old_log_prob: Tensor | None,
     advantage: Tensor, rows: Tensor | None, low: float, high: float, is_ppo: bool, is_gaussian: bool,
     needs_uncond: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(
         sample, output, output_uncond, prev_sample, ref_output, kl_weight, kl_weights, coef, old_log_prob, advantage,
         rows, needs_uncond,
     )  # fmt: skip
     nothing = (inputs.coef, inputs.coef)
     partial = inputs.sum_chunks(guidance_scale, nothing, 1.0, None, is_on_policy=False, is_gaussian=is_gaussian)
-    slope = torch.empty(inputs.n, device=coef.device, dtype=torch.float32)
+    loss, slope = (torch.empty(inputs.n, device=coef.device, dtype=torch.float32) for _ in range(2))
     numbers = inputs.finish(
-        partial, slope, low, high, guidance_scale,
+        partial, (loss, slope), low, high, guidance_scale,
         has_old=old_log_prob is not None, is_ppo=is_ppo, is_gaussian=is_gaussian,
     )  # fmt: skip
-    return numbers, slope
+    return loss, numbers, slope
 
 
 def _policy_loss_backward(
@@ -243,9 +244,10 @@ policy_loss_op = register(
     "transition_policy_loss(Tensor sample, Tensor output, Tensor? output_uncond, float guidance_scale, "
     "Tensor prev_sample, Tensor? ref_output, float kl_weight, Tensor? kl_weights, Tensor coef, Tensor? old_log_prob, "
     "Tensor advantage, Tensor? rows, float low, float high, bool is_ppo, bool is_gaussian, bool needs_uncond) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _policy_loss,
     lambda sample, output, *_: (
+        output.new_empty(len(output), dtype=torch.float32),
         new_numbers(output, len(output)),
         output.new_empty(len(output), dtype=torch.float32),
     ),
@@ -262,8 +264,7 @@ policy_loss_backward_op = register(
 class _PolicyLoss(Function):
     @staticmethod
     def forward(*inputs):  # pyright: ignore
-        numbers, slope = policy_loss_op(*inputs)
-        return numbers[0].clone(), numbers, slope
+        return policy_loss_op(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # pyright: ignore

@@ -168,12 +168,12 @@ def log_prob_kernel(
 
 @triton.jit
 def gradient_of(
-    output, sample_ptr, prev_ptr, ref_ptr, coef_ptr, index, mask, of_residual, of_shift, HAS_PENALTY: tl.constexpr
-):
+    output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, of_residual, of_shift,
+    HAS_PENALTY: tl.constexpr,
+):  # fmt: skip
     """of_residual * residual + of_shift * (output - ref_output), one block of a row."""
-    residual = residual_of(
-        load(prev_ptr, index, mask), load(sample_ptr, index, mask), output, tl.load(coef_ptr), tl.load(coef_ptr + 1)
-    )
+    prev, sample = load(prev_ptr, index, mask), load(sample_ptr, index, mask)
+    residual = residual_of(prev, sample, output, weight_sample, weight_output)
     grad = of_residual * residual
     if HAS_PENALTY:
         grad += of_shift * (output - load(ref_ptr, index, mask))
@@ -198,20 +198,25 @@ def gradient_kernel(
         of_residual = grad * tl.load(slope_ptr + row) * residual_weight(coef_ptr, d, IS_GAUSSIAN)
     if HAS_PENALTY:
         of_shift = grad * weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS) * shift_weight(coef_ptr, d)
+    sample_ptr += at * sample_stride
+    prev_ptr += at * prev_stride
+    output_ptr += row * output_stride
+    uncond_ptr += row * uncond_stride
+    ref_ptr += row * ref_stride
+    grad_output_ptr += row * grad_stride
+    grad_uncond_ptr += row * grad_stride
+    weight_sample, weight_output = tl.load(coef_ptr), tl.load(coef_ptr + 1)
     for start in range(0, chunk, BLOCK):
         index = tl.program_id(1) * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
-        output = load_output(
-            output_ptr + row * output_stride, uncond_ptr + row * uncond_stride, guidance_scale, index, mask, IS_GUIDED
-        )
+        output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
         gradient = gradient_of(
-            output, sample_ptr + at * sample_stride, prev_ptr + at * prev_stride, ref_ptr + row * ref_stride,
-            coef_ptr, index, mask, of_residual, of_shift, HAS_PENALTY,
+            output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, of_residual, of_shift,
+            HAS_PENALTY,
         )  # fmt: skip
         store_gradients(
-            grad_output_ptr + row * grad_stride, grad_uncond_ptr + row * grad_stride, index, gradient, guidance_scale,
-            mask, IS_GUIDED, NEEDS_UNCOND,
-        )  # fmt: skip
+            grad_output_ptr, grad_uncond_ptr, index, gradient, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND
+        )
 
 
 def new_gradients(
@@ -233,6 +238,8 @@ def new_gradients(
 def each_gradient(gradients: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
     """The gradient of each output, from what `new_gradients` made."""
     first, second = gradients
+    if n == 0:
+        return first, first
     return (first[:n], first[n:]) if len(first) > n else (first, second)
 
 

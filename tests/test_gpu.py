@@ -63,11 +63,10 @@ def _step(provider: Any, data: SimpleNamespace) -> Outputs:
 
 
 def _step_with_x0(provider: Any, data: SimpleNamespace) -> Outputs:
-    prev_sample, log_prob, x0, moments = provider.transition_step_with_x0(
+    step = provider.transition_step_with_x0(
         data.sample, data.output, data.noise, data.coef, data.x0_coef, prev_x0=data.prev_x0, **_guidance(data)
     )
-    correlation = reference.correlation_from_state(moments)
-    return {"prev_sample": prev_sample, "log_prob": log_prob, "x0": x0, "correlation": correlation}
+    return step._asdict()
 
 
 def _log_prob(provider: Any, data: SimpleNamespace) -> Outputs:
@@ -75,6 +74,12 @@ def _log_prob(provider: Any, data: SimpleNamespace) -> Outputs:
     value = provider.guided_transition_log_prob(data.sample, output, uncond, GUIDANCE, data.prev_sample, data.coef)
     grad, grad_uncond = torch.autograd.grad(value, (output, uncond), data.advantage.to(value.dtype))
     return {"log_prob": value.detach(), "grad": grad, "grad_uncond": grad_uncond}
+
+
+def _log_prob_grad(provider: Any, data: SimpleNamespace) -> Outputs:
+    rows = (data.sample, data.output, data.prev_sample, data.coef, data.advantage)
+    grad, grad_uncond = provider.transition_log_prob_grad(*rows, **_guidance(data))
+    return {"grad": grad, "grad_uncond": grad_uncond}
 
 
 def _policy(data: SimpleNamespace, clip: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -122,28 +127,41 @@ def _correlation(provider: Any, data: SimpleNamespace) -> Outputs:
     }
 
 
+def _on_policy(provider: Any, data: SimpleNamespace) -> Outputs:
+    return _policy_grad(provider, SimpleNamespace(**vars(data) | {"old_log_prob": None}), "ppo")
+
+
+def _correlations(provider: Any, data: SimpleNamespace) -> Outputs:
+    stack = torch.stack([data.prev_sample, data.noise, data.prev_x0], dim=1)
+    return {"correlation": provider.correlations(stack, data.sample)}
+
+
 OPERATIONS: dict[str, Callable[[Any, SimpleNamespace], Outputs]] = {
     "transition_step": _step,
     "transition_step_with_x0": _step_with_x0,
     "transition_log_prob": _log_prob,
+    "transition_log_prob_grad": _log_prob_grad,
     "transition_policy_loss": _policy_loss,
     "transition_policy_grad": _policy_grad,
+    "transition_policy_grad_on_policy": _on_policy,
     "clipped_policy_loss": _clipped,
     "gaussian_kl": _kl,
     "correlation": _correlation,
+    "correlations": _correlations,
 }
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
 def _exact(name: str, data: SimpleNamespace, got: Outputs) -> Outputs:
-    """The results from float64; log-probability and correlation of a step are those of what was stored, rounded."""
+    """The results from float64; log-probability and correlations of a step are those of what was stored, rounded."""
     double = _select(data, lambda x: x.double())
     want = OPERATIONS[name](reference, double)
     if "prev_sample" in got:
         rows = (double.sample, double.output, double.uncond, GUIDANCE, got["prev_sample"].double(), double.coef)
         want["log_prob"] = reference.guided_transition_log_prob(*rows)
     if "x0" in got:
-        want["correlation"] = reference.correlation(got["x0"].double(), double.prev_x0)
+        want["x0_correlation"] = reference.correlation(got["x0"].double(), double.prev_x0)
+        want["sample_correlation"] = reference.correlation(double.sample, got["prev_sample"].double())
     return want
 
 
@@ -159,12 +177,29 @@ def _assert_equal(got: Outputs, want: Outputs) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @every_operation
 def test_value_and_gradient_match_float64(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    data = _data(5, shape, dtype)
+    _check_values(name, _data(5, shape, dtype))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed"])
+@every_operation
+def test_value_and_gradient_match_float64_as_the_engine_calls(name: str, layout: str) -> None:
+    """float32 latents beside bfloat16 outputs; in the mixed layout the outputs alone are channels last."""
+    data = _data(5, (16, 33, 7), torch.float32)
+    for key, value in vars(data).items():
+        if value.dim() == 4:
+            is_output = key in ("output", "uncond", "ref")
+            value = value.bfloat16() if is_output else value
+            is_last = layout == "channels_last" or (layout == "mixed" and is_output)
+            setattr(data, key, value.contiguous(memory_format=torch.channels_last) if is_last else value)
+    _check_values(name, data)
+
+
+def _check_values(name: str, data: SimpleNamespace) -> None:
     with ops.strict():
         got = OPERATIONS[name](ops, data)
     for key, exact in _exact(name, data, got).items():
         rtol = RTOL[got[key].dtype] if got[key].dim() > 1 else 2e-5
-        atol = rtol * exact.abs().max().item() / (1 if key == "correlation" else 10) + 1e-6
+        atol = rtol * exact.abs().max().item() / (1 if "correlation" in key else 10) + 1e-6
         torch.testing.assert_close(got[key].double(), exact, rtol=rtol, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
 
 

@@ -16,7 +16,8 @@ class Folding:
     """Folds within a `with` statement; `off` and `on` in between cost next to nothing.
 
     The folded weights keep their memory from one `with` statement to the next: CUDA graphs go by it.
-    Layers whose base weight is not float32 are left alone: rounding would swallow a small adapter.
+    Layers whose base weight is not float32 are left alone, and under autocast all layers: rounding would swallow a
+    small adapter.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -37,8 +38,9 @@ class Folding:
         return sum(weight.nbytes for weight in weights)
 
     def __enter__(self) -> Self:
-        before: list[Any] = [folded for _, folded in self._weights] or [None] * len(self._layers)
-        self._weights = [_both(layer, old) for layer, old in zip(self._layers, before, strict=True)]
+        if not _is_autocast(self._layers):
+            before: list[Any] = [folded for _, folded in self._weights] or [None] * len(self._layers)
+            self._weights = [_both(layer, old) for layer, old in zip(self._layers, before, strict=True)]
         self.on()
         return self
 
@@ -47,7 +49,7 @@ class Folding:
 
     def on(self) -> None:
         """Let the adapted layers use the sum of base and adapter."""
-        if self._is_on:
+        if self._is_on or _is_autocast(self._layers):
             return
         for layer, (_, folded) in zip(self._layers, self._weights, strict=True):
             layer.get_base_layer().weight.data = folded
@@ -68,6 +70,10 @@ def _can_fold(layer: Any) -> bool:
     is_plain = len(layer.active_adapters) == 1 and not layer.disable_adapters and not layer.merged
     weight = layer.get_base_layer().weight
     return is_plain and type(layer.get_base_layer()) is nn.Linear and weight.dtype == torch.float32
+
+
+def _is_autocast(layers: list[Any]) -> bool:
+    return any(torch.is_autocast_enabled(layer.get_base_layer().weight.device.type) for layer in layers)
 
 
 @torch.no_grad()

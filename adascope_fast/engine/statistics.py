@@ -23,6 +23,7 @@ class UpdateStatistics:
     _rows: list[dict[str, Float32[Tensor, " n"]]] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _num_skipped: int = 0
+    _num_first: int = 0
 
     def add(
         self,
@@ -40,11 +41,16 @@ class UpdateStatistics:
         """
         self.__dict__.pop("_told", None)
         self._rows += microbatches
+        if not self._norms:
+            self._num_first = sum(len(rows["loss"]) for rows in microbatches)
         self._norms.append(norm)
         self._num_skipped += num_skipped
 
     def read(self) -> dict[str, Any]:
-        """Means over trained rows (the loss: over all), counts, the largest deviations, the mean norm; waits."""
+        """Means over trained rows (the loss: over all), counts, the largest deviations, the mean norm; waits.
+
+        `rollout_drift_max` is that of the first update, before any parameter has moved: what rounding does.
+        """
         return self._told[0]
 
     def by_step(self) -> dict[str, list[float | None]]:
@@ -64,7 +70,8 @@ class UpdateStatistics:
         rows["rollout_drift"] = (rows["log_prob"] - rows["rollout_log_prob"]).abs()
         deviation = (rows["ratio"] - 1).abs()
         num_trained = len(deviation)
-        largest = torch.stack([deviation, rows["rollout_drift"]]).amax(1) if num_trained else norms.new_zeros(2)
+        first = rows["rollout_drift"][: self._num_first]
+        largest = torch.stack([part.max() if len(part) else norms.new_zeros(()) for part in (deviation, first)])
         sums = torch.stack([*(rows[name] for name in MEANS), (~rows["loss"].isfinite()).float()]).sum(1)
         good = norms.isfinite()
         norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped

@@ -208,7 +208,7 @@ def _saved_by_quantisation(backbone: PipelineBackbone, quantize: str) -> float:
 
 def _folded(backbone: PipelineBackbone, config: Config) -> float:
     """Bytes of the float32 weights that the rollout has with the adapter in them, beside those without."""
-    if not config.acceleration.folds:
+    if not config.acceleration.folds or config.train.mixed_precision != "no":
         return 0.0
     return float(Folding(backbone.denoiser).num_bytes)
 

@@ -59,12 +59,18 @@ def _laid_out(x: Tensor, order: list[int]) -> Tensor:
 
 
 def picked(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of `x` with these numbers, in its layout; all if None."""
+    """The rows of `x` with these numbers, in its layout; all if None. A ValueError where there is no such row."""
     if rows is None:
         return x
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ValueError(f"rows must be int64 and [n], got {rows.dtype} and {list(rows.shape)}")
     order = storage_order(x)
     back = [0, *(1 + order.index(axis) for axis in range(1, x.dim()))]
-    return x.permute(0, *order).index_select(0, rows).permute(back)
+    try:
+        return x.permute(0, *order).index_select(0, rows).permute(back)
+    except IndexError:
+        found = f"{rows.min().item()} to {rows.max().item()}"
+        raise ValueError(f"rows must be numbers from 0 to {len(x) - 1} of a table's rows, got {found}") from None
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:

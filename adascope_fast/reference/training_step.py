@@ -7,7 +7,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from adascope_fast.reference.policy_loss import Clip, clip_bounds, clipped_policy_loss, dpok_policy_loss
+from adascope_fast.reference.policy_loss import (
+    Clip,
+    clip_bounds,
+    clipped_policy_loss,
+    dpok_policy_loss,
+    is_clipped,
+)
 from adascope_fast.reference.rows import arranged, picked, row_mean
 from adascope_fast.reference.transition import Kind, check_choice, guide, log_prob_of, residual_of
 
@@ -71,7 +77,7 @@ def transition_policy_loss(
         old = old_log_prob.detach().to(log_prob.dtype)
         _check_vectors(log_prob, old_log_prob=old, advantage=advantage)
         loss, ratio = (dpok_policy_loss if clip == "dpok" else clipped_policy_loss)(log_prob, old, advantage, **bounds)
-        slope = _slope(ratio, advantage, low, high, clip)
+        slope = torch.where(is_clipped(ratio, advantage, low, high, clip), 0.0, -advantage * ratio)
     _, weight_output, std = coef.unbind(1)
     of_residual = slope * (weight_output / std.square() if kind == "gaussian" else 2 * weight_output) / d
     gradient = of_residual.square() * mean_square.detach() * d
@@ -104,13 +110,6 @@ def _share(output_uncond: Tensor | None, guidance_scale: float) -> float:
     if output_uncond is None:
         return 1.0
     return guidance_scale**2 + ((1 - guidance_scale) ** 2 if output_uncond.requires_grad else 0.0)
-
-
-def _slope(ratio: Tensor, advantage: Tensor, low: float, high: float, clip: Clip) -> Tensor:
-    """dloss / dlog_prob of the clipped losses: -A r, or 0 where the clipped ratio decides."""
-    plain, is_outside = -advantage * ratio, (ratio < low) | (ratio > high)
-    is_flat = is_outside & (-advantage * ratio.clamp(low, high) > plain) if clip == "ppo" else is_outside
-    return torch.where(is_flat, 0.0, plain)
 
 
 def _check_vectors(log_prob: Tensor, **vectors: Tensor) -> None:

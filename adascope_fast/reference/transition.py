@@ -37,6 +37,7 @@ def transition_log_prob(
         coef: (sample weight a, output weight b, std) of each row's step.
         kind: "squared_error" gives -mean (prev_sample - a * sample - b * output)^2 instead, whatever std is.
         rows: those of `sample` and `prev_sample` that are meant, which may then be tables of any length; None: all.
+            Numbers beyond a table are an error here; the kernels do not look, as that would wait for the GPU.
     """
     residual, coef = residual_of(picked(sample, rows), output, picked(prev_sample, rows), coef)
     return log_prob_of(row_mean(residual.square()), coef, kind)

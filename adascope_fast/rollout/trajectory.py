@@ -166,6 +166,7 @@ class Tables:
 
 
 def gives_channels_last(model: nn.Module) -> bool:
-    """Whether a model's convolutions have their channels last, as its outputs have then."""
-    weights = (layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    """Whether a model's convolutions have their channels last, or cut patches of one element; its outputs have then."""
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    is_last = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    return is_last or (len(weights) > 0 and all(w.shape[2:].numel() == 1 for w in weights))

@@ -28,6 +28,7 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.acceleration import accelerate
+from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
 from adascope_fast.reporting.images import save_grid
@@ -294,7 +295,7 @@ class Trainer:
 
     def _iterate(self, folder: RunFolder, first: int) -> None:
         train = self.config.train
-        watch, has_hinted = NonFinite(self.config, folder.stats()), False
+        watch, has_hinted, has_warned = NonFinite(self.config, folder.stats()), False, False
         if "before" not in folder.read("evaluation.json"):
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
@@ -317,6 +318,9 @@ class Trainer:
             if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
                 self._progress.say(hint)
                 has_hinted = True
+            if not has_warned and (hint := drift_hint(self.algorithm, train, record["rollout_drift_max"])):
+                self._progress.say(hint)
+                has_warned = True
             watch.add(record)
             is_last = iteration + 1 == train.iterations
             every = self.config.evaluation.every

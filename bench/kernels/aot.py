@@ -1,17 +1,19 @@
 """What the compiler makes of every kernel for each GPU, without one.
 
-    python bench/kernels/aot.py [--quick] [--out FILE] [--version-only] [--interpret]
+    python bench/kernels/aot.py [--quick] [--out FILE] [--version-only] [--interpret] [--before]
 
 Every operation is called with aligned latents of 64 rows of 16 x 128 x 128, all its branches on, and each launch is
 compiled for sm_80, sm_90, sm_100 and gfx942; again with 1 row of 4 x 33 x 7, for what the compiler does with a 1 and
 with lengths that no vector divides. Writes registers, spills, shared memory, 128-bit loads, double instructions, float
-atomics and fused multiply-adds; prints the table of kernels/README.md; exits with 1 if a kernel breaks a rule.
-Nothing is run, so nothing here is a time.
+atomics, fused multiply-adds, barriers and shuffles (of 1,024 elements, or of a program that reads no latents), and the
+programs of a launch for 8 rows of 4 x 64 x 64; prints the tables of kernels/README.md; exits with 1 if a kernel breaks
+a rule. `--before` writes the rows that a later table is compared with. Nothing is run, so nothing here is a time.
 """
 
 import argparse
 import datetime
 import json
+import math
 import os
 import re
 import subprocess
@@ -30,13 +32,20 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-ALIGNED, ODD = (64, (16, 128, 128)), (1, (4, 33, 7))
+DTYPES = {
+    "bf16": ("bfloat16", "bfloat16"),
+    "fp16": ("float16", "float16"),
+    "fp32": ("float32", "float32"),
+    "mixed": ("float32", "bfloat16"),
+}
+"""Types of latents and of model outputs; the last is what a run with `model.dtype = "bfloat16"` has."""
+ALIGNED, ODD, SMALL = (64, (16, 128, 128)), (1, (4, 33, 7)), (8, (4, 64, 64))
 FULL = {(dtype, is_aligned): list(TARGETS) for dtype in DTYPES for is_aligned in (True, False)}
 QUICK = {key: [] for key in FULL} | {
     ("bf16", True): list(TARGETS),
     ("bf16", False): ["sm_100"],
     ("fp32", True): ["sm_90"],
+    ("mixed", True): ["sm_90"],
 }
 GUIDANCE = 3.5
 Row = dict[str, Any]
@@ -73,35 +82,45 @@ FORBIDDEN = {
 }
 
 
-def call_operations(kernels: Any, n: int, shape: tuple[int, ...], dtype: Any) -> None:
+def call_operations(kernels: Any, n: int, shape: tuple[int, ...], types: tuple[str, str]) -> None:
     """Call every operation with all its branches on, forward and backward."""
     import torch
 
     def latents() -> Any:
-        return torch.empty(n, *shape, dtype=dtype)
+        return torch.empty(n, *shape, dtype=getattr(torch, types[0]))
+
+    def frozen() -> Any:
+        return torch.empty(n, *shape, dtype=getattr(torch, types[1]))
 
     def output() -> Any:
-        return latents().requires_grad_()
+        return frozen().requires_grad_()
 
     def row(*width: int) -> Any:
         return torch.ones(n, *width)
 
     guided: dict[str, Any] = {"output_uncond": output(), "guidance_scale": GUIDANCE}
-    policy = {"clip_range": 0.1, "ref_output": latents(), "kl_weight": row(), **guided}
+    policy = {"clip_range": 0.1, "ref_output": frozen(), "kl_weight": row(), **guided}
     plain, noise, coef = latents(), latents(), row(3)
     for kind in ("gaussian", "squared_error"):
-        log_prob = kernels.guided_transition_log_prob(plain, output(), output(), GUIDANCE, noise, coef, kind=kind)
-        log_prob.sum().backward()
-        kernels.transition_step(plain, plain, noise, coef, **guided, kind=kind)
-    kernels.transition_step_with_x0(plain, plain, noise, coef, row(2), prev_x0=plain, **guided)
-    for clip in ("ppo", "dpok"):
-        rows = (output(), noise, coef, row(), row())
-        kernels.transition_policy_loss(plain, *rows, clip=clip, **policy)[0].sum().backward()
-        kernels.transition_policy_grad(plain, *rows, clip=clip, scale=0.5, **policy)
+        kernels.transition_step(plain, frozen(), noise, coef, **guided, kind=kind)
+    for rows in (None, torch.arange(n)):
+        for kind in ("gaussian", "squared_error"):
+            outputs = output(), output(), GUIDANCE
+            log_prob = kernels.guided_transition_log_prob(plain, *outputs, noise, coef, kind=kind, rows=rows)
+            log_prob.sum().backward()
+        kernels.transition_log_prob_grad(plain, output(), noise, coef, row(), **guided, rows=rows)
+        tables = {} if rows is None else {"rows": rows, "out": kernels.Step(latents(), row(), latents(), row(), row())}
+        kernels.transition_step_with_x0(plain, frozen(), noise, coef, row(2), prev_x0=plain, **guided, **tables)
+        for clip in ("ppo", "dpok"):
+            for old in (row(), None):
+                inputs = (plain, output(), noise, coef, old, row())
+                kernels.transition_policy_loss(*inputs, clip=clip, **policy, rows=rows)[0].sum().backward()
+                kernels.transition_policy_grad(*inputs, clip=clip, scale=0.5, **policy, rows=rows)
     for loss in (kernels.clipped_policy_loss, kernels.dpok_policy_loss):
         loss(row().requires_grad_(), row(), row(), clip_range=0.1)[0].sum().backward()
-    kernels.gaussian_kl(output(), plain, coef).sum().backward()
+    kernels.gaussian_kl(output(), frozen(), coef).sum().backward()
     kernels.correlation(plain, noise, center="channel", num_channels=shape[0])
+    kernels.correlations(torch.stack([plain, noise], 1), noise)
     kernels.correlation_update(row(6), plain, noise)
 
 
@@ -131,8 +150,8 @@ def specialise(launch: Any, is_hip: bool) -> tuple[dict[str, str], dict[str, Any
     return signature, constants, {index: hints for index, hints in attributes.items() if hints}
 
 
-def compile_row(launch: Any, dtype: str, target: str, case: tuple[int, tuple[int, ...]]) -> Row:
-    """Compile one launch for one GPU and read what came out."""
+def compile_row(launch: Any, dtype: str, target: str, case: tuple[int, tuple[int, ...]], turns: int) -> Row:
+    """Compile one launch for one GPU and read what came out; a program goes through so many blocks in a loop."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -141,7 +160,8 @@ def compile_row(launch: Any, dtype: str, target: str, case: tuple[int, tuple[int
     is_hip = TARGETS[target][0] == "hip"
     signature, constants, attributes = specialise(launch, is_hip)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = launch.options | {"num_warps": launch.options["num_warps"] * 32 // TARGETS[target][2]}  # as many threads
+    num_warps = max(1, launch.options["num_warps"] * 32 // TARGETS[target][2])  # as many threads
+    options = launch.options | {"num_warps": num_warps}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     n, shape = case
     tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
@@ -153,7 +173,27 @@ def compile_row(launch: Any, dtype: str, target: str, case: tuple[int, tuple[int
         "is_aligned": case == ALIGNED,
         "shared_bytes": compiled.metadata.shared,
     }
-    return row | (read_amd(compiled.asm["amdgcn"]) if is_hip else _read_cuda(compiled.asm))
+    assembly = compiled.asm["amdgcn" if is_hip else "ptx"]
+    row |= read_amd(assembly) if is_hip else _read_cuda(compiled.asm)
+    return row | {name: round(executed(assembly, which, turns) / turns, 2) for name, which in EXCHANGES.items()}
+
+
+EXCHANGES = {
+    "barriers": r"\b(?:bar\.sync|barrier\.sync|s_barrier)\b",
+    "shuffles": r"\bshfl\.sync\b|\bds_b?permute_b32\b|\bds_swizzle_b32\b|_dpp\b|\bv_permlane\w*",
+}
+"""Instructions by which the threads of a program wait for each other, and exchange registers."""
+
+
+def executed(assembly: str, which: str, turns: int) -> int:
+    """Instructions that a thread runs: those in a loop, as the compiler remarks, in each of so many turns."""
+    total, is_in_loop = 0, False
+    for line in assembly.splitlines():
+        if re.match(r"\s*(?:\.LBB\d+_\d+:|\$L__BB\d+_\d+:|(?:;|//) %bb\.\d+:)", line):
+            is_in_loop = False
+        is_in_loop |= re.search(r"(?:;|//).*\bLoop\b", line) is not None
+        total += len(re.findall(which, line)) * (turns if is_in_loop else 1)
+    return total
 
 
 def _read_cuda(asm: dict[str, Any]) -> Row:
@@ -194,22 +234,28 @@ def read_amd(assembly: str) -> Row:
 
 
 def compile_all(quick: bool) -> Iterator[Row]:
-    """A row for every launch that differs; `quick` leaves out fp16, and most of fp32 and of the odd lengths."""
-    import torch
+    """A row for every launch that differs; `quick` leaves out fp16, and most of fp32, mixed and of the odd lengths."""
     from launches import kernels_for_cpu, recorded
 
     kernels = kernels_for_cpu()
+    with recorded() as launches:
+        call_operations(kernels, *SMALL, DTYPES["bf16"])
+    small = {launch.kernel.__name__: launch for launch in sorted(launches, key=lambda launch: math.prod(launch.grid))}
     for dtype in DTYPES:
         for case in (ALIGNED, ODD):
             targets = (QUICK if quick else FULL)[dtype, case == ALIGNED]
             with recorded() as launches:
-                call_operations(kernels, *case, getattr(torch, DTYPES[dtype]))
+                call_operations(kernels, *case, DTYPES[dtype])
             seen = set()
             for launch in launches:
                 key = (launch.kernel.__name__, str(specialise(launch, False)), str(launch.options))
                 if key not in seen:
                     seen.add(key)
-                    yield from (compile_row(launch, dtype, target, case) for target in targets)
+                    example = small[key[0]]
+                    block = example.arguments.get("BLOCK", 0)
+                    turns = example.arguments.get("chunk", block) // block if block else 1
+                    more = {"programs": math.prod(example.grid)}
+                    yield from (compile_row(launch, dtype, target, case, turns) | more for target in targets)
 
 
 def worst(rows: list[Row]) -> list[Row]:
@@ -219,7 +265,7 @@ def worst(rows: list[Row]) -> list[Row]:
         if row["is_aligned"]:
             one = merged.setdefault((row["kernel"], row["dtype"], row["target"]), row | {"variants": 0})
             one["variants"] += 1
-            for key in ("registers", "spill_bytes", "shared_bytes", "float64", "float_atomics"):
+            for key in ("registers", "spill_bytes", "shared_bytes", "float64", "float_atomics", *EXCHANGES):
                 one[key] = max(one[key], row[key])
             one["vector_loads"] = min(one["vector_loads"], row["vector_loads"])
     return [{key: value for key, value in row.items() if key != "is_aligned"} for row in merged.values()]
@@ -247,6 +293,40 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def comparison(result: dict[str, Any]) -> str:
+    """The second table of kernels/README.md: before and after, in bf16."""
+    columns = {
+        "registers, sm_90": ("sm_90", "registers"),
+        "registers, gfx942": ("gfx942", "registers"),
+        "spills": ("sm_90", "spill_bytes"),
+        "barriers": ("sm_90", "barriers"),
+        "shuffles": ("sm_90", "shuffles"),
+        "programs": ("sm_90", "programs"),
+    }
+    before, after = (
+        {(row["kernel"], row["target"]): row for row in rows if row["dtype"] == "bf16"}
+        for rows in (result["before"]["rows"], result["rows"])
+    )
+    lines = [f"| kernel | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name in sorted({name for name, _ in before | after}):
+        pairs = [
+            [f"{rows[name, target][key]:g}" if (name, target) in rows else "-" for rows in (before, after)]
+            for target, key in columns.values()
+        ]
+        lines.append(f"| `{name}` | {' | '.join(' → '.join(pair) for pair in pairs)} |")
+    return "\n".join(lines)
+
+
+def _commit() -> str | None:
+    command = ["git", "log", "-1", "--format=%H", "--", "kernels"]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _write(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result).replace("}, {", "},\n{").replace('"rows": [', '"rows": [\n') + "\n")
+
+
 def interpreted_tests() -> str:
     """The closing line of the kernels' tests under Triton's interpreter."""
     harmless = "ignore:Conversion of an array:DeprecationWarning"  # in the interpreter of Triton 3.6
@@ -263,6 +343,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="bf16 alone, nearly")
     parser.add_argument("--version-only", action="store_true", help="record how this Triton did, keep the table")
     parser.add_argument("--interpret", action="store_true", help="run tests/kernels in the interpreter too")
+    parser.add_argument("--before", action="store_true", help="write the table that a later one is compared with")
     chosen = parser.parse_args()
     import torch
     import triton
@@ -270,6 +351,10 @@ def main() -> int:
     rows = list(compile_all(chosen.quick))
     broken = [line for row in rows for line in problems(row)]
     result = json.loads(chosen.out.read_text()) if chosen.out.exists() else {"triton": {}}
+    if chosen.before:
+        result["before"] = {"commit": _commit(), "triton": triton.__version__, "rows": worst(rows)}
+        _write(result, chosen.out)
+        return 0
     result["triton"][triton.__version__] = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
@@ -283,10 +368,8 @@ def main() -> int:
         result |= {"rows_are_of": triton.__version__, "rows": table}
         if not chosen.quick:
             print(markdown(table))
-    chosen.out.parent.mkdir(exist_ok=True)
-    chosen.out.write_text(
-        json.dumps(result, indent=None).replace("}, {", "},\n{").replace('"rows": [', '"rows": [\n') + "\n"
-    )
+            print(comparison(result))
+    _write(result, chosen.out)
     print(f"{len(rows)} variants, {len(broken)} problems, Triton {triton.__version__}: {chosen.out.name}")
     print("\n".join(broken))
     return 1 if broken else 0

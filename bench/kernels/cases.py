@@ -1,8 +1,9 @@
-"""One timing of one operation, shape, number of rows, type and provider: what `run.py` hands to pytest.
+"""One timing of one operation, shape, number of rows, types, layout and provider: what `run.py` hands to pytest.
 
 `benchmark` (pytest-benchmark) times the host: the call without waiting for the device. On a GPU the device is timed by
 events around a replayed graph, behind a write that flushes the L2 cache; so neither the host nor a warm cache shows.
-Everything else goes to `extra_info`. On a CPU "kernels, host only" runs our operators with the launches left out.
+Each case adds its row to a file as soon as it is done, so that a run that is cut short keeps what it has. On a CPU
+"kernels, host only" runs our operators with the launches left out.
 """
 
 import json
@@ -12,31 +13,27 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flow_grpo
 import pytest
 import torch
-from operations import OPERATIONS, Operation, Outputs, first_rows, inputs
+from plan import Case
+from timed import TIMED, Outputs, Timed, first_rows, inputs
 from torch import Tensor
 
 from adascope_fast import ops, reference
 
-SETTINGS = json.loads(os.environ["KERNEL_BENCH"])
+SETTINGS = json.loads(Path(os.environ["KERNEL_BENCH"]).read_text())
 DEVICE = SETTINGS["device"]
 IS_GPU = DEVICE == "cuda"
 CHECKED_ROWS = 8
 FLUSH_BYTES = 256 << 20
-BYTES_NEEDED = 120  # an element, by the reference in float32 with its intermediates, and by the checks
-CASES = [
-    pytest.param(operation, shape, n, dtype, provider, id=f"{operation.name}-{shape}-{n}-{dtype}-{provider}")
-    for dtype in SETTINGS["dtypes"]
-    for shape in SETTINGS["shapes"]
-    for n in SETTINGS["rows"]
-    for operation in OPERATIONS
-    if operation.name in SETTINGS["operations"]
-    for provider in SETTINGS["providers"]
-]
+BYTES_NEEDED = 200  # an element, by the reference in float32 with its intermediates, and by the checks
+CASES = [Case(*case) for case in SETTINGS["cases"]]
+OPERATIONS = {operation.name: operation for operation in TIMED}
 
 
 @pytest.fixture(autouse=True)
@@ -45,49 +42,45 @@ def in_time() -> None:
         pytest.skip("the time allowed had passed")
 
 
-@pytest.mark.parametrize(("operation", "shape", "n", "dtype", "provider"), CASES)
-def test_kernel(benchmark: Any, operation: Operation, shape: str, n: int, dtype: str, provider: str) -> None:
-    size = tuple(map(int, shape.split("x")))
-    num_elements = n * math.prod(size)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+def test_kernel(benchmark: Any, case: Case) -> None:
+    operation, size = OPERATIONS[case.operation], tuple(map(int, case.shape.split("x")))
+    num_elements = case.rows * math.prod(size)
     if IS_GPU and num_elements * BYTES_NEEDED > torch.cuda.mem_get_info()[0]:
         pytest.skip("it would not fit in memory")
-    data = inputs(n, size, getattr(torch, dtype), DEVICE)
-    call, context = provided(operation, provider, data)
-    info = benchmark.extra_info
-    label = provider if IS_GPU or provider == "eager" else f"{provider}, host only"
-    info |= {
-        "operation": operation.name,
-        "timed": operation.timed,
-        "shape": shape,
-        "rows": n,
-        "dtype": dtype,
-        "provider": label,
-    }
-    info["bytes_moved"] = operation.num_latents * num_elements * data.sample.element_size()
+    data = inputs(case.rows, size, case.dtype, case.layout, DEVICE)
+    call, context = provided(operation, case.provider, data)
+    row = case._asdict() | {"timed": operation.timed}
+    row["bytes_moved"] = operation.bytes_moved(case.dtype) * num_elements
     synchronize = torch.cuda.synchronize if IS_GPU else None
-    rounds = SETTINGS["rounds"]
     with context as launches:
         outputs = call()
-        if IS_GPU or provider != "kernels":
-            info["error"] = relative_error(operation, data, outputs)
+        if IS_GPU or case.provider != "kernels":
+            row["error"] = relative_error(operation, data, outputs)
         else:
-            info["launches"] = len(launches)
+            row["launches"] = len(launches)
         if IS_GPU:
             del outputs
-            info |= device_facts(call)
-        benchmark.pedantic(call, setup=synchronize, rounds=rounds, iterations=1, warmup_rounds=3)
+            row |= device_facts(call)
+        benchmark.pedantic(call, setup=synchronize, rounds=SETTINGS["rounds"], iterations=1, warmup_rounds=3)
+    row["host_us"] = round(benchmark.stats["median"] * 1e6, 1)
+    with Path(SETTINGS["rows_file"]).open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def provided(operation: Operation, provider: str, data: SimpleNamespace) -> tuple[Callable[[], Outputs], Any]:
+def provided(operation: Timed, provider: str, data: SimpleNamespace) -> tuple[Callable[[], Outputs], Any]:
     """The call to time, and the context to time it in."""
     if provider == "eager":
         return lambda: operation.call(reference, data), nullcontext()
+    graph_call = operation.graph_call or operation.call
+    if provider == "flow_grpo":
+        theirs = SimpleNamespace(**vars(data) | {"coef": data.schedule})
+        return lambda: graph_call(flow_grpo, theirs), nullcontext()
     if provider == "compile":
         torch.compiler.reset()
-        name = operation.compiled_name or operation.name
-        compiled = SimpleNamespace(**{name: torch.compile(getattr(reference, name), dynamic=False)})
-        call = operation.compiled_call or operation.call
-        return lambda: call(compiled, data), nullcontext()
+        function = torch.compile(getattr(reference, operation.function), dynamic=False)
+        compiled = SimpleNamespace(**{operation.function: function})
+        return lambda: graph_call(compiled, data), nullcontext()
     if IS_GPU:
         return lambda: operation.call(ops, data), ops.strict()
     from launches import kernels_for_cpu, recorded
@@ -96,7 +89,7 @@ def provided(operation: Operation, provider: str, data: SimpleNamespace) -> tupl
     return lambda: operation.call(kernels, data), recorded()
 
 
-def relative_error(operation: Operation, data: SimpleNamespace, outputs: Outputs) -> float:
+def relative_error(operation: Timed, data: SimpleNamespace, outputs: Outputs) -> float:
     """The largest difference from float64 over the first rows, as a share of the largest exact number."""
     rows = first_rows(data, CHECKED_ROWS)
     got = tuple(x[:CHECKED_ROWS].detach() for x in outputs)

@@ -1,15 +1,19 @@
-"""Time and traffic of each operation: eager PyTorch, `torch.compile` of it, and the kernels.
+"""Time and traffic of each operation: the kernels, `torch.compile` of the reference, eager PyTorch, and flow_grpo's.
 
-    python bench/kernels/run.py [--device cpu|cuda] [--seconds N] [--dtypes bfloat16 ...] [--out FILE] [--tested F.xml]
+    python bench/kernels/run.py [--device cpu|cuda] [--seconds N] [--out FILE] [--tested JUNIT.xml]
+        [--ops NAME ...] [--shapes CxHxW ...] [--rows N ...] [--dtypes NAME ...] [--layouts NAME ...]
+        [--providers NAME ...]
 
-The tests come first; an operation whose tests fail gets no figure. Then pytest-benchmark runs `cases.py`; what
-is left when the seconds are over is listed as not measured. Writes JSON with the machine, versions and date, a plot
-beside it, and prints a markdown table.
+The tests come first; an operation whose tests fail gets no figure. Then pytest-benchmark runs `cases.py`, the rows that
+the goals are about before all others; what is left when the seconds are over is listed as not measured. Writes JSON
+with the machine, versions and date, plots beside it (time against rows; on a GPU bandwidth against traffic), and
+prints a markdown table and a line for each goal.
 
-On a GPU: microseconds of the host for one call, and of the device with a cold L2 cache; launches; bytes that the
-kernels move, and their share of the bandwidth of a large copy measured here (for eager and compile: the share they
-would have if they moved no more); peak memory; the largest error against float64. On a CPU only the reference's time,
-and that of our operators with the launches left out: the host's share of a call, which says nothing of a GPU's speed.
+On a GPU: microseconds of the device with a cold L2 cache, and of the host for one call; launches; GB/s, of the bytes
+that the kernels move (`kernels/operations.py`; for the other providers: what they would reach if they moved no more),
+and their share of the bandwidth of a large copy measured here; peak memory; the largest error against float64. On a CPU
+only the time of plain PyTorch, and that of our operators with the launches left out: the host's share of a call, which
+says nothing of a GPU's speed.
 """
 
 import argparse
@@ -24,18 +28,23 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from figures import draw, goals, table
+from plan import PROVIDERS, ROWS, SHAPES, Case, add_options, cases, liger_note
+from timed import MIX, TIMED
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 RESULTS = HERE.parent / "results"
 GPU_TESTS = ["-m", "gpu", "tests/test_gpu.py"]
-SHAPES = ["16x128x128", "4x64x64", "4x128x128", "16x64x64"]
+GRACE_S = 20  # what the timing in progress may add
+HOST_ONLY = "kernels, host only"
 CPU_NOTE = (
-    "No GPU: `eager` is the reference on the CPU; `kernels, host only` is a call with the launches left out. "
-    "Neither says anything about a GPU's speed. `torch.compile` is not measured here."
+    f"No GPU: `{HOST_ONLY}` is a call with the launches left out, the other providers compute on the CPU. "
+    "Neither says anything about a GPU's speed."
 )
 Row = dict[str, Any]
 
@@ -64,22 +73,49 @@ def is_red(test_names: Iterable[str], failed: list[str], all_names: Iterable[str
     )
 
 
-def measure(settings: dict[str, Any]) -> list[Row]:
-    """Run the cases and return a row for each, with its figures or why there are none."""
+def measure(settings: Row) -> list[Row]:
+    """Run the cases and return a row for each, with its figures or why there are none.
+
+    The process that times them is stopped soon after the deadline; what it had measured by then counts.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        raw, report = Path(folder) / "raw.json", Path(folder) / "report.xml"
+        told, rows_file, report = (Path(folder) / name for name in ("settings.json", "rows.jsonl", "report.xml"))
+        told.write_text(json.dumps(settings | {"rows_file": str(rows_file)}))
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=default", "--tb=short"]
-        command += ["-p", "no:cacheprovider", f"--benchmark-json={raw}", "--benchmark-quiet", f"--junitxml={report}"]
-        environment = os.environ | {"KERNEL_BENCH": json.dumps(settings), "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, str(HERE / "cases.py")], cwd=CHECKOUT, env=environment, check=False)
-        timed = json.loads(raw.read_text())["benchmarks"] if raw.exists() and raw.stat().st_size else []
-        rows: list[Row] = [one["extra_info"] | {"host_us": round(one["stats"]["median"] * 1e6, 1)} for one in timed]
-        for case in ElementTree.parse(report).iter("testcase"):
-            for part in case:
-                if part.tag in ("failure", "error", "skipped"):
-                    name = re.sub(r"^.*\[|\]$", "", case.get("name", ""))
-                    rows.append({"case": name, "note": f"not measured: {(part.get('message') or '').splitlines()[0]}"})
+        command += ["-p", "no:cacheprovider", "--benchmark-quiet", f"--junitxml={report}", str(HERE / "cases.py")]
+        environment = os.environ | {"KERNEL_BENCH": str(told), "OMP_NUM_THREADS": "1"}
+        seconds = max(settings["deadline"] - time.time(), 0) + GRACE_S
+        reason = "its process ended before it"
+        try:
+            subprocess.run(command, cwd=CHECKOUT, env=environment, check=False, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            reason = "the time allowed had passed"
+        lines = rows_file.read_text().splitlines() if rows_file.exists() else []
+        measured = {Case(*(row[key] for key in Case._fields)): row for row in map(json.loads, lines)}
+        notes = _notes(report)
+    rows = [measured.get(case) or case._asdict() | {"note": notes.get(case.id, reason)} for case in settings["cases"]]
+    for row in rows:
+        if settings["device"] == "cpu" and row["provider"] == "kernels" and "note" not in row:
+            row["provider"] = HOST_ONLY
     return rows
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _notes(report: Path) -> dict[str, str]:
+    """Why each case that pytest reports on has no figures, by the case's id."""
+    cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
+    return {
+        re.sub(r"^.*?\[|\]$", "", case.get("name", "")): (part.get("message") or part.tag).splitlines()[0]
+        for case in cases
+        for part in case
+        if part.tag in ("failure", "error", "skipped")
+    }
 
 
 def copy_bandwidth() -> float:
@@ -119,78 +155,31 @@ def facts(device: str) -> Row:
     }
 
 
-def table(result: Row) -> str:
-    """Markdown: one line for each operation, shape, rows and type, the providers side by side."""
-    rows = [row for row in result["rows"] if "host_us" in row]
-    has_gpu = result["gpu"] is not None
-    on_gpu = {"device_us": "device us", "copy_share": "copy share", "peak_memory_mb": "peak MB"}
-    columns = {"host_us": "host us", "launches": "launches"} | (on_gpu if has_gpu else {}) | {"error": "error"}
-    lines = [
-        f"| operation | timed | latents | rows | type | provider | {' | '.join(columns.values())} |",
-        "|---" * (6 + len(columns)) + "|",
-    ]
-    for row in rows:
-        head = [row["operation"], row["timed"], row["shape"], row["rows"], row["dtype"], row["provider"]]
-        lines.append(f"| {' | '.join(map(str, head))} | {' | '.join(_shown(key, row.get(key)) for key in columns)} |")
-    skipped = [f"- {row['case']}: {row['note']}" for row in result["rows"] if "note" in row]
-    return "\n".join([*lines, "", *result["notes"], *skipped])
-
-
-def _shown(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    return format(value, {"copy_share": ".0%", "error": ".1e", "launches": "d"}.get(key, ".1f"))
-
-
-def plot(result: Row, path: Path) -> None:
-    """Time against rows, one panel for each operation and shape."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    key, label = ("device_us", "device, us, cold L2") if result["gpu"] else ("host_us", "host, us")
-    rows = [row for row in result["rows"] if row.get(key) is not None and row["dtype"] == result["dtypes"][0]]
-    shapes = sorted({row["shape"] for row in rows}, key=lambda shape: [int(part) for part in shape.split("x")])
-    operations = list(dict.fromkeys(row["operation"] for row in rows))
-    figure, panels = plt.subplots(
-        len(shapes), len(operations), figsize=(2.6 * len(operations), 2.6 * len(shapes) + 0.6), squeeze=False
-    )
-    for shape, line in zip(shapes, panels, strict=True):
-        for operation, panel in zip(operations, line, strict=True):
-            mine = [row for row in rows if (row["operation"], row["shape"]) == (operation, shape)]
-            for provider in dict.fromkeys(row["provider"] for row in mine):
-                points = sorted((row["rows"], row[key]) for row in mine if row["provider"] == provider)
-                panel.plot(*zip(*points, strict=True), marker="o", label=provider)
-            counts = sorted({row["rows"] for row in mine})
-            panel.set(xscale="log", yscale="log")
-            panel.set_title(f"{operation}\n{shape}", fontsize=8)
-            panel.set_xticks(counts, map(str, counts))
-            panel.set_xticks([], minor=True)
-            panel.tick_params(labelsize=7, which="both")
-    panels[0][0].legend(fontsize=7)
-    figure.supxlabel("rows")
-    figure.supylabel(label)
-    where = result["gpu"] or f"{result['machine']}, no GPU"
-    figure.suptitle(f"{where}, torch {result['versions']['torch']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> int:
     """Test, measure, write and print; 1 if a test failed or nothing could be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     parser.add_argument("--seconds", type=float, default=900, help="stop measuring after these, tests not counted")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="bfloat16, float16, float32")
+    add_options(parser)
     parser.add_argument("--out", type=Path, help="default: bench/results/kernels_<gpu or cpu>.json")
     parser.add_argument("--tested", type=Path, help="JUnit XML of the tests, run just before; they are not run again")
     chosen = parser.parse_args()
     import torch
-    from operations import OPERATIONS
 
-    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_gpu = device == "cuda"
+    is_gpu = torch.cuda.is_available() if chosen.device is None else chosen.device == "cuda"
+    device = "cuda" if is_gpu else "cpu"
+    if is_gpu and not torch.cuda.is_available():
+        parser.error("argument --device: cuda needs a GPU that torch sees, and it sees none; leave it out")
+    asked = {
+        "operations": chosen.ops,
+        "shapes": chosen.shapes or (SHAPES if is_gpu else SHAPES[1:2]),
+        "rows": chosen.rows or (ROWS if is_gpu else (8, 1)),
+        "dtypes": chosen.dtypes or ([MIX, "bfloat16"] if is_gpu else [MIX]),
+        "layouts": chosen.layouts or ["contiguous"],
+        "providers": chosen.providers or [name for name in PROVIDERS if is_gpu or name != "compile"],
+    }
+    if not cases(**asked):
+        parser.error(f"flow_grpo has none of {', '.join(chosen.ops)}; add other --providers, such as eager")
     result = facts(device)
     name = re.sub(r"\W+", "_", (result["gpu"] or "cpu").lower().removeprefix("nvidia "))
     out = chosen.out or RESULTS / f"kernels_{name}.json"
@@ -199,34 +188,29 @@ def main() -> int:
         if chosen.tested is None:
             run_tests(device, report)
         failed = failed_tests(report)
-    all_names = [name for operation in OPERATIONS for name in operation.test_names]
-    red = [operation.name for operation in OPERATIONS if is_red(operation.test_names, failed, all_names)]
+    all_names = [name for operation in TIMED for name in operation.test_names]
+    red = [one.name for one in TIMED if one.name in chosen.ops and is_red(one.test_names, failed, all_names)]
+    result |= {"asked": asked, "failed_tests": failed, "copy_gb_per_s": copy_bandwidth() if is_gpu else None}
+    result["notes"] = [*([] if is_gpu else [CPU_NOTE]), liger_note(_version("liger_kernel"))]
+    result["notes"] += [f"{name}: no figures, its tests fail" for name in red]
     settings = {
         "device": device,
-        "dtypes": chosen.dtypes,
-        "shapes": SHAPES if is_gpu else SHAPES[1:2],
-        "rows": [8, 64, 512, 1] if is_gpu else [1, 8],
         "rounds": 30 if is_gpu else 10,
-        "providers": ["eager", "compile", "kernels"] if is_gpu else ["eager", "kernels"],
-        "operations": [operation.name for operation in OPERATIONS if operation.name not in red],
+        "cases": cases(**asked | {"operations": [name for name in chosen.ops if name not in red]}),
         "deadline": time.time() + chosen.seconds,
     }
-    result |= {"dtypes": chosen.dtypes, "failed_tests": failed, "copy_gb_per_s": copy_bandwidth() if is_gpu else None}
-    result["notes"] = [] if is_gpu else [CPU_NOTE]
-    result["notes"] += [f"{name}: no figures, its tests fail" for name in red]
     result["rows"] = measure(settings)
     for row in result["rows"]:
-        if is_gpu and "device_us" in row:
-            row["copy_share"] = row["bytes_moved"] / row["device_us"] / 1e3 / result["copy_gb_per_s"]
-    measured = [row for row in result["rows"] if "host_us" in row]
-    out.parent.mkdir(exist_ok=True)
-    text = json.dumps(result)
-    out.write_text(text.replace("}, {", "},\n{") + "\n")
-    if measured:
-        plot(result, out.with_suffix(".png"))
+        if row.get("device_us") is not None:
+            row["gb_per_s"] = row["bytes_moved"] / row["device_us"] / 1e3
+            row["copy_share"] = row["gb_per_s"] / result["copy_gb_per_s"]
+    result["goals"] = goals(result["rows"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result).replace("}, {", "},\n{") + "\n")
+    drawn = draw(result, out)
     print(table(result))
-    print(out)
-    return 1 if failed or not measured else 0
+    print(*[out, *drawn], sep="\n")
+    return 1 if failed or all("note" in row for row in result["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -75,6 +75,17 @@ def test_half_precision_weights_are_left_alone():
     assert Folding(_trained("scenes", dtype=torch.bfloat16).denoiser).num_layers == 0
 
 
+def test_autocast_leaves_the_adapter_apart_since_it_would_round_it_away():
+    model = _trained("scenes")
+    with torch.autocast("cpu", torch.bfloat16):
+        want = _predict(model)
+        with Folding(model.denoiser) as folding:
+            assert torch.equal(_predict(model), want)
+            folding.off()
+            folding.on()
+            assert torch.equal(_predict(model), want)
+
+
 @pytest.mark.parametrize("update", ["replay", "one_pass"])
 def test_an_iteration_is_the_same_with_a_folded_rollout(update: str):
     found = []

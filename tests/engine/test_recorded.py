@@ -151,6 +151,7 @@ def test_iterations_whose_sampler_changes(make_toy: Callable):
 
     graphs, lines = _same(run)
     assert graphs.num_calls - graphs.num_replays == len(lines)
+    assert [MICROBATCH in line for line in lines].count(True) == 1, "however many rows the loss is divided by"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

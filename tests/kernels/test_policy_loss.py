@@ -11,8 +11,12 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run here under TRITON_INTERPRET=1 alone", allow_module_level=True)
 
+from ratio_edges import BOUNDS, assert_alike, assert_bounds_belong_to_the_range, by_hand, found, grid
+
 from adascope_fast import reference
 from adascope_fast.kernels import policy_loss
+
+INTERPRETED_BY_NUMPY = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())
 
@@ -44,6 +48,22 @@ def test_loss_of_many_rows_and_of_none(name):
             results.append((loss.detach(), ratio, leaf.grad))
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@INTERPRETED_BY_NUMPY
+@pytest.mark.parametrize("name", ["clipped_policy_loss", "dpok_policy_loss"])
+def test_loss_ratio_and_slope_at_the_edges(name):
+    rows, wanted = by_hand()
+    assert_alike(found(getattr(policy_loss, name), rows, **BOUNDS), wanted[name])
+    assert_bounds_belong_to_the_range(getattr(policy_loss, name))
+
+
+@INTERPRETED_BY_NUMPY
+@pytest.mark.parametrize("bounds", [BOUNDS, {"clip_range": 1.5}, {"clip_range": 1e-4}, {"clip_range": 1e12}])
+@pytest.mark.parametrize("name", ["clipped_policy_loss", "dpok_policy_loss"])
+def test_twins_agree_on_every_combination_of_edges(name, bounds):
+    got, want = (found(getattr(twin, name), grid(), **bounds) for twin in (policy_loss, reference))
+    assert_alike(got, want)
 
 
 def test_clipped_loss_keeps_nan_and_a_ratio_of_exactly_one():
@@ -93,3 +113,8 @@ def test_wrong_input_is_refused():
     for loss in (policy_loss.clipped_policy_loss, policy_loss.dpok_policy_loss):
         with pytest.raises(ValueError, match="must have one shape"):
             loss(rows, rows, rows[:1], clip_range=0.1)
+        for value in (0.0, -0.1, math.nan, math.inf, 1e13):
+            with pytest.raises(ValueError, match=rf"clip_range must be above 0 and at most 1e12, got {value}; pass a"):
+                loss(rows, rows, rows, clip_range=value)
+            with pytest.raises(ValueError, match=rf"clip_range_high must be above 0 and at most 1e12, got {value};"):
+                loss(rows, rows, rows, clip_range=0.1, clip_range_high=value)

@@ -187,6 +187,11 @@ def test_one_pass_and_a_folded_adapter_take_what_they_keep():
     layers = {name for name in backbones.load("scenes").adapter_tensors() if "lora_A" in name}
     assert folded.rollout_bytes - replay.rollout_bytes >= 4 * 32 * 32 * len(layers)
     assert folded.update_bytes == replay.update_bytes
+    autocast = ["train.mixed_precision=bf16", "acceleration.fold_adapter="]
+    left_alone, unfolded = (
+        plan(Config.load(None, [*settings[:2], autocast[0], autocast[1] + c])) for c in ("on", "off")
+    )
+    assert left_alone.rollout_bytes == unfolded.rollout_bytes, "autocast would round the adapter away"
 
 
 @pytest.mark.parametrize(("guidance_scale", "microbatch"), [(1.0, 64), (3.0, 32)])

@@ -1,11 +1,13 @@
 """DPOK's loss, other KLs by their weights, and the gradient without a graph: known answers and what must be equal."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ratio_edges import BOUNDS, assert_alike, assert_bounds_belong_to_the_range, by_hand, found
 
 from adascope_fast import reference
 
@@ -45,6 +47,31 @@ def test_dpok_differs_from_ppo_only_on_the_side_that_ppo_pulls_back():
         loss, _ = operation(*rows, clip_range=0.2)
         grads.append(torch.autograd.grad(loss.sum(), log_prob)[0].tolist())
     assert grads == [pytest.approx([-0.5, 0, 0, 2.0]), [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["clipped_policy_loss", "dpok_policy_loss"])
+def test_loss_ratio_and_slope_at_the_edges(name):
+    rows, wanted = by_hand()
+    assert_alike(found(getattr(reference, name), rows, **BOUNDS), wanted[name])
+    assert_bounds_belong_to_the_range(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", ["clipped_policy_loss", "dpok_policy_loss"])
+@pytest.mark.parametrize("low", [1.0, 7.0])
+def test_a_wide_clip_range_clips_no_ratio_from_below(name, low):
+    rows = torch.tensor([-torch.inf, -200.0]), torch.zeros(2), torch.tensor([-3.0, -3.0])
+    got = found(getattr(reference, name), rows, clip_range=low, clip_range_high=0.5)
+    assert got["loss"].tolist() == got["slope"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf, -math.inf, 1e13])
+def test_clip_ranges_that_are_none_are_refused(value):
+    rows = (torch.zeros(3),) * 3
+    for loss in (reference.clipped_policy_loss, reference.dpok_policy_loss):
+        with pytest.raises(ValueError, match=rf"clip_range must be above 0 and at most 1e12, got {value}; pass a dist"):
+            loss(*rows, clip_range=value)
+        with pytest.raises(ValueError, match=rf"clip_range_high must be above 0 and at most 1e12, got {value}; pass"):
+            loss(*rows, clip_range=0.1, clip_range_high=value)
 
 
 def test_a_kl_weight_a_row_gives_the_other_kls_of_the_field():
