@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from adascope_fast.engine.graphs import CudaBackend, Graphs
 from adascope_fast.engine.settings import Acceleration as Acceleration
 from adascope_fast.engine.settings import Switch
 
@@ -86,6 +87,11 @@ def _cuda_graphs(choice: Switch, device: torch.device) -> str:
     if choice == "auto":
         return "off: not seen on a GPU yet" if device.type == "cuda" else "off: needs a GPU"
     return choice
+
+
+def graphs_of(acceleration: Acceleration, device: torch.device, tell: Callable[[str], None]) -> Graphs | None:
+    """What an engine records by, if that is asked for; `tell` is given lines on what is recorded and what is not."""
+    return Graphs(CudaBackend(device), tell=tell) if acceleration.cuda_graphs == "on" else None
 
 
 def halving(attempt: Callable[[int], T], size: int, name: str) -> tuple[T, int]:

@@ -20,8 +20,7 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.engine.graphs import GradientBuffers, Graphs
-from adascope_fast.reference.rows import picked
-from adascope_fast.rollout import Denoising, EncodedPrompts, StepBatch, Tables, predict
+from adascope_fast.rollout import Denoising, EncodedPrompts, FlatTables, StepBatch, Tables, predict
 from adascope_fast.schedules import Schedule
 
 MICROBATCH = "a microbatch of the update"
@@ -106,41 +105,6 @@ def halved_parts(length: int, size: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class FlatTables:
-    """The tables of a rollout of `b` samples, a column a state, one row after another.
-
-    So a state's number finds its row in each: row i enters a step, and i + 1 is where it leads. All but the latents
-    have a row of nobody's before the first, to be the guess before it. Of tables with `t` columns, the last of a
-    sample's `t + 1` rows is nobody's either.
-    """
-
-    latents: Float[Tensor, "b*(t+1) *latent"]
-    x0: Float[Tensor, "b*(t+1)+1 *latent"]
-    log_prob: Float32[Tensor, " b*(t+1)+1"]
-    x0_correlation: Float32[Tensor, " b*(t+1)+1"]
-    sample_correlation: Float32[Tensor, " b*(t+1)+1"]
-    numbers: Int64[Tensor, " b*(t+1)"]
-    """0, 1, ...: of samples and steps."""
-    num_steps: int
-
-    @classmethod
-    def like(cls, tables: Tables) -> "FlatTables":
-        """Of a rollout of the same size, with latents in the same layout."""
-        latents = torch.empty_like(tables.latents).flatten(0, 1)
-        x0 = latents.new_empty_strided((len(latents) + 1, *latents.shape[1:]), latents.stride()).fill_(torch.nan)
-        log_prob, of_x0, of_sample = tables.log_prob.new_full((3, len(x0)), torch.nan)
-        counted = torch.arange(len(latents), device=latents.device)
-        return cls(latents, x0, log_prob, of_x0, of_sample, counted, tables.log_prob.shape[1])
-
-    def tables(self) -> Tables:
-        """The same as others see it."""
-        columns = self.num_steps + 1
-        values = (self.x0, self.log_prob, self.x0_correlation, self.sample_correlation)
-        parts = [value[1:].unflatten(0, (-1, columns))[:, : self.num_steps] for value in values]
-        return Tables(self.latents.unflatten(0, (-1, columns)), *parts)
-
-
-@dataclass(frozen=True)
 class RecordedDenoising(Denoising):
     """`Denoising` in graphs. Its schedule and its prompts are where graphs read them, see `Graphs.hold`."""
 
@@ -173,21 +137,18 @@ class RecordedDenoising(Denoising):
         flat, schedule, count = self.flat, self.schedule, len(samples)
         rows = samples * (flat.num_steps + 1) + step
         timestep = schedule.timesteps[step].expand(count)
-        sample = picked(flat.latents, rows)
-        output, without = predict(self.backbone, self.encoded, sample, timestep, prompt_index, self.guidance_scale)
-        after = {name: getattr(flat, name)[1:-1] for name in ("x0", "log_prob", "sample_correlation")}
+        output, without = predict(
+            self.backbone, self.encoded, flat.sample(rows), timestep, prompt_index, self.guidance_scale
+        )
         ops.transition_step_with_x0(
-            flat.latents[:-1],
-            output,
-            flat.latents[1:],
-            schedule.coef[step].expand(count, 3),
-            schedule.x0_coef[step].expand(count, 2),
-            prev_x0=flat.x0[:-2],
+            output=output,
+            coef=schedule.coef[step].expand(count, 3),
+            x0_coef=schedule.x0_coef[step].expand(count, 2),
             output_uncond=without,
             guidance_scale=self.guidance_scale,
             kind=self.kind,
             rows=rows,
-            out=ops.Step(flat.latents[1:], x0_correlation=flat.x0_correlation[:-2], **after),
+            **flat.step,
         )
 
     @cached_property

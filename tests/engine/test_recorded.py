@@ -1,6 +1,6 @@
 """An iteration that replays graphs gives the bits of one that does not: trajectory, statistics and weights.
 
-By the emulation of CUDA graphs. Rows of an update are as many as microbatches divide evenly, where both cut them alike.
+By the emulation of CUDA graphs; `tests/test_gpu.py` has the same with graphs.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graph_emulation import Emulation
+from graph_runs import SCENES, STEPS, Run, assert_same
 from torch import Tensor
 
 from adascope_fast import backbones
@@ -20,74 +21,19 @@ from adascope_fast.algorithms.objectives import score_function
 from adascope_fast.algorithms.policy_gradient import ddpo, grpo, reinforce
 from adascope_fast.algorithms.preference import d3po
 from adascope_fast.algorithms.regression import awm
-from adascope_fast.backbone import Ema
-from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.recorded import MICROBATCH, halved_parts
-from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts
-from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.selectors.windows import Window
-
-SCENES = [
-    "a small red circle on a grey background",
-    "two large blue crosses on a black background",
-    "a large green square on a white background",
-]
-STEPS = 4
-
-
-class Run:
-    """Iterations of an engine; everything that they leave behind, as bits."""
-
-    def __init__(self, model: Any, algorithm: Any, graphs: Graphs | None, **options: Any) -> None:
-        with torch.no_grad():
-            for parameter in model.trainable_parameters():
-                parameter.add_(0.02)
-        self.model, self.left, prompts = model, [], options.pop("prompts", SCENES)
-        keys = ("guidance_scale", "tail_share", "train_guidance")
-        sampler = Sampler(**{"guidance_scale": 1.0} | {key: options.pop(key) for key in keys if key in options})
-        selector = options.pop("selector", StaticRange(start=0, end=2))
-        engine_options = {name: options.pop(name) for name in ("folds_adapter", "autocast") if name in options}
-        ema = Ema(model.trainable_parameters(), 0.9) if options.pop("ema", False) else None
-        iterations, images = options.pop("iterations", 3), options.pop("images", 2)
-        settings = Updates(**{"rollout_batch": 4, "microbatch": 4, **options})
-        optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.01, fused=True)
-        self.engine = Engine(
-            model, model.schedule(STEPS), algorithm, selector, lambda images, _: images.mean((1, 2, 3)), optimizer,
-            settings, sampler=sampler, graphs=graphs, **engine_options,
-        )  # fmt: skip
-        self.engine.algorithm.batch = self._seen(self.engine.algorithm.batch)
-        for iteration in range(iterations):
-            chosen = prompts if iteration != 1 else prompts[:-1] + prompts[:1]  # other prompts, and fewer
-            batch = [prompt for prompt in chosen for _ in range(images)]
-            report = self.engine.step(EncodedPrompts.of(model, batch), batch, iteration=iteration, seed=iteration)
-            self.values = {name: value for name, value in report.values.items() if name != "selector"}
-            self.left.append(report.rewards)
-            if ema is not None:
-                ema.update()
-                with ema.applied():
-                    pass
-        self.left += [parameter.detach().clone() for parameter in model.trainable_parameters()]
-
-    def _seen(self, batch: Callable[..., Any]) -> Callable[..., Any]:
-        def seen(samples: Any, context: Any) -> Any:
-            self.left += [value for value in vars(samples.trajectory).values() if isinstance(value, Tensor)]
-            return batch(samples, context)
-
-        return seen
 
 
 def _same(make: Callable[[Graphs | None], Run]) -> tuple[Graphs, list[str]]:
     """Graphs that have replayed what gave the same bits without them, and what they told."""
     lines: list[str] = []
     graphs = Graphs(Emulation(), tell=lines.append)
-    want, got = make(None), make(graphs)
-    assert len(want.left) == len(got.left)
-    for one, other in zip(got.left, want.left, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    assert repr(got.values) == repr(want.values)
+    want = make(None)
+    assert_same(make(graphs), want)
     return graphs, lines
 
 
@@ -144,7 +90,7 @@ def test_iterations_with_a_short_tail(make_toy: Callable):
 
 def test_iterations_whose_sampler_changes(make_toy: Callable):
     """A window of noisy steps moves on, so the tables of the sampler are others in every iteration."""
-    window = {"window_size": 2, "shift_every": 1, "window_shift": 1}
+    window: dict[str, Any] = {"window_size": 2, "shift_every": 1, "window_shift": 1}
 
     def run(graphs: Graphs | None) -> Run:
         return Run(make_toy(), ddpo(), graphs, selector=Window(**window), microbatch=3)
@@ -182,7 +128,9 @@ def test_iterations_of_all_weights(make_toy: Callable):
 
 def test_a_loss_of_ones_own_is_recorded_if_it_says_that_it_may_be(make_toy: Callable):
     class Repeatable(PolicyGradient):
-        is_repeatable = True
+        @property
+        def is_repeatable(self) -> bool:
+            return True
 
     def objective(*log_probs: Tensor) -> tuple[Tensor, Tensor]:
         return score_function(*log_probs)
@@ -196,7 +144,9 @@ def test_a_loss_of_ones_own_is_recorded_if_it_says_that_it_may_be(make_toy: Call
 
 def test_a_loss_that_waits_for_the_device_runs_without(make_toy: Callable):
     class Waiting(PolicyGradient):
-        is_repeatable = True
+        @property
+        def is_repeatable(self) -> bool:
+            return True
 
     def objective(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
         return score_function(log_prob, old_log_prob, advantage * (1 + 0 * log_prob.sum().item()))
