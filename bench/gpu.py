@@ -5,8 +5,8 @@
 In this order: the tests of correctness; the table of kernels, which begins with the rows that the goals are about;
 the end-to-end comparison; how far rounding takes rollout and update apart; published models. The tests gate the table:
 an operation whose tests fail gets no figure. Each part is stopped when its time is over, and writes its own JSON into
-bench/results: kernels_<gpu>.json, end_to_end_<gpu>.json, drift_<gpu>.json, published_<gpu>.json. gpu_<gpu>.json, written
-after each, says what became of them. The exit code is the number of parts that failed or were not reached.
+bench/results: kernels_<gpu>.json, end_to_end_<gpu>.json, drift_<gpu>.json, published_<gpu>.json. After each,
+gpu_<gpu>.json says what became of them. The exit code is the number of parts that failed or were not reached.
 """
 
 import datetime

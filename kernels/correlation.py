@@ -19,10 +19,9 @@ from .rows import (
     BLOCK,
     FOLDED,
     SPREAD,
-    alike,
     arranged,
     fold,
-    is_alike,
+    is_dense,
     load,
     load_parts,
     load_spread,
@@ -192,11 +191,9 @@ def _moments(x: Tensor, y: Tensor, groups: int) -> tuple[Tensor, tuple[int, int,
     if x.shape[2:] != y.shape[1:] or len(y) != n or count == 0:
         shapes = f"x {list(x.shape)}, y {list(y.shape)}"
         raise ValueError(f"x must be [n, k, ...] and y [n, ...] of one latent shape, k at least 1, not {shapes}")
-    if groups > 1:
-        y = y.contiguous()  # a group is a channel, in one piece
-    _, d, (y, _) = arranged("y x", y, x[:, 0])
-    if not is_alike(x.shape[2:], x.stride()[2:], y.stride()[1:]):
-        x = alike(x.reshape(n * count, *x.shape[2:]), y).unflatten(0, (n, count))
+    if groups > 1 or not is_dense(x.shape[2:], x.stride()[2:]):
+        x = x.contiguous()  # a group is a channel, in one piece
+    _, d, (_, y) = arranged("x y", x[:, 0], y)
     d //= groups
     num_chunks, chunk, width = split(d)
     partial = torch.empty((n * count * groups, NUMBERS.value, num_chunks), device=y.device, dtype=torch.float32)
@@ -238,7 +235,7 @@ update_op = register(
 
 def correlation(x: Tensor, y: Tensor, *, center: str = "sample", num_channels: int | None = None) -> Tensor:
     """`reference.correlation`."""
-    arranged("x y", x, y)
+    _check_alike(x, y)
     with torch.no_grad():
         return correlation_op(x, y, _num_groups(x, center, num_channels))
 
@@ -255,11 +252,16 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
 
 def correlation_update(state: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """`reference.correlation_update`."""
-    arranged("x y", x, y)
+    _check_alike(x, y)
     if state.shape != (len(x), 6):
         raise ValueError(f"state must be [{len(x)}, 6], one row for each row of x, not {list(state.shape)}")
     with torch.no_grad():
         return update_op(state, x, y)
+
+
+def _check_alike(x: Tensor, y: Tensor) -> None:
+    if x.dim() < 2 or x.shape != y.shape:
+        raise ValueError(f"latents must share one shape [n, ...], not x {list(x.shape)}, y {list(y.shape)}")
 
 
 def _num_groups(x: Tensor, center: str, num_channels: int | None) -> int:

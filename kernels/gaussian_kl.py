@@ -19,8 +19,8 @@ from .rows import (
     FOLDED,
     arranged,
     coefficients,
+    fills,
     fold,
-    is_dense,
     load,
     load_sum,
     new_like,
@@ -97,7 +97,7 @@ def _kl_backward(grad: Tensor, output: Tensor, ref_output: Tensor, coef: Tensor)
 
 
 def _fake_gradient(output: Tensor) -> Tensor:
-    is_usable = is_dense(output.shape[1:], output.stride()[1:])
+    is_usable = fills(output.shape[1:], output.stride()[1:])
     return new_like(output if is_usable else output.contiguous(), len(output), output.dtype)
 
 

@@ -42,8 +42,7 @@ def split(d: int) -> tuple[int, int, int]:
     return num_chunks, chunk, 1 << (num_chunks - 1).bit_length()
 
 
-@cache
-def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def fills(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements of a row fill a piece of memory without gaps, in whatever order."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
@@ -52,6 +51,10 @@ def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
                 return False
             expected *= size
     return True
+
+
+is_dense = cache(fills)
+"""`fills`, for what is not traced: shapes of a trace cannot be looked up, and a trace would see through the cache."""
 
 
 @cache
@@ -106,17 +109,13 @@ def alike(x: Tensor, like: Tensor) -> Tensor:
 def new_like(like: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Memory for `n` rows, touching one another, laid out as those of `like`."""
     d = like.shape[1:].numel()
-    return torch.empty_strided((n, *like.shape[1:]), (d, *like.stride()[1:]), dtype=dtype, device=like.device)
+    return like.new_empty_strided((n, *like.shape[1:]), (d, *like.stride()[1:]), dtype=dtype)
 
 
 def new_rows(like: Tensor) -> Tensor:
     """Memory for as many rows as `like` has, of its type, in its layout if that is dense."""
-    is_usable = is_dense(like.shape[1:], like.stride()[1:])
-    return (
-        new_like(like, len(like), like.dtype)
-        if is_usable
-        else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    )
+    is_usable = fills(like.shape[1:], like.stride()[1:])
+    return new_like(like, len(like), like.dtype) if is_usable else like.new_empty(like.shape)
 
 
 def coefficients(name: str, coef: Tensor, n: int, width: int) -> Tensor:

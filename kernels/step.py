@@ -176,16 +176,19 @@ def _step(
     n, d, latents = arranged(
         "sample output output_uncond noise prev_x0", sample, output, uncond, noise, last_x0, rows=rows
     )
+    _check_out(sample, {"prev_sample": prev_sample, "x0": x0}, sample.shape)
+    numbers = {"log_prob": log_prob, "x0_correlation": x0_correlation, "sample_correlation": sample_correlation}
+    _check_out(sample, numbers, sample.shape[:1])
     coef = coefficients("coef", coef, n, 3)
     weights = coef if x0_coef is None else coefficients("x0_coef", x0_coef, n, 2)
     num_chunks, chunk, width = split(d)
     has_x0, has_prev_x0 = x0_coef is not None, prev_x0 is not None
-    numbers = SPREAD.value + NUMBERS.value * (has_x0 + has_prev_x0)
-    partial = torch.empty((n, numbers, num_chunks), device=coef.device, dtype=torch.float32)
+    of_a_chunk = SPREAD.value + NUMBERS.value * (has_x0 + has_prev_x0)
+    partial = torch.empty((n, of_a_chunk, num_chunks), device=coef.device, dtype=torch.float32)
     written = [_written(x, latents[0]) for x in ((prev_sample, x0) if x0 is not None else (prev_sample,))]
     of_sample = log_prob if sample_correlation is None else sample_correlation
     of_x0 = log_prob if x0_correlation is None else x0_correlation
-    flags = {"HAS_ROWS": rows is not None, "HAS_X0": has_x0, "HAS_PREV_X0": has_prev_x0, "OF_A_CHUNK": numbers}
+    flags = {"HAS_ROWS": rows is not None, "HAS_X0": has_x0, "HAS_PREV_X0": has_prev_x0, "OF_A_CHUNK": of_a_chunk}
     places = coef if rows is None else rows
     launch(
         step_kernel, (n, num_chunks), written[0], written[-1], partial, *latents, places, coef, weights, d, chunk,
@@ -200,6 +203,15 @@ def _step(
     for table, memory in zip((prev_sample, x0), written, strict=False):
         if table is not None and memory is not table:
             table.copy_(memory)
+
+
+def _check_out(sample: Tensor, tables: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
+    for name, table in tables.items():
+        if table is not None and (table.shape != shape or table.device != sample.device):
+            raise ValueError(
+                f"out's {name} must be {list(shape)} on {sample.device}, a row for each of sample, "
+                f"not {list(table.shape)} on {table.device}"
+            )
 
 
 def _written(table: Tensor, like: Tensor) -> Tensor:
@@ -257,6 +269,8 @@ def transition_step_with_x0(
         numbers = _new_numbers(sample), _new_numbers(sample)
         of_x0 = None if prev_x0 is None else _new_numbers(sample)
         out = Step(new_rows(sample), numbers[0], new_rows(sample), of_x0, numbers[1])
+    if prev_x0 is not None and out.x0_correlation is None:
+        raise ValueError("prev_x0 is given, and out has no x0_correlation to write to; give both or neither")
     with torch.no_grad():
         step_op(
             out.prev_sample, out.log_prob, out.x0, None if prev_x0 is None else out.x0_correlation,
@@ -267,4 +281,4 @@ def transition_step_with_x0(
 
 
 def _new_numbers(sample: Tensor) -> Tensor:
-    return torch.empty(len(sample), device=sample.device, dtype=torch.float32)
+    return sample.new_empty(len(sample), dtype=torch.float32)

@@ -58,7 +58,7 @@ def slope_of(
         ratio = 1.0 + (log_prob - old_log_prob)  # NaN unless log_prob is finite
         loss, slope = -advantage * ratio, -advantage
     of_residual = slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
-    gradient = of_residual * of_residual * square
+    gradient = tl.where(slope == 0, 0.0, of_residual * of_residual * square)  # not NaN where the square overflows
     kl = square * 0.0
     if HAS_REF:
         shift_square = load_sum(partial_ptr + num_chunks, num_chunks, WIDTH)
@@ -92,8 +92,8 @@ def slope_of(
 
 @triton.jit
 def policy_loss_kernel(
-    numbers_ptr, loss_ptr, slope_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, kl_weights_ptr, n, d, num_chunks,
-    coef_stride, low, high, kl_weight, guidance_scale, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    numbers_ptr, loss_ptr, slope_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, kl_weights_ptr, n, d,
+    num_chunks, coef_stride, low, high, kl_weight, guidance_scale, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_PENALTY: tl.constexpr, HAS_KL_WEIGHTS: tl.constexpr, HAS_SLOPE: tl.constexpr, IS_PPO: tl.constexpr,
     IS_GAUSSIAN: tl.constexpr, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, SUMS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -166,9 +166,10 @@ class Inputs:
         """Loss and statistics [8, n], from the partial sums; writes losses and slopes apart as well, if asked for."""
         numbers = new_numbers(self.coef, self.n)
         launch(
-            policy_loss_kernel, (self.n,), numbers, *((numbers, numbers) if apart is None else apart), partial, self.coef, self.old,
-            self.advantage, self.kl_weights, self.n, self.d, self.num_chunks, self.coef.stride(0), low, high,
-            self.kl_weight, guidance_scale, HAS_OLD=has_old, HAS_SLOPE=apart is not None, IS_PPO=is_ppo,
+            policy_loss_kernel, (self.n,), numbers, *((numbers, numbers) if apart is None else apart), partial,
+            self.coef, self.old, self.advantage, self.kl_weights, self.n, self.d, self.num_chunks,
+            self.coef.stride(0), low, high, self.kl_weight, guidance_scale, HAS_OLD=has_old,
+            HAS_SLOPE=apart is not None, IS_PPO=is_ppo,
             IS_GAUSSIAN=is_gaussian, WIDTH=self.width, num_threads=WAVE, **self.flags,
         )  # fmt: skip
         return numbers

@@ -23,8 +23,8 @@ from .rows import (
     FOLDED,
     arranged,
     coefficients,
+    fills,
     fold,
-    is_dense,
     is_first,
     load,
     load_output,
@@ -316,7 +316,7 @@ def fake_gradients(
     sample: Tensor, output: Tensor, output_uncond: Tensor | None, needs_uncond: bool
 ) -> tuple[Tensor, Tensor]:
     """Shapes and layouts of the gradients, without values."""
-    like = sample if is_dense(sample.shape[1:], sample.stride()[1:]) else sample.contiguous()
+    like = sample if fills(sample.shape[1:], sample.stride()[1:]) else sample.contiguous()
     return new_gradients(like, output, output_uncond, needs_uncond)
 
 

@@ -19,8 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
 
-random_state = torch.get_rng_state
-
 
 @dataclass
 class Operation:
@@ -55,10 +53,11 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs):
                 self._remember(tensor)
-        state = random_state() if torch.Tag.nondeterministic_seeded in func.tags else None
+        generator = kwargs.get("generator") or torch.default_generator
+        state = generator.get_state()
         result = func(*args, **kwargs)
-        if state is not None and not torch.equal(state, random_state()):
-            torch.set_rng_state(state)
+        if not torch.equal(state, generator.get_state()):
+            generator.set_state(state)
             raise RuntimeError(f"{func} draws from a generator that is not registered with the graph")
         known = {_address(tensor) for tensor in used}
         made = [

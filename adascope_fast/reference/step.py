@@ -88,6 +88,8 @@ def transition_step_with_x0(
     """
     if out is None and rows is not None:
         raise ValueError("rows are those of tables to write to, and out is None; pass out, or the rows themselves")
+    if out is not None:
+        _check_out(out, sample, has_prev_x0=prev_x0 is not None)
     sample, noise = picked(sample, rows), picked(noise, rows)
     guided = guide(output, output_uncond, guidance_scale)
     prev_sample, log_prob = transition_step(sample, guided, noise, coef, kind=kind)
@@ -104,3 +106,15 @@ def transition_step_with_x0(
         if table is not None and values is not None:
             table.copy_(values) if rows is None else table.index_copy_(0, rows, values.to(table.dtype))
     return out
+
+
+def _check_out(out: Step, sample: Tensor, *, has_prev_x0: bool) -> None:
+    if has_prev_x0 and out.x0_correlation is None:
+        raise ValueError("prev_x0 is given, and out has no x0_correlation to write to; give both or neither")
+    for name, table in out._asdict().items():
+        shape = sample.shape if name in ("prev_sample", "x0") else sample.shape[:1]
+        if table is not None and (table.shape != shape or table.device != sample.device):
+            raise ValueError(
+                f"out's {name} must be {list(shape)} on {sample.device}, a row for each of sample, "
+                f"not {list(table.shape)} on {table.device}"
+            )

@@ -80,7 +80,7 @@ def transition_policy_loss(
         slope = torch.where(is_clipped(ratio, advantage, low, high, clip), 0.0, -advantage * ratio)
     _, weight_output, std = coef.unbind(1)
     of_residual = slope * (weight_output / std.square() if kind == "gaussian" else 2 * weight_output) / d
-    gradient = of_residual.square() * mean_square.detach() * d
+    gradient = torch.where(slope == 0, 0.0, of_residual.square() * mean_square.detach() * d)
     kl = torch.zeros_like(ratio)
     if ref_output is not None:
         output, ref_output = arranged(None, output=output, ref_output=ref_output.detach())

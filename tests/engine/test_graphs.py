@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from adascope_fast.engine.graphs import GradientBuffers, Graphs
 
 
+GENERATOR = torch.Generator()
+
+
 class Told(NamedTuple):
     """Graphs, what emulates them, and the lines that they told."""
 
@@ -143,6 +146,7 @@ def test_results_last_until_the_next_call(told: Told):
         (lambda x: x.nonzero(), "waits for the device"),
         (lambda x: x + torch.tensor([1.0]), "host's values"),
         (lambda x: x + torch.rand(5), "draws from a generator"),
+        (lambda x: x + torch.rand(5, generator=GENERATOR.manual_seed(1)), "draws from a generator"),
         (lambda x: torch.dropout(x, 0.5, train=True), "draws from a generator"),
         (lambda x: checkpoint(torch.sin, x, use_reentrant=False), "state of a generator"),
     ],

@@ -108,9 +108,45 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_its_layout():
     assert torch.equal(correlation.correlation(pairs[:, 0], moved, **channels), together)
 
 
+@pytest.mark.parametrize("is_channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "shape"), [(3, 5, (4, 6, 7)), (1, 1, (4, 20, 17)), (0, 2, (4, 3, 3)), (2, 7, (1, 1, 1))]
+)
+def test_many_with_one(n, k, shape, is_channels_last):
+    generator = torch.Generator().manual_seed(n + k)
+    y = torch.randn(n, *shape, generator=generator)
+    x = 0.5 * y.unsqueeze(1) + torch.randn(n, k, *shape, generator=generator)
+    if is_channels_last:
+        x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    for rows in (x, torch.stack([x, x], 2)[:, :, 0]):
+        got = correlation.correlations(rows, y)
+        assert got.shape == (n, k)
+        exact = reference.correlations(rows.double(), y.double())
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-6, equal_nan=True)
+        each = [correlation.correlation(one, y) for one in rows.unbind(1)]
+        torch.testing.assert_close(got, torch.stack(each, 1), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [0, 500, 1023, 1024, 2999])
+def test_an_outlier_is_no_pilot(place):
+    """Around it, sums of squares would lose what all the others add."""
+    generator = torch.Generator().manual_seed(place)
+    x, noise = torch.randn(2, 1, 3000, generator=generator).unbind(0)
+    y = 0.6 * x + 0.8 * noise
+    x, y = x + 100, y - 3
+    x[0, place] += 1e4
+    exact = reference.correlation(x.double(), y.double())
+    assert correlation.correlation(x, y).item() == pytest.approx(exact.item(), abs=2e-6)
+    torch.testing.assert_close(
+        correlation.correlation_update(torch.zeros(1, 6), x, y).double(),
+        reference.correlation_update(torch.zeros(1, 6).double(), x.double(), y.double()), rtol=2e-6, atol=1e-3,
+    )  # fmt: skip
+
+
 def test_operators_pass_torch_opcheck():
     x, y = _random(2, 12)
     torch.library.opcheck(correlation.correlation_op, (x, y, 3))
+    torch.library.opcheck(correlation.correlation_op, (torch.stack([x, y], 1), y, 1))
     torch.library.opcheck(correlation.update_op, (torch.zeros(2, 6), x, y))
 
 
@@ -124,3 +160,8 @@ def test_wrong_input_is_refused():
         correlation.correlation_update(torch.zeros(2, 6), x, y)
     with pytest.raises(ValueError, match=r"y \[3, 7\]"):
         correlation.correlation(x, y[:, :7])
+    for many in (x, x.view(3, 2, 4), x[:2].unsqueeze(1), x.view(3, 1, 8)[:, :0]):
+        with pytest.raises(ValueError, match=r"x must be \[n, k, ...\] and y \[n, ...\]"):
+            correlation.correlations(many, y)
+    with pytest.raises(ValueError, match="must have elements"):
+        correlation.correlation(x[:, :0], y[:, :0])

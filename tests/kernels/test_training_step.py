@@ -214,7 +214,6 @@ def test_any_layout_of_the_latents():
         rtol = 2e-6 if moved is channels_last else 0  # sums run in the order of the memory
         for one, other in zip((got[0], *got[2:]), (want[0], *want[2:]), strict=True):
             torch.testing.assert_close(one.flatten(1) if one.dim() > 1 else one, other, rtol=rtol, atol=rtol)
-    assert got[2].stride() == got[3].stride() == mixed[0].stride(), "gradients are laid out as the sample"
     image = _grad(channels_last, *rows, kl_weight=0.2)[2]
     assert image.is_contiguous(memory_format=torch.channels_last)
 

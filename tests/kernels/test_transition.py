@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from adascope_fast import reference
 from adascope_fast.kernels import transition
-from adascope_fast.kernels.rows import BLOCK, MAX_SPLITS, aligned, split
+from adascope_fast.kernels.rows import BLOCK, MAX_CHUNKS, arranged, split
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vectors.json").read_text())
 # A gradient is stored in the dtype of the output, and the interpreter truncates to bfloat16 where a GPU rounds.
@@ -85,17 +85,19 @@ def test_log_prob_equals_the_known_answers(case):
 
 
 def test_log_prob_of_a_row_of_several_chunks():
-    assert split(8200)[0] == 2
+    assert split(8200)[0] == 9
     sample, output, prev_sample, _, coef = _random(1, 8200)
     _assert_equals_reference(sample, output, None, prev_sample, coef)
 
 
 def test_chunks_cover_every_row_length():
     for d in (1, 1023, 8192, 8193, 65536, 131073, 262144, 1_000_003):
-        num_splits, chunk = split(d)
-        assert num_splits <= MAX_SPLITS
+        num_chunks, chunk, width = split(d)
+        assert num_chunks <= width <= MAX_CHUNKS
+        assert width < 2 * num_chunks
         assert chunk % BLOCK == 0
-        assert num_splits * chunk >= d
+        assert (num_chunks - 1) * chunk < d <= num_chunks * chunk
+    assert split(4 * 64 * 64)[:2] == (16, 1024), "8 rows are 128 programs"
 
 
 def test_dtypes_may_differ():
@@ -119,18 +121,27 @@ def test_any_layout_of_the_latents():
     _assert_equals_reference(x, m, u, y, coef)
 
 
+def _copied(first, *others):
+    """Which of the latents `arranged` has copied."""
+    names = " ".join("sample" if number == 0 else "output" for number in range(1 + len(others)))
+    *_, found = arranged(names, first, *others)
+    for x, same in zip((first, *others), found, strict=True):
+        assert torch.equal(x, same)
+        assert same.stride()[1:] == found[0].stride()[1:]
+    return [x.data_ptr() != same.data_ptr() for x, same in zip((first, *others), found, strict=True)]
+
+
 def test_rows_are_copied_only_where_their_layout_needs_it():
-    rows = torch.randn(3, 64)
-    assert aligned(rows)[0].data_ptr() == rows.data_ptr()
-    every_third_row = torch.randn(3, 3, 64)[:, 1]
-    same, stride = aligned(every_third_row)
-    assert (same.data_ptr(), stride) == (every_third_row.data_ptr(), 3 * 64)
-    for awkward in (torch.randn(193)[1:].view(3, 64), torch.randn(3, 128)[:, ::2], torch.randn(3, 65)[:, :64]):
-        copy, stride = aligned(awkward)
-        assert stride == 64
-        assert copy.is_contiguous()
-        assert copy.data_ptr() % 16 == 0
-        assert torch.equal(copy, awkward)
+    image = torch.randn(3, 4, 5, 6)
+    last = image.contiguous(memory_format=torch.channels_last)
+    table = torch.randn(3, 2, 5, 6, 4).permute(0, 1, 4, 2, 3)
+    assert _copied(image, image) == [False, False]
+    assert _copied(last, table[:, 1], table[:, 0]) == [False] * 3
+    assert _copied(last, image, table[:, 1]) == [False, True, False]
+    assert _copied(image, last) == [False, True]
+    assert _copied(torch.randn(193)[1:].view(3, 64), torch.randn(3, 64)) == [False, False]  # wherever it begins
+    assert _copied(torch.randn(3, 65)[:, :64], torch.randn(1, 64).expand(3, 64)) == [False, False]
+    assert _copied(torch.randn(3, 128)[:, ::2], torch.randn(3, 64)) == [True, False]
 
 
 def test_expanded_upstream_gradient():
