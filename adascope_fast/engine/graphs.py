@@ -159,7 +159,7 @@ class Graphs:
     def words(self) -> str:
         """What became graphs and what did not, in a line."""
         size = self._backend.num_bytes() / 2**30
-        said = f"on: {len(self._graphs)} graphs of {size:.2f} GiB, {self.num_replays} of {self.num_calls} calls"
+        said = f"on: {len(self._graphs)} graphs of {size:.2f} GiB served {self.num_replays} of {self.num_calls} calls"
         return "; ".join([said, *(f"not {name}: {why}" for name, why in self._refused.items())])
 
 
@@ -202,7 +202,8 @@ class CudaBackend:
         finally:
             current.wait_stream(self._stream)
         for tensor in _tensors(result):
-            tensor.record_stream(current)
+            if tensor.is_cuda:
+                tensor.record_stream(current)
         return result
 
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from adascope_fast.engine.graphs import GradientBuffers, Graphs
 
-
 GENERATOR = torch.Generator()
 
 
@@ -53,7 +52,7 @@ def test_a_shape_is_recorded_at_its_second_use_and_replayed_from_then_on(told: T
     assert told.backend.num_replays == told.graphs.num_replays == 8
     assert [line.partition(",")[0] for line in told.lines] == ["CUDA graphs: work is recorded"] * 2
     assert "graph 2 of at most 32" in told.lines[1]
-    assert told.graphs.words().startswith("on: 2 graphs of 0.00 GiB, 8 of 10 calls")
+    assert told.graphs.words().startswith("on: 2 graphs of 0.00 GiB served 8 of 10 calls")
 
 
 @dataclass(frozen=True)
