@@ -108,9 +108,11 @@ def step_kernel(
     for start in range(0, chunk, BLOCK):
         index = part * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
-        sample = load(sample_ptr, index, mask)
+        noise, sample = load(noise_ptr, index, mask), load(sample_ptr, index, mask)
         output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
-        prev = weight_sample * sample + weight_output * output + std * load(noise_ptr, index, mask)
+        if HAS_PREV_X0:
+            prev_x0 = load(prev_x0_ptr, index, mask)
+        prev = weight_sample * sample + weight_output * output + std * noise
         prev = prev.to(prev_ptr.dtype.element_ty)
         tl.store(prev_ptr + index, prev, mask=mask)
         prev = prev.to(tl.float32)
@@ -123,7 +125,7 @@ def step_kernel(
                 sum_s, sum_p, sum_ss, sum_pp, sum_sp, sample - pilot_s, prev - pilot_p, mask
             )
             if HAS_PREV_X0:
-                x, y = x0.to(tl.float32) - pilot_x, load(prev_x0_ptr, index, mask) - pilot_y
+                x, y = x0.to(tl.float32) - pilot_x, prev_x0 - pilot_y
                 sum_x, sum_y, sum_xx, sum_yy, sum_xy = add_pairs(sum_x, sum_y, sum_xx, sum_yy, sum_xy, x, y, mask)
     partial_ptr += row * OF_A_CHUNK * num_chunks
     store_spread(partial_ptr + part * SPREAD, total)
