@@ -116,6 +116,14 @@ def test_iterations_of_other_types(dtype: torch.dtype):
     assert graphs.num_replays > graphs.num_calls / 2, lines
 
 
+def test_an_update_of_any_length_is_cut_into_sizes_that_come_again(make_toy: Callable):
+    """12 rows in microbatches of 5, 5 and 2; the bits are those of the same cut without graphs."""
+    lines: list[str] = []
+    want = Run(make_toy(), ddpo(), Graphs(Emulation(), most=0), microbatch=5)
+    assert_same(Run(make_toy(), ddpo(), Graphs(Emulation(), tell=lines.append), microbatch=5), want)
+    assert [MICROBATCH in line for line in lines].count(True) == 2
+
+
 def test_iterations_of_all_weights(make_toy: Callable):
     options: dict[str, Any] = {"train": "full", "keep_reference": True}
 
