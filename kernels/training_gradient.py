@@ -16,7 +16,7 @@ from torch import Tensor
 from .library import launch, register
 from .policy_loss import clip_bounds, is_ppo
 from .rows import BLOCK, load_output, row_of, vector
-from .training_step import Inputs, named, new_numbers, penalty, slope_of, split_weight
+from .training_step import Inputs, named, new_numbers, penalty, slope_of, split_weight, store_numbers
 from .transition import (
     each_gradient,
     fake_gradients,
@@ -26,6 +26,7 @@ from .transition import (
     residual_weight,
     shift_weight,
     store_gradients,
+    terms_of,
     weight_of,
 )
 
@@ -44,17 +45,6 @@ def policy_grad_kernel(
     part = tl.program_id(1)
     at = row_of(rows_ptr, row, HAS_ROWS)
     coef_ptr += row * coef_stride
-    kl_weight = weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS)
-    slope, _ = slope_of(
-        numbers_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks, low, high,
-        kl_weight, guidance_scale, part == 0,
-        True, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,  # pyright: ignore
-    )  # fmt: skip
-    scale = weight_of(scale, scales_ptr, row, HAS_SCALES)
-    of_residual = scale * slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
-    of_shift = scale
-    if HAS_PENALTY:
-        of_shift = scale * kl_weight * shift_weight(coef_ptr, d)
     sample_ptr += at * sample_stride
     prev_ptr += at * prev_stride
     output_ptr += row * output_stride
@@ -63,17 +53,40 @@ def policy_grad_kernel(
     grad_output_ptr += row * grad_stride
     grad_uncond_ptr += row * grad_stride
     weight_sample, weight_output = tl.load(coef_ptr), tl.load(coef_ptr + 1)
-    for start in range(0, chunk, BLOCK):
-        index = part * chunk + start + tl.arange(0, BLOCK)
+    # The first block is on its way while the slope is made, and the statistics are written last.
+    index = part * chunk + tl.arange(0, BLOCK)
+    mask = index < d
+    output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
+    residual, shift = terms_of(
+        output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, HAS_PENALTY
+    )
+    kl_weight = weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS)
+    slope, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient = slope_of(
+        partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, d, num_chunks, low, high, kl_weight,
+        guidance_scale,
+        True, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,  # pyright: ignore
+    )  # fmt: skip
+    scale = weight_of(scale, scales_ptr, row, HAS_SCALES)
+    of_residual = scale * slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
+    of_shift = scale
+    if HAS_PENALTY:
+        of_shift = scale * kl_weight * shift_weight(coef_ptr, d)
+    gradient = gradient_of(residual, shift, of_residual, of_shift, HAS_PENALTY)
+    store_gradients(grad_output_ptr, grad_uncond_ptr, index, gradient, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND)
+    for start in range(part * chunk + BLOCK, (part + 1) * chunk, BLOCK):
+        index = start + tl.arange(0, BLOCK)
         mask = index < d
         output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
-        gradient = gradient_of(
-            output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, of_residual, of_shift,
-            HAS_PENALTY,
-        )  # fmt: skip
+        residual, shift = terms_of(
+            output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, HAS_PENALTY
+        )
+        gradient = gradient_of(residual, shift, of_residual, of_shift, HAS_PENALTY)
         store_gradients(
             grad_output_ptr, grad_uncond_ptr, index, gradient, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND
         )
+    store_numbers(
+        numbers_ptr, row, n, part == 0, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient
+    )  # fmt: skip
 
 
 def _policy_grad(

@@ -37,12 +37,12 @@ STATISTICS: tuple[str, ...] = (
 
 @triton.jit
 def slope_of(
-    numbers_ptr, partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks, low, high, kl_weight,
-    guidance_scale, is_first, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
+    partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, d, num_chunks, low, high, kl_weight, guidance_scale,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_PENALTY: tl.constexpr,
     IS_PPO: tl.constexpr, IS_GAUSSIAN: tl.constexpr, IS_GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr,
     SUMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(dloss / dlog_prob, loss) of a row from its partial sums; stores the loss and the rows of STATISTICS, [8, n].
+    """dloss / dlog_prob of a row from its partial sums; then its loss and STATISTICS.
 
     `coef_ptr` is that of the row. Without old_log_prob the ratio is 1 and the slope -advantage, whatever the sums are.
     """
@@ -59,7 +59,7 @@ def slope_of(
         loss, slope = -advantage * ratio, -advantage
     of_residual = slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
     gradient = tl.where(slope == 0, 0.0, of_residual * of_residual * square)  # not NaN where the square overflows
-    kl = square * 0.0
+    kl = tl.zeros((), tl.float32)
     if HAS_REF:
         shift_square = load_sum(partial_ptr + num_chunks, num_chunks, WIDTH)
         of_kl = shift_weight(coef_ptr, d)
@@ -77,17 +77,25 @@ def slope_of(
         gradient *= share
     log_ratio = log_prob - old_log_prob
     is_finite = (tl.abs(log_prob) < float("inf")) & (tl.abs(ratio) < float("inf"))
+    approx_kl, clipfrac = 0.5 * log_ratio * log_ratio, ((ratio < low) | (ratio > high)).to(tl.float32)
+    return slope, loss, log_prob, ratio, approx_kl, clipfrac, kl, 1.0 - is_finite.to(tl.float32), tl.sqrt(gradient)
+
+
+@triton.jit
+def store_numbers(
+    numbers_ptr, row, n, is_first, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient
+):  # fmt: skip
+    """The loss and STATISTICS of a row, in [8, n]."""
     stride = tl.cast(n, tl.int64)
     numbers_ptr += row
     tl.store(numbers_ptr, loss, mask=is_first)
     tl.store(numbers_ptr + stride, log_prob, mask=is_first)
     tl.store(numbers_ptr + 2 * stride, ratio, mask=is_first)
-    tl.store(numbers_ptr + 3 * stride, 0.5 * log_ratio * log_ratio, mask=is_first)
-    tl.store(numbers_ptr + 4 * stride, ((ratio < low) | (ratio > high)).to(tl.float32), mask=is_first)
+    tl.store(numbers_ptr + 3 * stride, approx_kl, mask=is_first)
+    tl.store(numbers_ptr + 4 * stride, clipfrac, mask=is_first)
     tl.store(numbers_ptr + 5 * stride, kl, mask=is_first)
-    tl.store(numbers_ptr + 6 * stride, 1.0 - is_finite.to(tl.float32), mask=is_first)
-    tl.store(numbers_ptr + 7 * stride, tl.sqrt(gradient), mask=is_first)
-    return slope, loss
+    tl.store(numbers_ptr + 6 * stride, nonfinite, mask=is_first)
+    tl.store(numbers_ptr + 7 * stride, output_gradient, mask=is_first)
 
 
 @triton.jit
@@ -100,10 +108,13 @@ def policy_loss_kernel(
 ):  # fmt: skip
     """Finish: loss, statistics and slope of a row."""
     row = tl.program_id(0).to(tl.int64)
-    slope, loss = slope_of(
-        numbers_ptr, partial_ptr, coef_ptr + row * coef_stride, old_log_prob_ptr, advantage_ptr, row, n, d, num_chunks,
-        low, high, weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS), guidance_scale, True,
+    slope, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient = slope_of(
+        partial_ptr, coef_ptr + row * coef_stride, old_log_prob_ptr, advantage_ptr, row, d, num_chunks, low, high,
+        weight_of(kl_weight, kl_weights_ptr, row, HAS_KL_WEIGHTS), guidance_scale,
         HAS_OLD, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,
+    )  # fmt: skip
+    store_numbers(
+        numbers_ptr, row, n, True, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient
     )  # fmt: skip
     if HAS_SLOPE:
         tl.store(loss_ptr + row, loss)

@@ -167,16 +167,24 @@ def log_prob_kernel(
 
 
 @triton.jit
-def gradient_of(
-    output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, of_residual, of_shift,
-    HAS_PENALTY: tl.constexpr,
-):  # fmt: skip
-    """of_residual * residual + of_shift * (output - ref_output), one block of a row."""
+def terms_of(
+    output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, HAS_PENALTY: tl.constexpr
+):
+    """(residual, output - ref_output) of one block of a row; without a penalty, the residual twice."""
     prev, sample = load(prev_ptr, index, mask), load(sample_ptr, index, mask)
     residual = residual_of(prev, sample, output, weight_sample, weight_output)
+    shift = residual
+    if HAS_PENALTY:
+        shift = output - load(ref_ptr, index, mask)
+    return residual, shift
+
+
+@triton.jit
+def gradient_of(residual, shift, of_residual, of_shift, HAS_PENALTY: tl.constexpr):
+    """of_residual * residual + of_shift * shift."""
     grad = of_residual * residual
     if HAS_PENALTY:
-        grad += of_shift * (output - load(ref_ptr, index, mask))
+        grad += of_shift * shift
     return grad
 
 
@@ -210,10 +218,10 @@ def gradient_kernel(
         index = tl.program_id(1) * chunk + start + tl.arange(0, BLOCK)
         mask = index < d
         output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
-        gradient = gradient_of(
-            output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, of_residual, of_shift,
-            HAS_PENALTY,
-        )  # fmt: skip
+        residual, shift = terms_of(
+            output, sample_ptr, prev_ptr, ref_ptr, weight_sample, weight_output, index, mask, HAS_PENALTY
+        )
+        gradient = gradient_of(residual, shift, of_residual, of_shift, HAS_PENALTY)
         store_gradients(
             grad_output_ptr, grad_uncond_ptr, index, gradient, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND
         )
