@@ -87,7 +87,7 @@ def ladder(batch: int, *, is_gpu: bool) -> list[Variant]:
     if is_gpu:
         features += [
             ("torch.compile, regional", {"acceleration": {"compile": "regional"}}),
-            ("CUDA graphs, no folding", {"acceleration": {"cuda_graphs": True, "fold_adapter": "off"}}),
+            ("CUDA graphs", {"acceleration": {"cuda_graphs": "on"}}),
         ]
     config: dict[str, dict[str, Any]] = {
         "train": {"microbatch": batch},

@@ -53,7 +53,7 @@ def policy_grad_kernel(
     grad_output_ptr += row * grad_stride
     grad_uncond_ptr += row * grad_stride
     weight_sample, weight_output = tl.load(coef_ptr), tl.load(coef_ptr + 1)
-    # The first block is on its way while the slope is made, and the statistics are written last.
+    # The first block is on its way while the slope is made.
     index = part * chunk + tl.arange(0, BLOCK)
     mask = index < d
     output = load_output(output_ptr, uncond_ptr, guidance_scale, index, mask, IS_GUIDED)
@@ -65,6 +65,9 @@ def policy_grad_kernel(
         partial_ptr, coef_ptr, old_log_prob_ptr, advantage_ptr, row, d, num_chunks, low, high, kl_weight,
         guidance_scale,
         True, HAS_REF, HAS_PENALTY, IS_PPO, IS_GAUSSIAN, IS_GUIDED, NEEDS_UNCOND, SUMS, WIDTH,  # pyright: ignore
+    )  # fmt: skip
+    store_numbers(
+        numbers_ptr, row, n, part == 0, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient
     )  # fmt: skip
     scale = weight_of(scale, scales_ptr, row, HAS_SCALES)
     of_residual = scale * slope * residual_weight(coef_ptr, d, IS_GAUSSIAN)
@@ -84,9 +87,6 @@ def policy_grad_kernel(
         store_gradients(
             grad_output_ptr, grad_uncond_ptr, index, gradient, guidance_scale, mask, IS_GUIDED, NEEDS_UNCOND
         )
-    store_numbers(
-        numbers_ptr, row, n, part == 0, loss, log_prob, ratio, approx_kl, clipfrac, kl, nonfinite, output_gradient
-    )  # fmt: skip
 
 
 def _policy_grad(

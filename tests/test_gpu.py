@@ -1,6 +1,6 @@
 """What only a GPU can show: compiled kernels against float64, exact equalities, graphs, no waiting, and 64-bit offsets.
 
-Needs torch and triton alone, but for the last test. The names of the tests name the operation, and `bench/kernels`
+Needs torch and triton alone, but for whole iterations. The names of the tests name the operation, and `bench/kernels`
 reports no figure of an operation whose test fails.
 """
 
@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+needs_models = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
 RTOL = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 SHAPES = [(4, 64, 64), (16, 33, 7), (16, 128, 128)]
 GUIDANCE = 3.5
@@ -280,7 +281,7 @@ def test_rows_beyond_two_to_the_31_elements(name: str) -> None:
     _assert_equal({key: value[-8:] for key, value in got.items()}, want)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
+@needs_models
 def test_a_run_uses_the_gpu_and_starts_on_policy(tmp_path) -> None:
     from adascope_fast.config import Config
     from adascope_fast.training.trainer import Trainer
@@ -292,7 +293,7 @@ def test_a_run_uses_the_gpu_and_starts_on_policy(tmp_path) -> None:
     assert set(ops.explain("cuda").values()) != {"reference"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
+@needs_models
 @pytest.mark.parametrize("tail_share", [1.0, 0.4])
 @pytest.mark.parametrize("update", ["replay", "one_pass"])
 def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: float) -> None:
@@ -342,6 +343,135 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
         told = mock.patch.object(engine.algorithm, "slopes", return_value=slopes)
         with told, mock.patch.object(Trajectory, "pairs", return_value=pairs), _no_waiting():
             engine._apply(collection.gradients, samples, context, schedule)
+
+
+@contextmanager
+def _exactly_repeatable() -> Iterator[None]:
+    """Convolutions and attention whose backward passes round alike each time."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+def _graphs(lines: list[str]) -> Any:
+    from adascope_fast.engine.graphs import CudaBackend, Graphs
+
+    return Graphs(CudaBackend(torch.device("cuda")), tell=lines.append)
+
+
+def _scenes(name: str = "scenes", **options: Any) -> Any:
+    from adascope_fast import backbones
+
+    model = backbones.load(name, **{"lora_rank": 2, **options})
+    model.to(torch.device("cuda"))
+    return model
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "scenes": {},
+    "scenes-flow": {},
+    "guided": {"guidance_scale": 2.5},
+    "conditional": {"guidance_scale": 2.5, "train_guidance": "conditional"},
+    "bf16": {"autocast": lambda: torch.autocast("cuda", dtype=torch.bfloat16)},
+    "float16": {},
+    "tail": {"tail_share": 0.5},
+    "one_pass": {"update": "one_pass", "guidance_scale": 2.0},
+}
+
+
+@needs_models
+@pytest.mark.parametrize("case", CASES)
+def test_iterations_in_graphs_have_the_bits_of_those_without(case: str) -> None:
+    """Trajectories, statistics and weights of three iterations, in all of which shapes are met again."""
+    from graph_runs import Run, assert_same
+
+    from adascope_fast.algorithms.policy_gradient import ddpo, grpo
+
+    is_ahead = case in ("tail", "one_pass")
+    keys: dict[str, Any] = {"dtype": torch.float16, "gradient_checkpointing": True} if case == "float16" else {}
+    options: dict[str, Any] = {"updates_per_iteration": 1 if is_ahead else 2, "microbatch": 3, "folds_adapter": True}
+
+    def run(graphs: Any) -> Any:
+        model = _scenes("scenes-flow" if case == "scenes-flow" else "scenes", **keys)
+        return Run(model, ddpo() if is_ahead else grpo(kl_weight=0.1), graphs, **options, **CASES[case])
+
+    lines: list[str] = []
+    with _exactly_repeatable():
+        want, again, graphs = run(None), run(None), _graphs(lines)
+        assert_same(again, want)  # else nothing is said of graphs
+        assert_same(run(graphs), want)
+    assert graphs.num_replays > graphs.num_calls / 2, lines
+    assert not any("without" in line for line in lines), lines
+
+
+@needs_models
+def test_a_step_is_one_graph_launch_and_memory_stays() -> None:
+    from graph_runs import SCENES, STEPS, Run
+    from torch.profiler import ProfilerActivity, profile
+
+    from adascope_fast.algorithms.policy_gradient import ddpo
+    from adascope_fast.rollout import EncodedPrompts
+
+    lines: list[str] = []
+    graphs = _graphs(lines)
+    run = Run(_scenes(), ddpo(), graphs, folds_adapter=True, prompts=SCENES, iterations=3)
+    batch = [prompt for prompt in SCENES for _ in range(2)]
+    encoded, held, size = EncodedPrompts.of(run.model, batch), [], graphs._backend.num_bytes()
+    calls = graphs.num_calls
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        run.engine.step(encoded, batch, iteration=3, seed=3)
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    calls = graphs.num_calls - calls
+    assert calls == 2 * STEPS + 3  # 6 images in batches of 4, 12 pairs in microbatches of 4
+    assert counts["cudaGraphLaunch"] == calls
+    for iteration in range(4, 7):
+        run.left.clear()
+        run.engine.step(encoded, batch, iteration=iteration, seed=iteration)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[0] == held[-1], held
+    assert graphs._backend.num_bytes() == size > 0
+
+
+def test_what_cannot_be_recorded_leaves_the_device_and_other_graphs_as_they_were() -> None:
+    lines: list[str] = []
+    graphs, stream = _graphs(lines), torch.cuda.current_stream()
+    weight = torch.randn(256, 256, device="cuda")
+
+    def good(x: Tensor) -> Tensor:
+        return (x @ weight).relu() @ weight
+
+    def bad(x: Tensor) -> Tensor:
+        return good(x) * x.sum().item()
+
+    for seed in range(4):
+        x = torch.randn(64, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+        assert torch.equal(graphs("good", good, x).clone(), good(x))
+        assert torch.equal(graphs("bad", bad, x), bad(x))
+        assert torch.cuda.current_stream() == stream
+    torch.rand(3, device="cuda")  # the device's own generator was being recorded too
+    assert graphs.num_replays == 3
+    (line,) = (line for line in lines if "bad" in line)
+    assert "cannot be recorded and runs without" in line
+    assert "captur" in line
+
+
+def test_random_numbers_are_those_of_their_generator() -> None:
+    """Whether its draws can be recorded, as the default generator's can, or are done without."""
+    graphs, generator = _graphs([]), torch.Generator("cuda")
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=generator, device="cuda")
+
+    x = torch.zeros(5, device="cuda")
+    for seed in range(4):
+        generator.manual_seed(seed)
+        got = graphs("noisy", noisy, x)
+        generator.manual_seed(seed)
+        assert torch.equal(got, noisy(x))
 
 
 @contextmanager

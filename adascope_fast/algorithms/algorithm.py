@@ -180,6 +180,14 @@ class Algorithm(ABC):
         return chosen
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether `loss` asks the host for nothing that changes while it is trained, so that CUDA graphs may repeat it.
+
+        Numbers and branches may depend on its arguments' shapes and on `is_on_policy`; `scale` is a tensor then.
+        """
+        return False
+
+    @property
     def is_known_ahead(self) -> bool:
         """Whether what multiplies a step's gradient, but for the sample's reward, is known before the rollout."""
         return True
@@ -194,7 +202,7 @@ class Algorithm(ABC):
 
         Args:
             is_on_policy: no parameter has moved since the rollout, so ratios are 1 exactly.
-            scale: what the sum of the loss will be multiplied by.
+            scale: what the sum of the loss will be multiplied by; a tensor [] where the loss `is_repeatable` and is.
         """
 
     def state_dict(self) -> dict[str, Any]:

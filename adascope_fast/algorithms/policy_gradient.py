@@ -87,6 +87,12 @@ class PolicyGradient(Algorithm):
         return self.attribution.steps(chosen, trainable)
 
     @property
+    def is_repeatable(self) -> bool:
+        """Of the losses and objectives here it is known; one of your own says so itself."""
+        is_known = isinstance(self.objective, Clipped) or self.objective is score_function
+        return is_known and type(self).loss is PolicyGradient.loss
+
+    @property
     def is_known_ahead(self) -> bool:
         """Whether the attribution's shares follow from the chosen steps alone."""
         return self.attribution.is_known_ahead
@@ -130,7 +136,7 @@ class PolicyGradient(Algorithm):
                 **bounds,
                 **shared,
                 clip=self.objective.form,
-                scale=scale,
+                scale=scale.expand(len(pairs)) if isinstance(scale, Tensor) else scale,
                 needs_uncond=policy.train_guidance != "conditional",
             )
             gradients = [gradient for gradient in found if gradient is not None]

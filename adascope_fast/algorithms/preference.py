@@ -60,6 +60,11 @@ class D3po(Algorithm):
         """See `log_prob_kind_of`."""
         return log_prob_kind_of(self.settings.log_prob, schedule)
 
+    @property
+    def is_repeatable(self) -> bool:
+        """See `Algorithm`."""
+        return True
+
     def batch(self, samples: Samples, context: Context) -> PairedSteps:
         """The steps of each pair that are kept of both its samples, else of either."""
         trajectory = samples.trajectory

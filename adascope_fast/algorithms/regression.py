@@ -93,6 +93,11 @@ class Awm(Algorithm):
         """The sampler as it is; all its steps have noise levels to train at, deterministic ones too."""
         return replace(schedule, is_noised=True)
 
+    @property
+    def is_repeatable(self) -> bool:
+        """See `Algorithm`."""
+        return True
+
     def batch(self, samples: Samples, context: Context) -> Noised:
         """`num_draws` noise levels of each image among its kept steps, and noise for each."""
         trajectory, policy = samples.trajectory, context.policy

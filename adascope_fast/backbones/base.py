@@ -5,12 +5,14 @@ Frozen weights are in the pipeline's type; what is trained is float32. `n` sampl
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adascope_fast.backbone import Condition
 from adascope_fast.backbones import float16_gradients as half
@@ -96,7 +98,10 @@ class PipelineBackbone:
             self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
             half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
         if options.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+            # Nothing in it is random, so the generators' states need not be kept, which a CUDA graph could not.
+            self.denoiser.enable_gradient_checkpointing(
+                partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            )
             self.denoiser.train()  # diffusers recomputes only in training mode
             for module in self.denoiser.modules():
                 if isinstance(module, nn.Dropout):
@@ -275,11 +280,15 @@ class PipelineBackbone:
                     self._readings[prompt][name] = reading
         return [self._readings[prompt] for prompt in prompts]
 
-    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
+    def settle(self) -> None:
+        """Have all where `predict` wants it: offloaded text encoders away, before it is replayed and not called."""
         self._align()
         if self.options.offload_text_encoders:
             self._place_text_encoders(is_near=False)
+
+    def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
+        self.settle()
         output = self._predict(sample.to(self.dtype), timestep, condition)
         if self._gradient_scale == 1:
             return output

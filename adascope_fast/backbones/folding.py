@@ -15,13 +15,15 @@ from torch import Tensor, nn
 class Folding:
     """Folds within a `with` statement; `off` and `on` in between cost next to nothing.
 
+    The folded weights keep their memory from one `with` statement to the next: CUDA graphs go by it.
     Layers whose base weight is not float32 are left alone, and under autocast all layers: rounding would swallow a
     small adapter.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._layers = [layer for layer in denoiser.modules() if type(layer) is Linear and _can_fold(layer)]
-        self._weights: list[tuple[Tensor, Tensor]] | None = None
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        """Of each layer, the base and the folded weight."""
         self._is_on = False
 
     @property
@@ -36,20 +38,19 @@ class Folding:
         return sum(weight.nbytes for weight in weights)
 
     def __enter__(self) -> Self:
-        self._weights = None  # the adapter may have been trained since
+        if not _is_autocast(self._layers):
+            before: list[Any] = [folded for _, folded in self._weights] or [None] * len(self._layers)
+            self._weights = [_both(layer, old) for layer, old in zip(self._layers, before, strict=True)]
         self.on()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.off()
-        self._weights = None
 
     def on(self) -> None:
         """Let the adapted layers use the sum of base and adapter."""
         if self._is_on or _is_autocast(self._layers):
             return
-        if self._weights is None:
-            self._weights = [_both(layer) for layer in self._layers]
         for layer, (_, folded) in zip(self._layers, self._weights, strict=True):
             layer.get_base_layer().weight.data = folded
             layer.merged_adapters.append(layer.active_adapters[0])
@@ -59,7 +60,7 @@ class Folding:
         """Let them use the base and the adapter apart, to be differentiated."""
         if not self._is_on:
             return
-        for layer, (base, _) in zip(self._layers, self._weights or [], strict=True):
+        for layer, (base, _) in zip(self._layers, self._weights, strict=True):
             layer.get_base_layer().weight.data = base
             layer.merged_adapters.clear()
         self._is_on = False
@@ -76,6 +77,6 @@ def _is_autocast(layers: list[Any]) -> bool:
 
 
 @torch.no_grad()
-def _both(layer: Any) -> tuple[Tensor, Tensor]:
+def _both(layer: Any, folded: Tensor | None) -> tuple[Tensor, Tensor]:
     base = layer.get_base_layer().weight.data
-    return base, base + layer.get_delta_weight(layer.active_adapters[0])
+    return base, torch.add(base, layer.get_delta_weight(layer.active_adapters[0]), out=folded)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from adascope_fast.engine.graphs import CudaBackend, Graphs
 from adascope_fast.engine.settings import Acceleration as Acceleration
 from adascope_fast.engine.settings import Switch
 
@@ -30,6 +31,7 @@ def accelerate(
     return {
         "channels_last": _channels_last((denoiser, decoder), acceleration.channels_last),
         "compile": _compile(denoiser, acceleration, device),
+        "cuda_graphs": _cuda_graphs(acceleration.cuda_graphs, device),
         "fused_optimizer": "on" if acceleration.is_fused else "off",
         "fold_adapter": "on" if acceleration.folds else "off",
         "matmul_precision": acceleration.matmul_precision,
@@ -59,11 +61,8 @@ def _compile(denoiser: nn.Module, acceleration: Acceleration, device: torch.devi
     if choice == "off":
         return "off"
     # One graph a batch size: the rollout's, the update's, and their last ones.
+    # None of them is a CUDA graph: compiled parts are recorded with what surrounds them, as the kernels that they are.
     options: dict[str, Any] = {"backend": acceleration.compile_backend, "dynamic": False}
-    if acceleration.cuda_graphs:
-        if device.type != "cuda":
-            raise ValueError(f"acceleration.cuda_graphs needs a CUDA device, got {device.type!r}; set it to false")
-        options["mode"] = "reduce-overhead"
     if choice == "full":
         denoiser.compile(**options)
         return "full"
@@ -78,6 +77,21 @@ def _compile(denoiser: nn.Module, acceleration: Acceleration, device: torch.devi
     for block in found:
         block.compile(**options)
     return f"regional: {len(found)} blocks"
+
+
+def _cuda_graphs(choice: Switch, device: torch.device) -> str:
+    if choice == "on" and device.type != "cuda":
+        raise ValueError(
+            f'acceleration.cuda_graphs = "on" needs a CUDA device, got {device.type!r}; set it to "auto" or "off"'
+        )
+    if choice == "auto":
+        return "off: not seen on a GPU yet" if device.type == "cuda" else "off: needs a GPU"
+    return choice
+
+
+def graphs_of(acceleration: Acceleration, device: torch.device, tell: Callable[[str], None]) -> Graphs | None:
+    """What an engine records by, if that is asked for; `tell` is given lines on what is recorded and what is not."""
+    return Graphs(CudaBackend(device), tell=tell) if acceleration.cuda_graphs == "on" else None
 
 
 def halving(attempt: Callable[[int], T], size: int, name: str) -> tuple[T, int]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float32, Int64
@@ -26,9 +26,11 @@ from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.engine.acceleration import halving
+from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.one_pass import OnePass
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
+from adascope_fast.engine.recorded import Recording, halved_parts
 from adascope_fast.engine.scoring import Scoring
 from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics, as_json
@@ -38,6 +40,8 @@ from adascope_fast.schedules.settings import Sampler
 from adascope_fast.schedules.tail import Tails
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.theory import measured_uncertainty
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Engine:
         folds_adapter: the rollout runs on weights that have the adapter in them.
         autocast: context in which the denoiser runs.
         progress: called with (part, done, total) as an iteration advances.
+        graphs: what steps of a rollout and microbatches of an update are recorded by; None: they are not.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Engine:
         folds_adapter: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.sampler = Sampler() if sampler is None else sampler
         refuse(algorithm, settings, self.sampler)
@@ -98,6 +104,7 @@ class Engine:
         self.microbatch = settings.usual_microbatch(self.sampler.guidance_scale)
         self._autocast, self._progress = autocast, progress
         self._parameters = backbone.trainable_parameters()
+        self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
         self._seconds: dict[str, float] = {}
 
     @property
@@ -109,6 +116,8 @@ class Engine:
         """One iteration on `prompts`, one image each (repeat one for a group). `seed` fixes all its randomness."""
         self._seconds = {}
         schedule = self.algorithm.schedule(self.selector.sampler(self.schedule, iteration))
+        if self._recording is not None:
+            self._recording.start()
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
         policy = self.policy(encoded, schedule)
         collection = _Collection(self, encoded, prompts, schedule, generator, iteration)
@@ -170,6 +179,8 @@ class Engine:
 
     def policy(self, encoded: EncodedPrompts, schedule: Schedule) -> ModelPolicy:
         """The model as a loss sees it."""
+        if self._recording is not None:
+            encoded, schedule = self._recording.held(encoded, schedule)
         return ModelPolicy(
             self.backbone,
             schedule,
@@ -221,7 +232,8 @@ class Engine:
     def _replay(self, policy: ModelPolicy, rows: Rows, num_steps: int, generator: torch.Generator) -> UpdateStatistics:
         """The updates; after their plan nothing here waits for the device, if the optimiser can skip a step itself."""
         updates = self.planned(rows, generator)
-        num_forwards = rows.num_forwards
+        num_forwards, recording = rows.num_forwards, self._recording
+        cut = even_parts if recording is None or not recording.records_updates else halved_parts
         total = sum(len(update.rows) for update in updates)
         statistics, done = UpdateStatistics(num_steps), 0
         for number, update in enumerate(updates):
@@ -231,9 +243,9 @@ class Engine:
                 microbatch: int, mine: Rows = mine, update: Update = update, before: int = before, number: int = number
             ) -> list:
                 nonlocal done
-                self.optimizer.zero_grad(set_to_none=True)
+                self._clear_gradients()
                 done, parts = before, []
-                for part in even_parts(len(mine), max(1, microbatch // num_forwards)):
+                for part in cut(len(mine), max(1, microbatch // num_forwards)):
                     # The first update comes before any parameter moved, so log_prob is old_log_prob.
                     parts.append(self._accumulate(policy, mine.take(part), update.divisor, is_on_policy=number == 0))
                     done += part.stop - part.start
@@ -241,7 +253,7 @@ class Engine:
                 return parts
 
             if len(update.rows):
-                parts, self.microbatch = halving(attempt, self.microbatch, "train.microbatch")
+                parts, self.microbatch = halving(self._freeing(attempt), self.microbatch, "train.microbatch")
             else:  # all without effect: their gradient is zero
                 parts = []
                 for parameter in self._parameters:
@@ -253,11 +265,24 @@ class Engine:
         self, policy: ModelPolicy, rows: Any, divisor: int, *, is_on_policy: bool
     ) -> dict[str, Float32[Tensor, " n"]]:
         """Add a microbatch's gradient; what it tells of each row."""
+
+        def add_gradient(rows: Any, scale: Any) -> dict[str, Tensor]:
+            return self._add_gradient(policy, rows, scale, is_on_policy=is_on_policy)
+
+        if self._recording is None or not self._recording.records_updates:
+            return add_gradient(rows, 1 / divisor)
+        return self._recording.microbatch(
+            add_gradient, rows, scale=1 / divisor, host=is_on_policy, fixed=policy.tensors()
+        )
+
+    def _add_gradient(
+        self, policy: ModelPolicy, rows: Any, scale: Any, *, is_on_policy: bool
+    ) -> dict[str, Float32[Tensor, " n"]]:
         policy.clear()
-        loss = self.algorithm.loss(policy, rows, is_on_policy=is_on_policy, scale=1 / divisor)
+        loss = self.algorithm.loss(policy, rows, is_on_policy=is_on_policy, scale=scale)
         gradients = loss.gradients
         if gradients is None:
-            gradients = torch.autograd.grad(loss.values.sum() / divisor, policy.leaves())
+            gradients = torch.autograd.grad(loss.values.sum() * scale, policy.leaves())
         policy.backward(gradients)
         policy.clear()
         told = loss.statistics | {"loss": loss.values.detach()}
@@ -265,7 +290,26 @@ class Engine:
             return told
         norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in gradients])
         squares = norms.square().sum(0).view(-1, len(loss.values)).sum(0)  # a row may be several of the denoiser's
-        return told | {"output_gradient": squares.sqrt() * divisor}
+        return told | {"output_gradient": squares.sqrt() / scale}
+
+    def _freeing(self, attempt: Callable[[int], T]) -> Callable[[int], T]:
+        """`attempt`; if memory runs out, the graphs give up theirs."""
+
+        def freed(size: int) -> T:
+            try:
+                return attempt(size)
+            except torch.OutOfMemoryError:
+                if self._recording is not None:
+                    self._recording.graphs.forget()
+                raise
+
+        return freed
+
+    def _clear_gradients(self) -> None:
+        if self._recording is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._recording.gradients.clear()
 
     def _apply(
         self, gradients: PerSampleGradients, samples: Samples, context: Context, schedule: Schedule
@@ -379,18 +423,25 @@ class _Collection:
         engine, schedule = self._engine, self._schedule
         total = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
         start, scale = self._generator.get_state(), engine.sampler.guidance_scale
-        folding = Folding(engine.backbone.denoiser) if engine.folds_adapter else None
+        recording = engine._recording
+        folding = None
+        if engine.folds_adapter:
+            folding = Folding(engine.backbone.denoiser) if recording is None else recording.folding
         kind = engine.algorithm.log_prob_kind(schedule)
+        denoising, tables = Denoising(engine.backbone, schedule, self._encoded, scale, kind), None
+        if recording is not None:
+            denoising = recording.denoising(denoising, len(prompts))
+            tables = denoising.flat.tables()
 
         def attempt(batch: int) -> Trajectory:
-            done, advance = 0, None
+            done, advance = 0, denoising
             self._generator.set_state(start)
             scoring.clear()
             if keep is not None:
                 assert isinstance(engine.algorithm, PolicyGradient)
                 self.gradients = PerSampleGradients(engine.backbone.denoiser, engine._parameters, len(prompts))
                 advance = OnePass(
-                    Denoising(engine.backbone, schedule, self._encoded, scale, kind),
+                    denoising,
                     keep.cpu(),
                     engine.algorithm.weights(keep, schedule),
                     self.gradients,
@@ -416,12 +467,14 @@ class _Collection:
                     kind=kind,
                     advance=advance,
                     tails=tails,
+                    tables=tables,
                     on_step=on_step,
                     on_batch=scoring.submit,
                 )
 
-        trajectory, engine.rollout_batch = halving(attempt, engine.rollout_batch, "train.rollout_batch")
-        return trajectory
+        freeing = engine._freeing(attempt)
+        trajectory, engine.rollout_batch = halving(freeing, engine.rollout_batch, "train.rollout_batch")
+        return trajectory if tables is None else trajectory.copied()
 
 
 def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:

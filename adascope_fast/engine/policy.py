@@ -81,6 +81,11 @@ class ModelPolicy:
         """The encoded prompts, a row for each distinct one."""
         return self.encoded.condition
 
+    def tensors(self) -> list[Tensor]:
+        """What its outputs are made of besides weights and what they are asked for: schedule and prompts."""
+        tables = [value for value in vars(self.schedule).values() if isinstance(value, Tensor)]
+        return [*tables, *self.encoded.condition.values(), *self.encoded.negative.values()]
+
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return self.backbone.trainable_parameters()

@@ -3,9 +3,9 @@
 Nothing here imports torch.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator
 
 from adascope_fast.settings import Count, Images, Positive, Section
 
@@ -13,6 +13,11 @@ ROWS_THAT_PAY = 64
 """Rows of a training forward up to which more of them are cheaper each (a quarter on a CPU, from 16 to 64)."""
 
 Switch = Literal["auto", "on", "off"]
+
+
+def _was_bool(value: Any) -> Any:
+    """Runs of earlier versions wrote true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Updates(Section):
@@ -57,8 +62,9 @@ class Acceleration(Section):
 
     compile: Literal["auto", "off", "regional", "full"] = "auto"
     """torch.compile of the denoiser: its repeated blocks (regional), or the whole of it; `auto`: regional on a GPU."""
-    cuda_graphs: bool = False
-    """Compiled parts run as CUDA graphs."""
+    cuda_graphs: Annotated[Switch, BeforeValidator(_was_bool)] = "auto"
+    """Steps of a rollout and microbatches of an update that repeat a shape are launched as one CUDA graph each; `auto`:
+    off, as no GPU has been seen to do it yet."""
     compile_backend: Literal["inductor", "eager", "aot_eager"] = "inductor"
     """Backend of torch.compile; the others are for finding faults."""
     channels_last: Switch = "auto"
@@ -66,18 +72,9 @@ class Acceleration(Section):
     fused_optimizer: Switch = "auto"
     """One kernel for all parameters, which also skips an update that is not finite without asking the host."""
     fold_adapter: Switch = "auto"
-    """LoRA is added to float32 base weights while nothing is differentiated; `auto`: on, but for CUDA graphs."""
+    """LoRA is added to float32 base weights while nothing is differentiated; `auto`: on."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """`high` lets float32 matrix products use TF32 on a GPU."""
-
-    @model_validator(mode="after")
-    def _graphs_are_of_compiled_parts(self) -> Self:
-        if self.cuda_graphs and self.compile == "off":
-            raise ValueError(
-                'acceleration.cuda_graphs = true needs compiled parts, got acceleration.compile = "off"; set it to '
-                '"auto", or acceleration.cuda_graphs = false'
-            )
-        return self
 
     @property
     def is_fused(self) -> bool:
@@ -87,4 +84,4 @@ class Acceleration(Section):
     @property
     def folds(self) -> bool:
         """Whether the rollout runs on weights that have the adapter in them, see `backbones.folding`."""
-        return self.fold_adapter == "on" or (self.fold_adapter == "auto" and not self.cuda_graphs)
+        return self.fold_adapter != "off"

@@ -5,6 +5,7 @@ from adascope_fast.rollout.denoising import Denoising as Denoising
 from adascope_fast.rollout.denoising import predict as predict
 from adascope_fast.rollout.denoising import predict_in_one as predict_in_one
 from adascope_fast.rollout.denoising import split as split
+from adascope_fast.rollout.flat_tables import FlatTables as FlatTables
 from adascope_fast.rollout.prompts import EncodedPrompts as EncodedPrompts
 from adascope_fast.rollout.prompts import PromptCache as PromptCache
 from adascope_fast.rollout.sampling import rollout as rollout

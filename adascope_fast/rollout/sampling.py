@@ -33,6 +33,7 @@ def rollout(
     kind: Kind = "gaussian",
     advance: Advance | None = None,
     tails: Tails | None = None,
+    tables: Tables | None = None,
     on_step: Callable[[int], None] | None = None,
     on_batch: Callable[[slice, Tensor], None] | None = None,
 ) -> Trajectory:
@@ -48,6 +49,7 @@ def rollout(
         kind: of the log-probability that is recorded; an `advance` of one's own has its own.
         advance: takes the steps; None: `Denoising`.
         tails: where samples leave the sampler for a shorter way to the picture. The states that they skip are NaN.
+        tables: what is written to, and what the trajectory is made of; None: new ones.
         on_step: called with the number of samples after each step of each batch.
         on_batch: called with (rows, final latents) as soon as a batch is done.
     """
@@ -55,7 +57,8 @@ def rollout(
     advance = advance or Denoising(backbone, schedule, encoded, guidance_scale, kind)
     prompt_index = encoded.index(prompts, device)
     shape = (len(prompts), num_steps + 1, *backbone.latent_shape)
-    tables = Tables.of(torch.randn(shape, generator=generator, device=device), backbone.denoiser)
+    noise = torch.randn(shape, generator=generator, device=device)
+    tables = Tables.of(noise, backbone.denoiser) if tables is None else tables.again(noise)
     latents = tables.latents
     if initial is not None:
         latents[:, 0] = initial

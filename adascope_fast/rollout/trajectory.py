@@ -3,7 +3,7 @@
 `b` samples, `t` steps, `n` packed pairs; latents keep their own trailing shape.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -45,6 +45,12 @@ class StepBatch:
     def transition(self) -> dict[str, Tensor]:
         """`sample`, `prev_sample` and `rows` of an operation: tables, and what is meant of them."""
         return {"sample": self.states[:-1], "prev_sample": self.states[1:], "rows": self.rows}
+
+    def packed(self) -> "StepBatch":
+        """The same with the states of these pairs alone, from tables that need not stay."""
+        ends = torch.stack([self.rows, self.rows + 1], 1).flatten()
+        starts = torch.arange(0, len(ends), 2, device=ends.device)
+        return replace(self, states=picked(self.states, ends), rows=starts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,6 +95,11 @@ class Trajectory:
             self.prompt_index[samples],
             *(None if table is None else table[samples] for table in told),
         )
+
+    def copied(self) -> "Trajectory":
+        """The same in memory of its own, where tables are to be written again."""
+        tables = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tables)
 
     def pairs(self, keep: Bool[Tensor, "b t"]) -> Int64[Tensor, "n 2"]:
         """The chosen (sample, step) pairs, sample by sample. A deterministic step is refused: it has no log_prob."""
@@ -141,6 +152,13 @@ class Tables:
         x0 = noise.new_full(shape, torch.nan)
         numbers = noise.new_full((3, b, t), torch.nan, dtype=torch.float32)
         return cls(noise, x0.permute(0, 1, 4, 2, 3) if is_last else x0, *numbers)
+
+    def again(self, noise: Float[Tensor, "b t+1 *latent"]) -> "Tables":
+        """These tables, for another rollout with that noise."""
+        self.latents.copy_(noise)
+        for table in (self.x0, self.log_prob, self.x0_correlation, self.sample_correlation):
+            table.fill_(torch.nan)
+        return self
 
     def sample(self, at: slice | Int64[Tensor, " m"], step: int) -> Float[Tensor, "m *latent"]:
         """The latents of some samples that enter a step; a view where the samples follow one another."""

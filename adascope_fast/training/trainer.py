@@ -27,7 +27,7 @@ from adascope_fast.adascope.settings import Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.engine.acceleration import accelerate
+from adascope_fast.engine.acceleration import accelerate, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
@@ -245,7 +245,8 @@ class Trainer:
     def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
         seconds = time.perf_counter() - self._start
         more |= {"prompts_not_read": self._not_read} if self._not_read else {}
-        folder.describe(status, self.accelerator.device, seconds, self.acceleration, **more)
+        chosen = self.acceleration | ({} if self.graphs is None else {"cuda_graphs": self.graphs.words()})
+        folder.describe(status, self.accelerator.device, seconds, chosen, **more)
 
     def prepare(self) -> None:
         """Load the model and build what trains it, as `train` does first; may refuse."""
@@ -276,6 +277,7 @@ class Trainer:
         device, vae = self.accelerator.device, self.backbone.vae
         chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)
         self.acceleration = {"attention": self.backbone.attention, **chosen}
+        self.graphs = graphs_of(acceleration, device, self._progress.say)
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
         self.sensor = sensor_of(config, self.backbone, self.reward)
         self.selector = self._selector or selector_of(config, self.sensor)
@@ -291,6 +293,7 @@ class Trainer:
             folds_adapter=acceleration.folds,
             autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
+            graphs=self.graphs,
         )
 
     def _iterate(self, folder: RunFolder, first: int) -> None:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from graph_emulation import Emulation
 from torch import Tensor
 
 from adascope_fast import backbones, ops
 from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.backbone import Ema
+from adascope_fast.backbone import Ema, take
 from adascope_fast.backbones import flux
 from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.graphs import GradientBuffers, Graphs
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import EncodedPrompts, rollout
@@ -270,6 +272,30 @@ def test_checkpointing_changes_nothing(family: str, tiny):
         gradients.append([parameter.grad for parameter in model.trainable_parameters()])
     for want, got in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_graph_of_its_forward_and_backward_passes_has_the_same_gradient(family: str, tiny):
+    """By the emulation of CUDA graphs, which refuses what waits for the device or draws random numbers."""
+    model, lines = _load(tiny(family), gradient_checkpointing=True), []
+    condition, buffers = model.encode(CAPTIONS), GradientBuffers(model.trainable_parameters())
+
+    def work(sample: Tensor, timestep: Tensor, prompt_index: Tensor) -> Tensor:
+        output = model.predict(sample, timestep, take(condition, prompt_index))
+        output.square().mean().backward()
+        return output.detach()
+
+    def made(graphs: Graphs | None) -> list[Tensor]:
+        buffers.clear()
+        outputs = []
+        for seed in range(3):
+            inputs = initial_latents(model, [seed, 7]), torch.tensor([900.0, 100.0 * seed]), torch.tensor([1, seed % 2])
+            outputs.append((work(*inputs) if graphs is None else graphs("pass", work, *inputs)).clone())
+        return [*outputs, *(parameter.grad.clone() for parameter in model.trainable_parameters())]
+
+    want, backend = made(None), Emulation()
+    for one, other in zip(made(Graphs(backend, tell=lines.append)), want, strict=True):
+        assert torch.equal(one, other)
+    assert backend.num_replays == 2, lines
 
 
 def test_flux_patches_are_diffusers_own():

@@ -56,13 +56,17 @@ def test_the_prediction_is_the_same_and_the_weights_come_back(name: str):
 def test_a_trained_adapter_is_folded_anew():
     model = _trained("scenes")
     folding = Folding(model.denoiser)
+    layer = next(layer for layer in model.denoiser.modules() if getattr(layer, "merged_adapters", None) == [])
+    base = layer.get_base_layer().weight
     with folding:
-        old = _predict(model)
+        old, place = _predict(model), base.data_ptr()
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter.add_(0.03)
     with folding:
         new = _predict(model)
+        assert base.data_ptr() == place, "graphs read the folded weights where they were"
+    assert base.data_ptr() != place
     assert (new - old).abs().max() > 1e-2
     torch.testing.assert_close(new, _predict(model), rtol=1e-4, atol=1e-5)
 

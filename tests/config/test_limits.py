@@ -132,8 +132,8 @@ def test_every_text_is_printable_and_short(beside: list[str], key: str, value: s
             'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set it',
         ),
         (
-            ["acceleration.cuda_graphs=true", "acceleration.compile=off"],
-            'acceleration.cuda_graphs = true needs compiled parts, got acceleration.compile = "off"; set it to "auto"',
+            ["acceleration.cuda_graphs=always"],
+            'acceleration.cuda_graphs must be one of auto, on, off, got "always"; set for example',
         ),
         (
             ["prompts.train=a.txt"],
@@ -155,6 +155,12 @@ def test_every_text_is_printable_and_short(beside: list[str], key: str, value: s
 )
 def test_what_cannot_be_meant_is_one_line(overrides: list[str], want: str):
     assert _refused(*overrides).startswith(want)
+
+
+def test_true_and_false_of_earlier_runs_are_on_and_off():
+    for before, now in (("true", "on"), ("false", "off")):
+        assert Config.load(None, [f"acceleration.cuda_graphs={before}"]).acceleration.cuda_graphs == now
+    assert Config().acceleration.cuda_graphs == "auto"
 
 
 def test_defaults_that_a_short_rollout_has_no_room_for_mean_all_of_it():

@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_a_handle_is_that_of_the_kernel_that_triton_would_find(started: list):
     functions: dict[str, Any] = {}
     for name, changes in VARIANTS.items():
-        arguments = {"output": LATENTS, "ref": LATENTS} | changes
+        arguments: dict[str, Any] = {"output": LATENTS, "ref": LATENTS} | changes
         _call(**arguments)
         _call(**arguments)
         library._held.clear()
@@ -92,7 +92,8 @@ def test_handles_do_not_mix(started: list):
     """One after another without forgetting: each variant keeps its own kernel."""
     for _ in range(2):
         for changes in VARIANTS.values():
-            _call(**({"output": LATENTS, "ref": LATENTS} | changes))
+            arguments: dict[str, Any] = {"output": LATENTS, "ref": LATENTS} | changes
+            _call(**arguments)
     first, second = started[: len(VARIANTS)], started[len(VARIANTS) :]
     assert [launch[0] for launch in first] == [launch[0] for launch in second]
     assert len(library._held) == len(VARIANTS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from graph_emulation import Emulation
 from PIL import Image
 from safetensors.torch import load_file
 from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
@@ -19,6 +21,7 @@ from adascope_fast import backbones
 from adascope_fast.adascope.sensing import LatentSensor
 from adascope_fast.algorithms.attribution import Attribution
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.engine.graphs import Graphs
 from adascope_fast.selectors.simple import LateStart, RandomFraction, StaticRange, Threshold
 from adascope_fast.selectors.windows import FastWindow, Window
 from adascope_fast.settings import OWN, choices_of
@@ -79,6 +82,19 @@ def _check_same_run(folder: Path, alone: Path) -> None:
         assert got | UNTIMED == want | UNTIMED
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((alone / "evaluation.json").read_text())
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_run_that_replays_graphs_is_the_same_and_tells_of_them(
+    tmp_path: Path, alone: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """By the emulation of CUDA graphs, asked for by the configuration as on a GPU."""
+    made = lambda acceleration, device, tell: Graphs(Emulation(), tell=tell)  # noqa: E731
+    monkeypatch.setattr("adascope_fast.training.trainer.graphs_of", made)
+    _trainer(_config(tmp_path / "run")).train()
+    _check_same_run(tmp_path / "run", alone[0])
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["acceleration"]["cuda_graphs"]
+    assert re.fullmatch(r"on: 2 graphs of 0\.\d\d GiB served \d+ of \d+ calls", told)
+    assert capfd.readouterr().err.count("CUDA graphs: ") == 2
 
 
 def test_a_run_leaves_every_file_that_it_promises(alone: tuple[Path, Result]):
