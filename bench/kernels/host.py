@@ -154,6 +154,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def comparison(rows: list[Row]) -> str:
+    """Markdown of kernels/README.md: the whole of each call."""
+    lines = ["| call | before, us | after, us | ratio, with its quartiles |", "|---|---|---|---|"]
+    for row in rows:
+        if row["share"] == "whole":
+            spread = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+            lines.append(f"| {row['operation']} | {row['before_us']:.0f} | {row['after_us']:.0f} | {spread} |")
+    return "\n".join(lines)
+
+
 def _commit(checkout: Path) -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()

@@ -143,17 +143,17 @@ def _part(row: Row) -> str:
 
 
 def comparison(result: Row, dtype: str = "bfloat16") -> str:
-    """Markdown of kernels/README.md: before and after, for models in one type."""
+    """Markdown of kernels/README.md: before and after, in one type; models that cost the same share a line."""
     names = ["launches", "operations on latents", "small operations", "bytes an element"]
-    lines = [f"| model | part | case | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
-    before = {_key(row): row for row in result["before"]["rows"]}
+    before, models = {_key(row): row for row in result["before"]["rows"]}, {}
     for row in result["after"]["rows"]:
         old = before[_key(row)]
-        if row["dtype"] != dtype or not _is_shown(row):
-            continue
-        pairs = [(old[key], row[key]) for key in SHOWN[:3]] + [(_all_bytes(old), _all_bytes(row))]
-        cells = " | ".join(f"{was:g} → {now:g}" for was, now in pairs)
-        lines.append(f"| `{row['model']}` | {_part(row)} | {row['case']} | {cells} |")
+        if row["dtype"] == dtype and _is_shown(row):
+            pairs = [(old[key], row[key]) for key in SHOWN[:3]] + [(_all_bytes(old), _all_bytes(row))]
+            cells = (_part(row), row["case"], *(f"{was:g} → {now:g}" for was, now in pairs))
+            models.setdefault(cells, []).append(f"`{row['model']}`")
+    lines = [f"| part | case | {' | '.join(names)} | model |", "|---" * (3 + len(names)) + "|"]
+    lines += [f"| {' | '.join(cells)} | {', '.join(models[cells])} |" for cells in sorted(models)]
     return "\n".join(lines)
 
 
