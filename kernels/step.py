@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .correlation import NUMBERS, add_pairs, median, moments_of, pearson_of, pilot_of, store_sums, three_of
-from .library import WAVE, launch, register
+from .library import NUM_THREADS, WAVE, launch, register
 from .rows import (
     BLOCK,
     FOLDED,
@@ -196,6 +196,7 @@ def _step(
         step_kernel, (n, num_chunks), written[0], written[-1], partial, *latents, places, coef, weights, d, chunk,
         num_chunks, *(x.stride(0) for x in latents), written[0].stride(0), written[-1].stride(0), coef.stride(0),
         weights.stride(0), guidance_scale, IS_GUIDED=output_uncond is not None, BLOCK=BLOCK, **flags,
+        num_threads=NUM_THREADS if d % 8 == 0 else 2 * NUM_THREADS,  # rows that no wide load fits need more registers
     )  # fmt: skip
     launch(
         finish_step_kernel, (n,), log_prob, of_sample, of_x0, partial, places, coef, d, chunk, num_chunks,
