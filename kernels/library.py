@@ -51,14 +51,14 @@ def launch(
     if 0 in grid:
         return
     device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, num_threads=num_threads, **constants)
-    key = (id(kernel), device, num_threads, *constants.values(), *map(_specialised, arguments))
+    key = (id(kernel), device, num_threads, *constants.values(), *_specialised(arguments))
     held = _held.get(key)
     if held is not None:
         compiled, values = held
-        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*arguments, *values)
         return
     options = {"num_warps": max(1, num_threads // WAVE), "enable_fp_fusion": False}
     compiled = kernel[grid](*arguments, **constants, **options)
@@ -66,10 +66,16 @@ def launch(
         _held[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
-def _specialised(argument: Any) -> Any:
-    """What a kernel is compiled anew for: type and alignment of memory; of a number, whether it is 1, and its size."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
-    return float
+def _specialised(arguments: tuple[Any, ...]) -> list[Any]:
+    """What a kernel may be compiled anew for: type and alignment of memory, and the whole numbers."""
+    found: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            found.append(argument)
+        elif kind is float:
+            found.append(None)
+        else:
+            found.append(argument.dtype)
+            found.append(argument.data_ptr() % 16 == 0)
+    return found

@@ -24,7 +24,7 @@ FOLDED = tl.constexpr(4)
 """Neighbours that are added before blocks are: as many as a thread holds at least."""
 SPREAD = tl.constexpr(8)
 """Numbers that a sum of a chunk may be left as: further, warps would have to wait for one another."""
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 TABLES = ("sample", "prev_sample", "noise", "prev_x0")
 """Latents that `rows` are picked from, in every operation."""
 
@@ -79,9 +79,14 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
     n = shape[0] if rows is None else rows.shape[0]
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
         raise ValueError(f"rows must be int64 and [n], got {rows.dtype} and {list(rows.shape)}")
-    lengths = None if rows is None else [shape[0] if name in TABLES else n for name in names.split()]
+    of_call = shape if rows is None else torch.Size((n, *row))
+    lengths = None if rows is None else [shape if name in TABLES else of_call for name in names.split()]
+    last = None
     for number, x in enumerate(latents):
-        if x.shape[1:] != row or x.shape[0] != (n if lengths is None else lengths[number]) or len(shape) < 2:
+        if x is last:  # a stand-in for what is not given
+            continue
+        last = x
+        if x.shape != (shape if lengths is None else lengths[number]):
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip(names.split(), latents, strict=True))
             wanted = "[n, ...]" if rows is None else f"[{n}, ...], or [{len(first)}, ...] where rows pick from them"
             raise ValueError(f"latents must share one shape {wanted}, not {shapes}")
@@ -91,6 +96,8 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
         if x.dtype not in TYPES:
             types = ", ".join(f"{name} {x.dtype}" for name, x in zip(names.split(), latents, strict=True))
             raise ValueError(f"kernels read float32, bfloat16 and float16, not {types}; convert, or use the reference")
+    if len(shape) < 2:
+        raise ValueError(f"latents must share one shape [n, ...], not {names.split()[0]} {list(shape)}")
     d = row.numel()
     if d == 0:
         raise ValueError(f"latents must have elements, got rows of shape {list(row)}")
@@ -98,7 +105,11 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
     if not is_dense(row, layout):
         first = first.clone(memory_format=torch.contiguous_format)
         layout = first.stride()[1:]
-    return n, d, [first, *(x if is_alike(row, layout, x.stride()[1:]) else alike(x, first) for x in latents[1:])]
+    found = [first]
+    for x in latents[1:]:
+        strides = x.stride()[1:]
+        found.append(x if strides == layout or is_alike(row, layout, strides) else alike(x, first))
+    return n, d, found
 
 
 def alike(x: Tensor, like: Tensor) -> Tensor:

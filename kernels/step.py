@@ -125,7 +125,7 @@ def step_kernel(
                 sum_s, sum_p, sum_ss, sum_pp, sum_sp, sample - pilot_s, prev - pilot_p, mask
             )
             if HAS_PREV_X0:
-                x, y = x0.to(tl.float32) - pilot_x, prev_x0 - pilot_y
+                x, y = x0.to(tl.float32) - pilot_x, prev_x0 - pilot_y  # pyright: ignore
                 sum_x, sum_y, sum_xx, sum_yy, sum_xy = add_pairs(sum_x, sum_y, sum_xx, sum_yy, sum_xy, x, y, mask)
     partial_ptr += row * OF_A_CHUNK * num_chunks
     store_spread(partial_ptr + part * SPREAD, total)
@@ -218,7 +218,8 @@ def _check_out(sample: Tensor, tables: dict[str, Tensor | None], shape: tuple[in
 
 def _written(table: Tensor, like: Tensor) -> Tensor:
     """The table itself, or memory of the call's layout to be copied to it."""
-    return table if is_alike(table.shape[1:], table.stride()[1:], like.stride()[1:]) else alike(table, like)
+    layout, own = like.stride()[1:], table.stride()[1:]
+    return table if own == layout or is_alike(table.shape[1:], own, layout) else alike(table, like)
 
 
 step_op = register(
