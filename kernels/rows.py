@@ -106,9 +106,12 @@ def arranged(names: str, *latents: Tensor, rows: Tensor | None = None) -> tuple[
         first = first.clone(memory_format=torch.contiguous_format)
         layout = first.stride()[1:]
     found = [first]
-    for x in latents[1:]:
+    for number, x in enumerate(latents[1:]):
         strides = x.stride()[1:]
-        found.append(x if strides == layout or is_alike(row, layout, strides) else alike(x, first))
+        if x is latents[number]:  # the one before it, which need not be copied again
+            found.append(found[-1])
+        else:
+            found.append(x if strides == layout or is_alike(row, layout, strides) else alike(x, first))
     return n, d, found
 
 
