@@ -8,6 +8,7 @@ the same marginals and other correlations, so the coupling has to be named: with
 about a quarter of Theorem 2's, with an ODE it is 0. Thresholds on it do not carry over from one sampler to another.
 """
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -122,17 +123,21 @@ def schedule_correlation(schedule: Schedule, variance: float = 1.0) -> Float64[T
     return ((variance + clean) / (variance + noise)).sqrt()
 
 
+def successive_correlations(latents: Float[Tensor, "b k *latent"]) -> Float[Tensor, "b k-1"]:
+    """Correlation of each of k latents with the next one, one after another: nothing of latent size is copied."""
+    if latents.shape[1] == 1:
+        return latents.new_empty(len(latents), 0, dtype=torch.float32)
+    return torch.stack([ops.correlation(x, y) for x, y in itertools.pairwise(latents.unbind(1))], 1)
+
+
 @torch.no_grad()
 def measured_uncertainty(trajectory: Trajectory) -> Float32[Tensor, " t"]:
     """1 - correlation of the latents before and after each step, mean over the samples that took it with noise.
 
-    NaN where none did. A rollout tells the correlations on its way; without them, two passes over the latents' memory.
+    NaN where none did. A rollout tells the correlations on its way; without them they are taken from its latents.
     """
-    correlation = trajectory.sample_correlation
-    if correlation is None:
-        steps = trajectory.latents[:, 1:].unbind(1)
-        correlation = torch.stack([ops.correlation(x, y) for x, y in zip(trajectory.latents.unbind(1), steps)], 1)  # noqa: B905
-    uncertainty = 1 - correlation
+    told = trajectory.sample_correlation
+    uncertainty = 1 - (successive_correlations(trajectory.latents) if told is None else told)
     return uncertainty.masked_fill(~trajectory.log_prob.isfinite(), torch.nan).nanmean(0)
 
 

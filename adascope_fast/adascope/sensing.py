@@ -20,6 +20,7 @@ from torch import Tensor
 from adascope_fast import ops
 from adascope_fast.backbone import Reward
 from adascope_fast.rollout import Trajectory
+from adascope_fast.theory import successive_correlations
 
 
 class Curves(NamedTuple):
@@ -208,10 +209,7 @@ def latent_curves(trajectory: Trajectory) -> tuple[Float32[Tensor, "b t"], Float
 def curves_of_guesses(x0: Float[Tensor, "b t *latent"], final: Float[Tensor, "b *latent"]) -> Curves:
     """The same from x0 guesses of any sampler and the final latents, for loops that are not ours; where they are."""
     preference = ops.correlations(x0, final.to(x0.dtype)).float()
-    b, t = x0.shape[:2]
-    pairs = (x.reshape(b * (t - 1), *x.shape[2:]) for x in (x0[:, :-1], x0[:, 1:]))
-    successive = ops.correlation(*pairs).float().view(b, t - 1) if t > 1 else preference[:, :0]
-    volatility = 1 - torch.cat([successive, preference[:, -1:]], 1)
+    volatility = 1 - torch.cat([successive_correlations(x0).float(), preference[:, -1:]], 1)
     return Curves(torch.cat([preference, torch.ones_like(preference[:, :1])], 1), volatility=volatility)
 
 
