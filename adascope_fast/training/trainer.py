@@ -271,7 +271,7 @@ class Trainer:
             raise ValueError(
                 f"{self.algorithm.name} trains steps by their log-probability, and without noise the sampler "
                 f"{self.schedule.kind} has no log_prob at any step; choose one with noise, or set "
-                f'algorithm.name = "awm"'
+                f'algorithm.name = "awm" or "diffusion_nft"'
             )
         acceleration = config.acceleration
         device, vae = self.accelerator.device, self.backbone.vae

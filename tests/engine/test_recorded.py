@@ -20,7 +20,7 @@ from adascope_fast.algorithms.critic import dpok
 from adascope_fast.algorithms.objectives import score_function
 from adascope_fast.algorithms.policy_gradient import ddpo, grpo, reinforce
 from adascope_fast.algorithms.preference import d3po
-from adascope_fast.algorithms.regression import awm
+from adascope_fast.algorithms.regression import awm, diffusion_nft
 from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.recorded import MICROBATCH, halved_parts
 from adascope_fast.rollout import EncodedPrompts
@@ -60,6 +60,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "dpok": lambda: dpok(value_learning_rate=1e-2, clip_range=0.01),
     "d3po": lambda: d3po(beta=2.0),
     "awm": lambda: awm(num_draws=2, ema_kl_weight=0.1, kl_weight=0.1),
+    "diffusion_nft": lambda: diffusion_nft(num_draws=2, kl_weight=0.1),
 }
 
 
