@@ -222,7 +222,7 @@ class D3po(_Algorithm):
         return 2
 
 
-class _Noised(_Grouped, _Algorithm):
+class Noised(_Grouped, _Algorithm):
     """What regressions on noised images share: nothing of the trajectory is trained, so any sampler will do."""
 
     train_guidance: ClassVar[str] = "both"
@@ -239,7 +239,7 @@ class _Noised(_Grouped, _Algorithm):
         return self.kl_weight > 0
 
 
-class Awm(_Noised):
+class Awm(Noised):
     """AWM (Xue et al. 2025, 2509.25050): advantage-weighted matching of the model's own images, noised anew.
 
     log p := -w(t) E with E the mean squared error of the model's output at the noised image; the loss is PPO's on its
@@ -274,7 +274,7 @@ class Awm(_Noised):
         return self.ema_kl_weight > 0
 
 
-class DiffusionNft(_Noised):
+class DiffusionNft(Noised):
     """DiffusionNFT (Zheng et al. 2025, 2509.16117): the policy is pulled to good images and its mirror image to bad.
 
     With v_old the output of the moving average of the policy, which also draws the images, v+ = beta v + (1 - beta)

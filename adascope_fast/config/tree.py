@@ -255,8 +255,8 @@ class Config(Section):
         if _of(self.algorithm, "needs_log_prob") and sampler.is_deterministic:
             got = f'sampler.kind = "{sampler.kind}"' if sampler.eta is None else f"sampler.eta = {sampler.eta}"
             raise ValueError(
-                f"{self.algorithm.name} trains steps by their log-probability, got {got}, which is without noise and has "
-                f'no log_prob at any step; choose a sampler with noise, or algorithm.name = "awm" or "diffusion_nft"'
+                f"{self.algorithm.name} trains steps by their log-probability, got {got}, without noise, which has no "
+                f'log_prob at any step; choose a sampler with noise, or algorithm.name = "awm" or "diffusion_nft"'
             )
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:

@@ -116,8 +116,8 @@ class Schedule:
         are; the others (PNDM, Euler, DPM and their kin) give their betas and offset, at DDIM's "leading" timesteps
         ("trailing" if their config says so). EulerDiscreteScheduler also becomes "euler": its own deterministic steps,
         of unit-variance latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7),
-        "dance_sde" (eta 0.3), "flow_cps" (eta 0.7) or "flow_ode". All but Euler's become "dpm_solver", which ends at the
-        clean image.
+        "dance_sde" (eta 0.3), "flow_cps" (eta 0.7) or "flow_ode". All of them become "dpm_solver", which ends at the
+        clean latent.
 
         With noise, "ddim" ends at alphas_cumprod[0] whatever `set_alpha_to_one` says, as in ddpo-pytorch and TRL: the
         last step then has noise and can be trained. Without noise it ends as diffusers' own sampler does.

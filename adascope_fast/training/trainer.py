@@ -263,9 +263,11 @@ class Trainer:
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
-        sampler = config.sampler
-        self.schedule = self.backbone.schedule(
-            sampler.num_steps, kind=sampler.kind, eta=sampler.eta, noise_level=sampler.noise_level
+        sampler, evaluation = config.sampler, config.evaluation
+        own: dict[str, Any] = {"kind": sampler.kind, "eta": sampler.eta, "noise_level": sampler.noise_level}
+        self.schedule = self.backbone.schedule(sampler.num_steps, **own)
+        self.evaluation_schedule = self.backbone.schedule(
+            evaluation.num_steps or sampler.num_steps, **({"kind": evaluation.kind} if evaluation.kind else own)
         )
         if not self.algorithm.schedule(self.schedule).trainable.any():
             raise ValueError(
@@ -388,13 +390,7 @@ class Trainer:
 
     def _evaluate(self, folder: RunFolder, name: str | None, *, iteration: int) -> None:
         """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
-        settings, sampler = self.config.evaluation, self.config.sampler
-        schedule = self.backbone.schedule(
-            settings.num_steps or sampler.num_steps,
-            kind=sampler.kind,
-            eta=sampler.eta,
-            noise_level=sampler.noise_level,
-        )
+        settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():

@@ -14,7 +14,6 @@ from adascope_fast.algorithms import awm, diffusion_nft
 from adascope_fast.algorithms.algorithm import Context, Samples
 from adascope_fast.algorithms.regression import (
     Noised,
-    NoisedBatch,
     matching_log_prob,
     mean_square,
     negative_aware_loss,
