@@ -126,8 +126,8 @@ def test_full_fine_tuning_resumes_bit_for_bit(tmp_path: Path, algorithm: str):
     assert sum(value.numel() for value in averages) == sum(value.numel() for value in trained)
 
 
-def test_an_adascope_window_of_the_solver_is_that_of_its_flow():
-    """The solver's steps are a flow's: the last one is left out by the selectors, as for the other flow samplers."""
+def test_the_solver_of_a_flow_has_its_levels():
+    """So selectors leave its last step out, as that of the other flow samplers."""
     trainer = Trainer(Config.load(TINY, ["model.name=scenes-flow", SOLVER, NFT]), quiet=True)
     trainer.prepare()
     assert trainer.schedule.is_flow
