@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor, nn
 
-from adascope_fast.algorithms.algorithm import Algorithm, Context, Rows, Samples
+from adascope_fast.algorithms.algorithm import Algorithm, Context, Policy, Rows, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.backbones.folding import Folding
@@ -364,7 +364,8 @@ class _Collection:
         generator: torch.Generator,
         iteration: int,
     ) -> None:
-        self.prompts, self.policy, self.num_updates = prompts, policy, engine.settings.num_updates
+        self.prompts, self.num_updates = prompts, engine.settings.num_updates
+        self.policy: Policy = policy
         self.keep: Bool[Tensor, "b t"] | None = None
         """The steps to train, where they were decided before the rollout."""
         self.gradients: PerSampleGradients | None = None

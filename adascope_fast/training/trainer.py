@@ -266,9 +266,9 @@ class Trainer:
         sampler, evaluation = config.sampler, config.evaluation
         own: dict[str, Any] = {"kind": sampler.kind, "eta": sampler.eta, "noise_level": sampler.noise_level}
         self.schedule = self.backbone.schedule(sampler.num_steps, **own)
-        self.evaluation_schedule = self.backbone.schedule(
-            evaluation.num_steps or sampler.num_steps, **({"kind": evaluation.kind} if evaluation.kind else own)
-        )
+        if evaluation.kind is not None:
+            own = {"kind": evaluation.kind}
+        self.evaluation_schedule = self.backbone.schedule(evaluation.num_steps or sampler.num_steps, **own)
         if not self.algorithm.schedule(self.schedule).trainable.any():
             raise ValueError(
                 f"{self.algorithm.name} trains steps by their log-probability, and without noise the sampler "

@@ -207,7 +207,8 @@ def test_later_updates_have_ratios_to_what_the_policy_said_at_first():
 
 @pytest.mark.parametrize("case", VECTORS["awm"], ids=lambda case: case["weighting"])
 def test_awms_likelihood_is_the_known_answer(case: dict[str, Any]):
-    weighting = {"Uniform": "uniform", "t**2": "t2"}.get(case["weighting"], case["weighting"])
+    names = {"Uniform": "uniform", "t**2": "t2"}
+    weighting = names.get(case["weighting"]) or case["weighting"]
     v = torch.tensor([case["v"]], dtype=torch.float64, requires_grad=True)
     error = (v - torch.tensor([case["target"]], dtype=torch.float64)).square().mean(1)
     level = torch.tensor([case["t"]], dtype=torch.float64)
@@ -260,13 +261,14 @@ def test_nfts_loss_and_gradient_are_the_papers_formula(beta: float):
 
 
 def test_a_samples_nft_loss_does_not_depend_on_its_batch():
-    parts = [_double(5, *SHAPE, seed=seed) * torch.arange(1.0, 6.0).view(-1, 1, 1, 1) for seed in range(4)]
+    v, old, sample, x0 = (_double(5, *SHAPE, seed=seed) * torch.arange(1.0, 6.0).view(-1, 1, 1, 1) for seed in range(4))
     coef = torch.tensor([[1.0, -0.1], [1.0, -0.5], [1.0, -1.0], [3.0, -2.0], [0.5, 2.0]], dtype=torch.float64)
     optimality = torch.linspace(0, 1, 5, dtype=torch.float64)
-    whole = negative_aware_loss(*parts, coef, optimality, beta=0.7)
+    whole = negative_aware_loss(v, old, sample, x0, coef, optimality, beta=0.7)
     for row in range(5):
         one = slice(row, row + 1)
-        alone = negative_aware_loss(*(part[one] for part in parts), coef[one], optimality[one], beta=0.7)
+        parts = v[one], old[one], sample[one], x0[one], coef[one], optimality[one]
+        alone = negative_aware_loss(*parts, beta=0.7)
         torch.testing.assert_close(whole[one], alone, rtol=1e-14, atol=0)
 
 
@@ -280,10 +282,11 @@ def test_nfts_loss_is_that_of_the_flow_at_the_same_signal_to_noise_ratio(predict
     of_x, of_output = (part.view(-1, 1, 1, 1) for part in schedule.x0_coef[step].double().unbind(1))
     sample = signal * x0 + sigma * noise
     t = sigma / (signal + sigma)
-    velocity = [(sample / (signal + sigma) - (of_x * sample + of_output * output)) / t for output in (one, other)]
+    x = sample / (signal + sigma)
+    v, old = ((x - (of_x * sample + of_output * output)) / t for output in (one, other))
     optimality = torch.tensor([0.0, 0.2, 0.9, 1.0], dtype=torch.float64)
     flow_coef = torch.stack([torch.ones(4, dtype=torch.float64), -t.flatten()], 1)
-    want = negative_aware_loss(*velocity, sample / (signal + sigma), x0, flow_coef, optimality, beta=0.5)
+    want = negative_aware_loss(v, old, x, x0, flow_coef, optimality, beta=0.5)
     coef = schedule.x0_coef[step].double()
     found = negative_aware_loss(one, other, sample, x0, coef, optimality, beta=0.5)
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)

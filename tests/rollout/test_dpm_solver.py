@@ -22,9 +22,10 @@ T = 7
 
 def _diffusion(prediction: str, num_steps: int = T) -> tuple[Schedule, Any]:
     """Ours, and diffusers' scheduler at the same levels."""
-    given = DDIMScheduler(**BETAS, clip_sample=False, prediction_type=prediction, steps_offset=1)
+    betas: dict[str, Any] = BETAS | {"prediction_type": prediction}
+    given = DDIMScheduler(**betas, clip_sample=False, steps_offset=1)
     schedule = Schedule.from_diffusers(given, num_steps, kind="dpm_solver")
-    scheduler = DPMSolverMultistepScheduler(**BETAS, prediction_type=prediction)
+    scheduler: Any = DPMSolverMultistepScheduler(**betas)
     _prepare(scheduler, timesteps=schedule.timesteps.long().tolist())
     return schedule, scheduler
 
@@ -36,10 +37,12 @@ def _prepare(scheduler: Any, **steps: Any) -> None:
 
 
 def _flow(shift: float, num_steps: int = T) -> tuple[Schedule, Any]:
-    given = FlowMatchEulerDiscreteScheduler(shift=shift)
+    given: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     schedule = Schedule.from_diffusers(given, num_steps, kind="dpm_solver")
     _prepare(given, num_inference_steps=num_steps)
-    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction")
+    scheduler: Any = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction"
+    )
     _prepare(scheduler, num_inference_steps=num_steps)
     scheduler.sigmas, scheduler.timesteps = given.sigmas, given.timesteps  # from pure noise on
     return schedule, scheduler
