@@ -88,20 +88,26 @@ class Ema:
 
     Args:
         decay: the highest decay.
-        growth: the decay of update n is `growth` * n until it reaches `decay`; None: as in diffusers.
+        growth: the decay of update n is `growth` * (n - `delay`) between 0 and `decay`; None: as in diffusers.
+        delay: updates before it grows.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, *, growth: float | None = None) -> None:
-        self.decay, self.growth, self._parameters, self._num_updates = decay, growth, list(parameters), 0
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], decay: float, *, growth: float | None = None, delay: int = 0
+    ) -> None:
+        self.decay, self.growth, self.delay = decay, growth, delay
+        self._parameters, self._num_updates = list(parameters), 0
         self._average = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move towards the weights as they are now."""
+    def update(self, num_updates: int = 1) -> None:
+        """Move towards the weights as they are now; `num_updates` is what n grows by until the next call."""
         n = self._num_updates
-        decay = min(self.decay, (1 + n) / (10 + n) if self.growth is None else self.growth * n)
-        torch._foreach_lerp_(self._average, [parameter.data for parameter in self._parameters], 1 - decay)
-        self._num_updates += 1
+        decay = (1 + n) / (10 + n) if self.growth is None else self.growth * max(0, n - self.delay)
+        torch._foreach_lerp_(
+            self._average, [parameter.data for parameter in self._parameters], 1 - min(self.decay, decay)
+        )
+        self._num_updates += num_updates
 
     @contextmanager
     def applied(self) -> Iterator[None]:

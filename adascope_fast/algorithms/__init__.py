@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.policy_gradient import reinforce as reinforce
     from adascope_fast.algorithms.preference import d3po as d3po
     from adascope_fast.algorithms.regression import awm as awm
+    from adascope_fast.algorithms.regression import diffusion_nft as diffusion_nft
 
 __getattr__ = lazy(
     __name__,
@@ -32,6 +33,7 @@ __getattr__ = lazy(
         "awm": "regression",
         "d3po": "preference",
         "ddpo": "policy_gradient",
+        "diffusion_nft": "regression",
         "dpok": "critic",
         "grpo": "policy_gradient",
         "reinforce": "policy_gradient",

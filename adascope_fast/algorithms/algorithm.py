@@ -41,6 +41,10 @@ class Collector(Protocol):
 
     prompts: list[str]
     """The iteration's prompts, one a sample."""
+    policy: "Policy"
+    """The model that samples are drawn from."""
+    num_updates: int
+    """Updates that the iteration will make."""
 
     def __call__(self, prompts: list[str] | None = None) -> Samples:
         """A trajectory and a reward for each prompt; None: for `prompts`."""

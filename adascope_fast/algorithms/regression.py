@@ -1,8 +1,8 @@
-"""Regression on the model's own images, noised anew: AWM (Xue et al. 2025, 2509.25050). No trajectory is trained.
+"""Regression on the model's own images, noised anew: AWM (2509.25050) and DiffusionNFT (2509.16117).
 
-`b` samples, `t` steps of the sampler, `n` (sample, noise level) rows. The noised latent is signal * x0 + sigma * noise;
-the target is the output with which the model would have guessed x0 exactly: noise - x0 for flows, the noise for epsilon
-models, whatever the schedule's x0 table says.
+`b` samples, `t` steps of the sampler, `n` (sample, noise level) rows. No trajectory is trained. The noised latent is
+signal * x0 + sigma * noise; the target is the output with which the model would have guessed x0 exactly: noise - x0 for
+flows, the noise for epsilon models, whatever the schedule's x0 table says.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from torch import Tensor
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
 from adascope_fast.algorithms.advantages import GroupRelative
-from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
+from adascope_fast.algorithms.algorithm import Algorithm, Collector, Context, Loss, Policy, Samples
 from adascope_fast.backbone import Ema
 from adascope_fast.schedules import Schedule
 
@@ -47,17 +47,14 @@ class Noised:
         return replace(self, **each, old_log_prob=old, is_live=None, place=rows)
 
     def take(self, rows: Int64[Tensor, " m"] | slice) -> "NoisedBatch":
-        """The noised latents of some rows, and what the model should have said of them."""
+        """The noised latents of some rows, and what they were made of."""
         sample, step = self.sample_index[rows], self.step[rows]
         x0, noise = self.x0[sample].float(), self.noise[rows if self.place is None else self.place[rows]]
         signal, sigma = (level.to(x0.device, torch.float32)[step] for level in self.schedule.levels())
-        of_x, of_output = self.schedule.x0_coef[step].unbind(1)
-        ones = [1] * (x0.dim() - 1)
-        noised = signal.view(-1, *ones) * x0 + sigma.view(-1, *ones) * noise
-        target = (x0 - of_x.view(-1, *ones) * noised) / of_output.view(-1, *ones)
         return NoisedBatch(
-            sample=noised,
-            target=target,
+            sample=_columns(signal, x0) * x0 + _columns(sigma, x0) * noise,
+            x0=x0,
+            x0_coef=self.schedule.x0_coef[step],
             timestep=self.schedule.timesteps[step],
             level=sigma,
             step=step,
@@ -69,10 +66,11 @@ class Noised:
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """What a loss is given of `n` rows; `level` is sigma, AWM's t for flows."""
+    """What a loss is given of `n` rows; `level` is sigma, the t of flows."""
 
     sample: Float32[Tensor, "n *latent"]
-    target: Float32[Tensor, "n *latent"]
+    x0: Float32[Tensor, "n *latent"]
+    x0_coef: Float32[Tensor, "n 2"]
     timestep: Float32[Tensor, " n"]
     level: Float32[Tensor, " n"]
     step: Int64[Tensor, " n"]
@@ -80,12 +78,23 @@ class NoisedBatch:
     advantage: Float[Tensor, " n"]
     old_log_prob: Float[Tensor, " n"] | None
 
+    @property
+    def target(self) -> Float32[Tensor, "n *latent"]:
+        """What the model should have said: the output whose guess is x0."""
+        of_x, of_output = (_columns(part, self.x0) for part in self.x0_coef.unbind(1))
+        return (self.x0 - of_x * self.sample) / of_output
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a policy is asked about."""
+        return self.sample, self.timestep, self.prompt_index
+
 
 @dataclass(kw_only=True)
-class Awm(Algorithm):
-    """See `settings.Awm`."""
+class _Noising(Algorithm):
+    """What both share: noise levels among the kept steps, scaled advantages, and a moving average of the policy."""
 
-    settings: settings.Awm
+    settings: Any
     _ema: Ema | None = field(default=None, init=False, repr=False)
     _saved: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -98,43 +107,82 @@ class Awm(Algorithm):
         """See `Algorithm`."""
         return True
 
-    def batch(self, samples: Samples, context: Context) -> Noised:
-        """`num_draws` noise levels of each image among its kept steps, and noise for each."""
-        trajectory, policy = samples.trajectory, context.policy
-        device = trajectory.latents.device
+    def average(self, policy: Policy, rows: NoisedBatch) -> Float32[Tensor, "n *latent"]:
+        """What the moving average says of the rows, without gradient.
+
+        It exchanges weights in place, so it comes before the output that is differentiated.
+        """
+        assert self._ema is not None, "`collect` makes it"
+        with self._ema.applied():
+            return policy.frozen(*rows.where).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moving average of the policy."""
+        return dict(self._saved) if self._ema is None else self._ema.tensors()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `tensors`."""
+        self._saved, self._ema = dict(tensors), None
+
+    def _new_average(self, policy: Policy) -> Ema:
+        raise NotImplementedError
+
+    def _follow(self, collector: Collector) -> Ema:
+        """Move the average towards the policy. In the first iteration it is the policy."""
+        if self._ema is None:
+            self._ema = self._new_average(collector.policy)
+            if self._saved:
+                self._ema.load(self._saved)
+                self._saved = {}
+        self._ema.update(collector.num_updates)
+        return self._ema
+
+    def _drawn(self, samples: Samples, context: Context) -> Noised:
+        trajectory, device = samples.trajectory, samples.trajectory.latents.device
         scaled = GroupRelative(self.settings.advantage_scale, self.settings.advantage_clip)
         advantages = scaled(samples.rewards, samples.prompts, 1)[:, 0] / self.settings.advantage_clip
-        draw = torch.rand(context.keep.shape, generator=context.generator, device=device)
-        order = draw.masked_fill(~context.keep, 2.0).argsort(1)[:, : self.settings.num_draws]
-        is_drawn = context.keep.gather(1, order)
-        sample, column = is_drawn.nonzero().unbind(1)
-        step = order[sample, column]
+        sample, step = noise_levels(context.keep, self.settings.num_draws, context.generator)
         noise = torch.randn((len(step), *trajectory.latents.shape[2:]), generator=context.generator, device=device)
-        advantage = advantages[sample]
-        has_penalty = self.settings.kl_weight > 0 or self.settings.ema_kl_weight > 0
-        rows = Noised(
+        return Noised(
             trajectory.latents[:, -1],
             noise,
             sample,
             step,
             trajectory.prompt_index,
             trajectory.schedule,
-            advantage,
-            is_live=None if has_penalty else advantage != 0,
+            advantages[sample],
         )
-        self._follow(policy)
+
+    def _kl(self, policy: Policy, output: Tensor, rows: NoisedBatch) -> Float32[Tensor, " n"]:
+        """Mean squared difference from the reference policy's output, differentiable in the output."""
+        return mean_square(output.float() - policy.reference(*rows.where, is_guided=False))
+
+
+@dataclass(kw_only=True)
+class Awm(_Noising):
+    """See `settings.Awm`."""
+
+    settings: settings.Awm
+
+    def collect(self, collector: Collector) -> Samples:
+        """The policy's own images."""
+        if self.settings.has_average:
+            self._follow(collector)
+        return collector()
+
+    def batch(self, samples: Samples, context: Context) -> Noised:
+        """`num_draws` noise levels of each image among its kept steps, and noise for each."""
+        rows = self._drawn(samples, context)
+        if self.settings.kl_weight == 0 and not self.settings.has_average:
+            rows = replace(rows, is_live=rows.advantage != 0)
         if context.num_updates > 1:  # the policy will have moved: what it says now is what ratios are to
-            rows = replace(rows, old_log_prob=self._old_log_prob(policy, rows, context.microbatch))
+            rows = replace(rows, old_log_prob=self._old_log_prob(context.policy, rows, context.microbatch))
         return rows
 
     def loss(self, policy: Policy, rows: NoisedBatch, *, is_on_policy: bool, scale: float) -> Loss:
         """PPO's clipped loss of the matching likelihood's ratio, and the penalties."""
-        where = rows.sample, rows.timestep, rows.prompt_index
-        average = None
-        if self.settings.ema_kl_weight and self._ema is not None:
-            with self._ema.applied():  # before the output that is differentiated: it exchanges weights in place
-                average = policy.frozen(*where)
-        output = policy.output(*where)
+        average = self.average(policy, rows) if self.settings.has_average else None
+        output = policy.output(*rows.where)
         log_prob = self.log_prob(output, rows)
         old_log_prob = log_prob.detach() if is_on_policy or rows.old_log_prob is None else rows.old_log_prob
         values, ratio = ops.clipped_policy_loss(
@@ -142,7 +190,7 @@ class Awm(Algorithm):
         )
         told = {"step": rows.step, "ratio": ratio}
         if self.settings.kl_weight:
-            kl = mean_square(output.float() - policy.reference(*where, is_guided=False))
+            kl = self._kl(policy, output, rows)
             values, told["kl"] = values + self.settings.kl_weight * kl, kl.detach()
         if average is not None:
             values = values + self.settings.ema_kl_weight * mean_square(output.float() - average)
@@ -161,27 +209,105 @@ class Awm(Algorithm):
         parts = []
         for part in torch.arange(len(rows), device=rows.step.device).split(microbatch):
             batch = rows.take(part)
-            parts.append(self.log_prob(policy.frozen(batch.sample, batch.timestep, batch.prompt_index), batch))
+            parts.append(self.log_prob(policy.frozen(*batch.where), batch))
         return torch.cat(parts)
 
-    def _follow(self, policy: Policy) -> None:
-        """Move the average towards the policy; its decay is min(0.3, 0.001 n) in iteration n, as in the original."""
-        if not self.settings.ema_kl_weight:
-            return
-        if self._ema is None:
-            self._ema = Ema(policy.parameters(), 0.3, growth=0.001)
-            if self._saved:
-                self._ema.load(self._saved)
-                self._saved = {}
-        self._ema.update()
+    def _new_average(self, policy: Policy) -> Ema:
+        return Ema(policy.parameters(), 0.3, growth=0.001)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The moving average of the policy."""
-        return dict(self._saved) if self._ema is None else self._ema.tensors()
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `tensors`."""
-        self._saved, self._ema = dict(tensors), None
+@dataclass(kw_only=True)
+class DiffusionNft(_Noising):
+    """See `settings.DiffusionNft`."""
+
+    settings: settings.DiffusionNft
+
+    def collect(self, collector: Collector) -> Samples:
+        """Images of the policy's moving average."""
+        with self._follow(collector).applied():
+            return collector()
+
+    def batch(self, samples: Samples, context: Context) -> Noised:
+        """The kept steps of each image, or `num_draws` of them, and noise for each."""
+        return self._drawn(samples, context)
+
+    def loss(self, policy: Policy, rows: NoisedBatch, *, is_on_policy: bool, scale: float) -> Loss:
+        """The negative-aware loss, and the difference from the reference policy."""
+        keys = self.settings
+        old = self.average(policy, rows)
+        output = policy.output(*rows.where)
+        values = keys.advantage_clip * negative_aware_loss(
+            output.float(), old, rows.sample, rows.x0, rows.x0_coef, (rows.advantage + 1) / 2, beta=keys.beta
+        )
+        told = {"step": rows.step, "nonfinite": (~values.detach().isfinite()).float()}
+        if keys.kl_weight:
+            kl = self._kl(policy, output, rows)
+            values, told["kl"] = values + keys.kl_weight * kl, kl.detach()
+        return Loss(values, told)
+
+    def _new_average(self, policy: Policy) -> Ema:
+        decay, growth, delay = {"none": (0.0, 0.0, 0), "type_1": (0.5, 0.001, 0), "type_2": (0.999, 0.0075, 75)}[
+            self.settings.ema_decay_type
+        ]
+        return Ema(policy.parameters(), decay, growth=growth, delay=delay)
+
+
+def noise_levels(
+    keep: Bool[Tensor, "b t"], num_draws: int | None, generator: torch.Generator
+) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """(sample, step) of each row: one step from each of `num_draws` equal parts of a sample's kept steps.
+
+    A sample with fewer of them has each once. None: every kept step.
+    """
+    if num_draws is None:
+        sample, step = keep.nonzero().unbind(1)
+        return sample, step
+    b, device = len(keep), keep.device
+    bounds = torch.arange(num_draws + 1, device=device) * keep.sum(1, keepdim=True) // num_draws  # [b, num_draws + 1]
+    width = bounds.diff(dim=1)
+    share = torch.rand((b, num_draws), generator=generator, device=device, dtype=torch.float64)
+    sample, part = (width > 0).nonzero().unbind(1)
+    rank = bounds[sample, part] + (share * width).long()[sample, part]
+    kept_first = (~keep).long().argsort(dim=1, stable=True)
+    return sample, kept_first[sample, rank]
+
+
+def negative_aware_loss(
+    output: Float[Tensor, "n *latent"],
+    old_output: Float[Tensor, "n *latent"],
+    sample: Float[Tensor, "n *latent"],
+    x0: Float[Tensor, "n *latent"],
+    x0_coef: Float[Tensor, "n 2"],
+    optimality: Float[Tensor, " n"],
+    *,
+    beta: float,
+) -> Float[Tensor, " n"]:
+    """(r D(x0+) + (1 - r) D(x0-)) / beta, with D the squared distance from x0 over the absolute one, taken as fixed.
+
+    A guess is affine in the output, so the guesses x0+- of v_old +- beta (v - v_old) are those of v_old and as much
+    to either side.
+
+    Args:
+        output: v, at the noised `sample`.
+        old_output: v_old; no gradient flows to it.
+        x0: what was noised.
+        x0_coef: weights of (sample, output) in the guess of x0.
+        optimality: r in [0, 1].
+    """
+    of_x, of_output = (_columns(part, x0) for part in x0_coef.unbind(1))
+    guess = of_x * sample + of_output * old_output.detach()
+    change = beta * of_output * (output - old_output.detach())
+
+    def distance(guess: Tensor) -> Tensor:
+        error = (guess - x0).flatten(1)
+        return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)
+
+    return (optimality * distance(guess + change) + (1 - optimality) * distance(guess - change)) / beta
+
+
+def _columns(values: Float[Tensor, " n"], like: Float[Tensor, "n *latent"]) -> Tensor:
+    """A number for each row, as it multiplies latents."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def mean_square(difference: Float[Tensor, "n *latent"]) -> Float32[Tensor, " n"]:
@@ -217,9 +343,23 @@ def awm(**keys: Any) -> Awm:
 
 def awm_of(section: settings.Awm) -> Awm:
     """The algorithm that its section describes."""
-    return Awm(
-        name=section.name,
-        settings=section,
-        train_guidance=section.train_guidance,
-        needs_reference=section.needs_reference,
-    )
+    return Awm(**_shared(section))
+
+
+def diffusion_nft(**keys: Any) -> DiffusionNft:
+    """DiffusionNFT with the keys of `settings.DiffusionNft`."""
+    return settings.DiffusionNft(**keys).build()
+
+
+def diffusion_nft_of(section: settings.DiffusionNft) -> DiffusionNft:
+    """The algorithm that its section describes."""
+    return DiffusionNft(**_shared(section))
+
+
+def _shared(section: Any) -> dict[str, Any]:
+    return {
+        "name": section.name,
+        "settings": section,
+        "train_guidance": section.train_guidance,
+        "needs_reference": section.needs_reference,
+    }

@@ -25,6 +25,9 @@ AttributionName = Literal["uniform", "discount", "gain", "similarity"]
 
 
 class _Algorithm(Section):
+    needs_log_prob: ClassVar[bool] = True
+    """Whether steps are trained by their log-probability, which a sampler without noise has not."""
+
     def build(self, **context: Any) -> Any:
         """The algorithm that the section describes."""
         return imported(self.implementation)(self)
@@ -219,25 +222,42 @@ class D3po(_Algorithm):
         return 2
 
 
-class Awm(_Grouped, _Algorithm):
+class Noised(_Grouped, _Algorithm):
+    """What regressions on noised images share: nothing of the trajectory is trained, so any sampler will do."""
+
+    train_guidance: ClassVar[str] = "both"
+    needs_log_prob: ClassVar[bool] = False
+
+    advantage_clip: Positive = 5.0
+    """Largest absolute advantage, before they are divided by it: advantages lie in [-1, 1]."""
+    kl_weight: PositiveOrZero = 0.0
+    """Weight of the mean squared difference from the reference policy's output; 0 costs no reference pass."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model without its adapter has to be there."""
+        return self.kl_weight > 0
+
+
+class Awm(Noised):
     """AWM (Xue et al. 2025, 2509.25050): advantage-weighted matching of the model's own images, noised anew.
 
     log p := -w(t) E with E the mean squared error of the model's output at the noised image; the loss is PPO's on its
     ratio to the policy that drew the images. Nothing of the trajectory is trained, so a deterministic sampler will do
-    (`sampler.eta = 0`, `sampler.kind = "flow_ode"`); the selector bounds where noise levels are drawn. Differs from the
-    original: noise levels are those of the sampler's steps, and the image's guidance is the sampler's.
+    (`sampler.kind = "dpm_solver"`, `"flow_ode"`, `sampler.eta = 0`). Noise levels are those of the sampler's steps
+    that the selector keeps, one from each of `num_draws` parts of them: the original's `discrete_wo_init` with fraction
+    0.9 of 14 steps is `selector.name = "static_range"` from 1 to 12. Differs from the original: each image has its own
+    draws, the image's guidance is the sampler's, and epsilon and v models are trained on their own outputs.
     """
 
     implementation: ClassVar[str] = "adascope_fast.algorithms.regression:awm_of"
-    train_guidance: ClassVar[str] = "both"
 
     name: Literal["awm"] = "awm"
-    advantage_clip: Positive = 5.0
-    """Largest absolute advantage, before they are divided by it: advantages lie in [-1, 1]."""
     clip_range: Positive = 1.0
     """Clip of the ratio; 1 is off but for ratios above 2."""
     num_draws: Steps = 6
-    """Noise levels drawn for each image in an iteration, each once, among the steps that the selector keeps."""
+    """Noise levels of each image in an iteration: one from each of so many parts of the steps that are kept; all kept
+    steps where those are fewer."""
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
     """w(t) E: 1, t, t^2 times E, or the (generalised) Huber loss of E times t."""
     huber_power: Annotated[Share, only_with(weighting=["ghuber"])] = 0.25
@@ -245,12 +265,42 @@ class Awm(_Grouped, _Algorithm):
     kl_weight: PositiveOrZero = 1e-3
     """Weight of the mean squared difference from the reference policy's output; 0 costs no reference pass."""
     ema_kl_weight: PositiveOrZero = 1.0
-    """Weight of the mean squared difference from the output of the policy's own moving average; 0 costs no pass."""
+    """Weight of the mean squared difference from the output of the policy's own moving average, whose decay is
+    min(0.3, 0.001 n) after n updates; 0 costs no pass."""
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the model without its adapter has to be there."""
-        return self.kl_weight > 0
+    def has_average(self) -> bool:
+        """Whether a moving average of the policy is kept, and asked for its output at each row."""
+        return self.ema_kl_weight > 0
+
+
+class DiffusionNft(Noised):
+    """DiffusionNFT (Zheng et al. 2025, 2509.16117): the policy is pulled to good images and its mirror image to bad.
+
+    With v_old the output of the moving average of the policy, which also draws the images, v+ = beta v + (1 - beta)
+    v_old and v- = (1 + beta) v_old - beta v; x0+ and x0- are the clean images that they guess at an image x0 that was
+    noised anew. An image's loss is `advantage_clip` / beta times r D(x0+) + (1 - r) D(x0-), with r = (A + 1) / 2 for
+    its advantage A in [-1, 1], and D(x) = mean (x - x0)^2 / max(mean |x - x0|, 1e-5), whose divisor has no gradient.
+    Guesses are the same whatever the model says of them, so epsilon and v models are trained on the same loss as flows.
+    Nothing of the trajectory is trained, so a deterministic sampler will do; the original's is `sampler.kind =
+    "dpm_solver"`. Differs from the original: every step that the selector keeps is trained, where it draws 99 % of the
+    steps (9 of 10), and the image's guidance is the sampler's.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.regression:diffusion_nft_of"
+    has_average: ClassVar[bool] = True
+
+    name: Literal["diffusion_nft"] = "diffusion_nft"
+    beta: Positive = 1.0
+    """How far v+ and v- lie on either side of v_old; the original takes 0.1 for OCR and for several rewards."""
+    ema_decay_type: Literal["none", "type_1", "type_2"] = "type_1"
+    """Decay of the moving average after n updates. `type_1`: min(0.5, 0.001 n); `type_2`, for OCR: min(0.999, 0.0075
+    (n - 75)), not below 0; `none`: 0, so that v_old is the policy as the iteration found it."""
+    num_draws: Steps | None = None
+    """Noise levels of each image in an iteration, one from each of so many parts of the steps that are kept; absent:
+    every kept step once."""
+    kl_weight: PositiveOrZero = 1e-4
+    """Weight of the mean squared difference from the reference policy's output; 0 costs no reference pass."""
 
 
 class OwnAlgorithm(Own):

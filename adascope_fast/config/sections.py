@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from adascope_fast.engine.settings import Updates
+from adascope_fast.schedules.settings import Kind
 from adascope_fast.settings import (
     MOST_IMAGES,
     Count,
@@ -84,6 +85,8 @@ class Evaluation(Section):
     """Images for each of them."""
     num_steps: Steps | None = None
     """Denoising steps; absent: those of the sampler."""
+    kind: Kind | None = None
+    """`sampler.kind` of the evaluation, with that kind's usual noise; absent: the sampler's kind and noise."""
     guidance_scale: Guidance | None = None
     """Guidance; absent: that of the sampler."""
     seed: Seed = 12345

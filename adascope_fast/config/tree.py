@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
-from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, OwnAlgorithm, Reinforce
+from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, DiffusionNft, Dpok, Grpo, OwnAlgorithm, Reinforce
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
@@ -57,6 +57,7 @@ AnyAlgorithm = Annotated[
     | Annotated[Dpok, Tag("dpok")]
     | Annotated[D3po, Tag("d3po")]
     | Annotated[Awm, Tag("awm")]
+    | Annotated[DiffusionNft, Tag("diffusion_nft")]
     | Annotated[OwnAlgorithm, Tag(OWN)],
     chosen_by("name", "ddpo"),
 ]
@@ -146,6 +147,7 @@ class Config(Section):
         if isinstance(self.selector, AdaScope) and self.sensing is not None:
             self._can_be_sensed(self.selector, self.sensing)
         self._updates_suit_the_algorithm()
+        self._sampler_suits_the_algorithm()
         if self.model.train == "full" and self.acceleration.fold_adapter == "on":
             raise ValueError(
                 'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set '
@@ -241,12 +243,21 @@ class Config(Section):
                 f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
             )
-        if name in ("dpok", "d3po", "awm"):
+        if name in ("dpok", "d3po", "awm", "diffusion_nft"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'
             )
         self._knows_the_steps_beforehand("one_pass", 'train.update = "replay"')
+
+    def _sampler_suits_the_algorithm(self) -> None:
+        sampler = self.sampler
+        if _of(self.algorithm, "needs_log_prob") and sampler.is_deterministic:
+            got = f'sampler.kind = "{sampler.kind}"' if sampler.eta is None else f"sampler.eta = {sampler.eta}"
+            raise ValueError(
+                f"{self.algorithm.name} trains steps by their log-probability, got {got}, without noise, which has no "
+                f'log_prob at any step; choose a sampler with noise, or algorithm.name = "awm" or "diffusion_nft"'
+            )
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:
         attribution = _of(self.algorithm, "attribution")

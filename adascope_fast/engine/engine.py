@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor, nn
 
-from adascope_fast.algorithms.algorithm import Algorithm, Context, Rows, Samples
+from adascope_fast.algorithms.algorithm import Algorithm, Context, Policy, Rows, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.backbones.folding import Folding
@@ -30,7 +30,7 @@ from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.one_pass import OnePass
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
-from adascope_fast.engine.recorded import Recording, halved_parts
+from adascope_fast.engine.recorded import STEP, Recording, halved_parts
 from adascope_fast.engine.scoring import Scoring
 from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics, as_json
@@ -120,7 +120,7 @@ class Engine:
             self._recording.start()
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
         policy = self.policy(encoded, schedule)
-        collection = _Collection(self, encoded, prompts, schedule, generator, iteration)
+        collection = _Collection(self, policy, encoded, prompts, schedule, generator, iteration)
         try:
             samples = self.algorithm.collect(collection)
         except _NothingFiniteError:
@@ -357,13 +357,15 @@ class _Collection:
     def __init__(
         self,
         engine: Engine,
+        policy: ModelPolicy,
         encoded: EncodedPrompts,
         prompts: list[str],
         schedule: Schedule,
         generator: torch.Generator,
         iteration: int,
     ) -> None:
-        self.prompts = prompts
+        self.prompts, self.num_updates = prompts, engine.settings.num_updates
+        self.policy: Policy = policy
         self.keep: Bool[Tensor, "b t"] | None = None
         """The steps to train, where they were decided before the rollout."""
         self.gradients: PerSampleGradients | None = None
@@ -429,7 +431,9 @@ class _Collection:
             folding = Folding(engine.backbone.denoiser) if recording is None else recording.folding
         kind = engine.algorithm.log_prob_kind(schedule)
         denoising, tables = Denoising(engine.backbone, schedule, self._encoded, scale, kind), None
-        if recording is not None:
+        if recording is not None and schedule.multistep is not None:
+            recording.graphs.refuse(STEP, f"{schedule.kind} looks back at the guess of the step before")
+        elif recording is not None:
             denoising = recording.denoising(denoising, len(prompts))
             tables = denoising.flat.tables()
 

@@ -24,6 +24,7 @@ from adascope_fast.rollout import Denoising, EncodedPrompts, FlatTables, StepBat
 from adascope_fast.schedules import Schedule
 
 MICROBATCH = "a microbatch of the update"
+STEP = "a step of the rollout"
 
 
 class Recording:
@@ -124,7 +125,7 @@ class RecordedDenoising(Denoising):
         numbers = self.flat.numbers
         which = numbers[at] if isinstance(at, slice) else at
         where = numbers[step : step + 1], which, prompt_index[at]
-        self.graphs("a step of the rollout", self._step, *where, fixed=self._fixed, host=self._host)
+        self.graphs(STEP, self._step, *where, fixed=self._fixed, host=self._host)
 
     def guess(
         self, step: Int64[Tensor, " m"], sample: Float[Tensor, "m *latent"], prompt_index: Int64[Tensor, " m"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from adascope_fast import backbones
-from adascope_fast.algorithms.settings import Awm
+from adascope_fast.algorithms.settings import Noised
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
@@ -76,6 +76,7 @@ def plan(config: Config) -> Plan:
     train, steps = config.train, config.sampler.num_steps
     options: dict[str, Any] = config.model.options() | {"offload_text_encoders": False}
     has_reference = bool(getattr(config.algorithm, "needs_reference", False))
+    has_average = bool(getattr(config.algorithm, "has_average", False))
     backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
@@ -92,11 +93,13 @@ def plan(config: Config) -> Plan:
     inference_flops, backward_flops = inference[0].forward_flops, training[0].backward_flops
     once = guided * inference_flops
     pairs = fraction * images * steps
-    backward = guided * backward_flops
+    told = 1 if isinstance(config.algorithm, Noised) else guided  # those train the conditional output alone
+    forward, backward = told * inference_flops, told * backward_flops
     flops = {
         "rollout": images * steps * once,
-        "update": pairs * (backward if train.update == "one_pass" else once + backward),
-        "reference policy": pairs * once if has_reference else 0.0,
+        "update": pairs * (backward if train.update == "one_pass" else forward + backward),
+        "reference policy": pairs * forward if has_reference else 0.0,
+        "moving average": pairs * forward if has_average else 0.0,
         "decoding": images * decode.forward_flops,
         "text": (prompts + 1) * _text_flops(backbone),
     }
@@ -108,7 +111,7 @@ def plan(config: Config) -> Plan:
     microbatch = train.usual_microbatch(config.sampler.guidance_scale)
 
     def update_peak(size: int) -> float:
-        return held + peak_of(training, guided * size) + 4.0 * size * trained * is_one_pass
+        return held + peak_of(training, told * size) + 4.0 * size * trained * is_one_pass
 
     return Plan(
         title=f"{config.model.name}: {type(backbone).__name__}, {backbone.resolution} pixels, "
@@ -118,7 +121,7 @@ def plan(config: Config) -> Plan:
         trained=trained,
         forward_flops=inference_flops,
         step_flops=once,
-        training_flops=once + backward,
+        training_flops=forward + backward,
         flops={name: value for name, value in flops.items() if value},
         fraction=fraction,
         weight_bytes=weights,
@@ -133,16 +136,15 @@ def plan(config: Config) -> Plan:
 def fraction_trained(config: Config) -> float:
     """Share of the (image, step) pairs that a plan takes to be trained: the selector's, as the algorithm credits it.
 
-    A selector of your own counts as every step; AWM trains `num_draws` noise levels of each image.
+    A selector of your own counts as every step; AWM and DiffusionNFT train `num_draws` noise levels of each image.
     """
     algorithm, steps = config.algorithm, config.sampler.num_steps
-    if isinstance(algorithm, Awm):
-        return min(1.0, algorithm.num_draws / steps)
     backfill = getattr(algorithm, "backfill", "interval")
     if backfill != "interval":
         return 1.0 if backfill == "full" else 1 / steps
     share = getattr(config.selector, "share", None)
-    return 1.0 if share is None else min(1.0, share(steps))
+    most = getattr(algorithm, "num_draws", None) or steps
+    return min(1.0, most / steps, 1.0 if share is None else share(steps))
 
 
 def denoiser_cost(
@@ -188,6 +190,7 @@ def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
     copies = (
         3
         + bool(config.model.average_decay)
+        + bool(getattr(config.algorithm, "has_average", False))
         + (config.model.train == "full" and bool(getattr(config.algorithm, "needs_reference", False)))
     )
     if config.model.quantize != "none":

@@ -102,14 +102,21 @@ class Denoising:
         return self.schedule.timesteps[step].expand(count), self.schedule.coef[step].expand(count, 3)
 
     def move(self, step: int, at: slice | Tensor, tables: Tables, output: Tensor, without: Tensor | None) -> None:
-        """The step itself, from the model outputs with and without the prompt: what it gives is in the tables."""
+        """The step itself, from the model outputs with and without the prompt: what it gives is in the tables.
+
+        In a multistep solver the guess before takes the place of the noise, and no log-probability is recorded.
+        """
         _, coef = self.row(step, len(output))
         x0_coef = self.schedule.x0_coef[step].expand(len(output), 2)
         whole, rows = (at, None) if isinstance(at, slice) else (slice(None), at)
-        noise = tables.latents[whole, step + 1]
+        noise = after = tables.latents[whole, step + 1]
+        log_prob, multistep = tables.log_prob[whole, step], self.schedule.multistep
+        if multistep is not None:
+            coef, log_prob = multistep[step].expand(len(output), 3), torch.empty_like(log_prob)
+            noise = tables.x0[whole, step - 1] if step else noise
         out = ops.Step(
-            noise,
-            tables.log_prob[whole, step],
+            after,
+            log_prob,
             tables.x0[whole, step],
             tables.x0_correlation[whole, step - 1] if step else None,
             tables.sample_correlation[whole, step],

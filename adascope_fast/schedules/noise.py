@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 PerStep = float | Sequence[float] | Tensor  # one value for every step, or t of them
 Alphas = Sequence[float] | Float[Tensor, " train_steps"]
 Sigmas = Sequence[float] | Float[Tensor, " t+1"]
+
+
+CLEAN = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+"""Signal and sigma of a picture."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class Process:
         dt = self.next_sigma - self.sigma
         drift = diffusion.square() / (2 * self.sigma)
         return torch.stack([1 + drift * dt, dt * (1 + drift * self.signal), diffusion * (-dt).sqrt()], 1)
+
+
+def solver_rows(signal: Float64[Tensor, " t+1"], sigma: Float64[Tensor, " t+1"]) -> Float64[Tensor, "t 3"]:
+    """Weights of (x, guess, last guess) in each step of DPM-Solver++(2M) from one level to the next (2211.01095).
+
+    As in diffusers the first step is of first order, and so is the last: with the last level clean it is the guess.
+    """
+    log_ratio = signal.log() - sigma.log()
+    change = log_ratio.diff()
+    of_guess = signal[1:] * -torch.expm1(-change)
+    last = torch.zeros_like(of_guess)
+    last[1:-1] = (-of_guess[1:] * change[1:] / (2 * change[:-1]))[:-1]
+    return torch.stack([sigma[1:] / sigma[:-1], of_guess - last, last], 1)
 
 
 def variance_preserving(alphas_cumprod, timesteps, stride, prediction_type, final_alpha_cumprod) -> Process:

@@ -19,12 +19,14 @@ from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
 from adascope_fast.schedules.noise import (
+    CLEAN,
     Alphas,
     PerStep,
     Process,
     Sigmas,
     per_step,
     rectified_flow,
+    solver_rows,
     variance_exploding,
     variance_preserving,
 )
@@ -45,6 +47,9 @@ class Schedule:
     kind: str
     ode_coef: Float32[Tensor, "t 3"] | None = None
     """`coef` of the deterministic limit (eta or noise_level 0), for `window`."""
+    multistep: Float32[Tensor, "t 3"] | None = None
+    """(sample, output, last guess) weights of a deterministic solver that also looks at the guess of the step before;
+    `coef` has the first two. None: x and the output are all that a step looks at."""
     is_noised: bool = False
     """Whether training noises the clean latents anew, so that a step needs no log_prob to be trained."""
 
@@ -66,11 +71,11 @@ class Schedule:
     def levels(self) -> tuple[Float64[Tensor, " t"], Float64[Tensor, " t"]]:
         """Weights (signal, sigma) of clean latent and noise in the state that enters each step; on the CPU."""
         log_snr = self.log_snr.double().cpu()
-        if self.kind in ("ddim", "ddpm"):
+        if self.kind in ("ddim", "ddpm", "dpm_solver"):
             return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         if self.is_flow:
             return torch.sigmoid(log_snr / 2), torch.sigmoid(-log_snr / 2)
-        raise ValueError(f"signal and noise are known for ddim, ddpm and flow samplers, not for {self.kind!r}")
+        raise ValueError(f"signal and noise are known for all samplers but euler, not for {self.kind!r}")
 
     def to(self, device: torch.device | str) -> "Schedule":
         """The same tables on `device`."""
@@ -80,12 +85,15 @@ class Schedule:
     def window(self, start: int, end: int) -> "Schedule":
         """This sampler in steps start..end-1 and its deterministic limit elsewhere (MixGRPO).
 
-        The mean changes too: outside the window it is the ODE's, not the SDE's without its noise.
+        The mean changes too: outside the window it is the ODE's, not the SDE's without its noise. A multistep solver is
+        its own limit.
         """
-        if self.ode_coef is None:
+        if self.ode_coef is None and self.multistep is None:
             raise ValueError("a window needs the rows of the deterministic limit, but ode_coef is None; use a builder")
         if not 0 <= start < end <= self.num_steps:
             raise ValueError(f"a window has 0 <= start < end <= {self.num_steps} steps, but this is [{start}, {end})")
+        if self.ode_coef is None:
+            return self
         coef = self.ode_coef.clone()
         coef[start:end] = self.coef[start:end]
         return dataclasses.replace(self, coef=coef)
@@ -108,7 +116,8 @@ class Schedule:
         are; the others (PNDM, Euler, DPM and their kin) give their betas and offset, at DDIM's "leading" timesteps
         ("trailing" if their config says so). EulerDiscreteScheduler also becomes "euler": its own deterministic steps,
         of unit-variance latents. FlowMatchEulerDiscreteScheduler becomes "flow_sde" (default, noise_level 0.7),
-        "dance_sde" (eta 0.3), "flow_cps" (eta 0.7) or "flow_ode".
+        "dance_sde" (eta 0.3), "flow_cps" (eta 0.7) or "flow_ode". All of them become "dpm_solver", which ends at the
+        clean latent.
 
         With noise, "ddim" ends at alphas_cumprod[0] whatever `set_alpha_to_one` says, as in ddpo-pytorch and TRL: the
         last step then has noise and can be trained. Without noise it ends as diffusers' own sampler does.
@@ -134,10 +143,14 @@ class Schedule:
             noise = noise if value is None else {given: value}
         if is_flow:
             shifted = _sigmas_of(scheduler, num_steps, mu, sigmas)
+            if kind == "dpm_solver":
+                return build(rectified_flow(shifted, scheduler.config["num_train_timesteps"]), "flow_dpm_solver")
             return build(shifted, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
         steps = _steps_of(scheduler, num_steps, stands=bool(classes & {"DDIMScheduler", "DDPMScheduler"}))
         if kind == "euler":
             return build(scheduler, num_steps)
+        if kind == "dpm_solver":
+            return build(variance_preserving(scheduler.alphas_cumprod, **steps), kind)
         if kind == "ddim" and bool((torch.as_tensor(noise["eta"]) > 0).any()):
             steps["final_alpha_cumprod"] = None
         if kind == "ddpm":
@@ -230,6 +243,20 @@ def flow_ode(sigmas: Sigmas, *, num_train_timesteps: int = 1000) -> Schedule:
     return dataclasses.replace(schedule, kind="flow_ode")
 
 
+def dpm_solver(process: Process, kind: str) -> Schedule:
+    """DPM-Solver++(2M) between a process's levels, its last step to the clean image: no step is trainable.
+
+    The second order needs the guess of the step before, see `Schedule.multistep`. (Lu et al., 2211.01095; diffusers'
+    DPMSolverMultistepScheduler.)
+    """
+    signal, sigma = (torch.cat([level, end]) for level, end in zip((process.signal, process.sigma), CLEAN, strict=True))
+    of_x, of_guess, of_last = solver_rows(signal, sigma).unbind(1)
+    guess_of_x, guess_of_output = process.x0
+    rows = [of_x + of_guess * guess_of_x, of_guess * guess_of_output]
+    schedule = _table(process, kind, torch.stack([*rows, torch.zeros_like(of_x)], 1))
+    return dataclasses.replace(schedule, ode_coef=None, multistep=torch.stack([*rows, of_last], 1).float())
+
+
 def _table(process: Process, kind: str, coef: Tensor) -> Schedule:
     if not coef.isfinite().all():
         step = int((~coef.isfinite()).any(1).nonzero()[0])
@@ -315,6 +342,7 @@ BETA_SCHEDULERS = {
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 }
-_BETA_KINDS: dict[str, Any] = {"ddim": (ddim, {"eta": 1.0}), "ddpm": (ddpm, {}), "euler": (_euler, {})}
+_BETA_KINDS: dict[str, Any] = {"ddim": (ddim, {"eta": 1.0}), "ddpm": (ddpm, {}), "dpm_solver": (dpm_solver, {})}
+_BETA_KINDS |= {"euler": (_euler, {})}
 _FLOW_KINDS: dict[str, Any] = {"flow_sde": (flow_sde, {"noise_level": 0.7}), "dance_sde": (dance_sde, {"eta": 0.3})}
-_FLOW_KINDS |= {"flow_cps": (flow_cps, {"eta": 0.7}), "flow_ode": (flow_ode, {})}
+_FLOW_KINDS |= {"flow_cps": (flow_cps, {"eta": 0.7}), "flow_ode": (flow_ode, {}), "dpm_solver": (dpm_solver, {})}

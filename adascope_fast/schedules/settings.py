@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from adascope_fast.settings import Guidance, Section, Share, Steps
 
-Kind = Literal["auto", "ddim", "ddpm", "flow_sde", "dance_sde", "flow_cps", "flow_ode"]
+Kind = Literal["auto", "ddim", "ddpm", "flow_sde", "dance_sde", "flow_cps", "flow_ode", "dpm_solver"]
 NOISE = {"ddim": ("eta",), "ddpm": (), "flow_sde": ("noise_level",), "dance_sde": ("eta",), "flow_cps": ("eta",)}
-NOISE |= {"flow_ode": (), "auto": ("eta", "noise_level")}
+NOISE |= {"flow_ode": (), "dpm_solver": (), "auto": ("eta", "noise_level")}
 
 
 class Sampler(Section):
@@ -16,7 +16,8 @@ class Sampler(Section):
 
     kind: Kind = "auto"
     """`auto`: `ddim` for diffusion models (also `ddpm`), `flow_sde` for flow models (also `dance_sde`, `flow_cps`, and
-    `flow_ode` without noise, which only algorithms that need no log-probability can train)."""
+    `flow_ode` without noise). `dpm_solver`: DPM-Solver++(2M), second order and without noise, for either. Without noise
+    there are no log-probabilities, so only algorithms that need none can train."""
     num_steps: Steps = 20
     """Denoising steps of a rollout, T."""
     guidance_scale: Guidance = 1.0
@@ -31,6 +32,11 @@ class Sampler(Section):
     tail_share: Share = 1.0
     """Below 1: the steps after the last trained one become this share of them, of a second-order ODE solver."""
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the section alone says that no step has noise."""
+        return self.kind in ("flow_ode", "dpm_solver") or self.eta == 0
+
     @model_validator(mode="after")
     def _noise_is_the_kinds_own(self) -> Self:
         for name in ("eta", "noise_level"):
@@ -39,6 +45,12 @@ class Sampler(Section):
                 raise ValueError(
                     f'sampler.kind = "{self.kind}" takes {takes}, got sampler.{name} = {getattr(self, name)}; remove it'
                 )
+        if self.kind == "dpm_solver" and self.tail_share < 1:
+            raise ValueError(
+                "a tail of sampler.tail_share is the steps of dpm_solver after the last trained one, got "
+                f'sampler.tail_share = {self.tail_share} with sampler.kind = "dpm_solver", which takes them all; '
+                f"lower sampler.num_steps, or set sampler.tail_share = 1.0"
+            )
         if self.train_guidance is not None and self.guidance_scale == 1:
             raise ValueError(
                 f'sampler.train_guidance = "{self.train_guidance}" says which outputs carry gradient under guidance, '

@@ -4,7 +4,8 @@ Axes: `b` samples, `t` steps of the sampler, `k` steps of a tail.
 
 After its last trained step a rollout needs a picture to be judged, but no log-probability. DPM-Solver++(2M) (Lu et al.,
 2211.01095) gets there in fewer steps, as MixGRPO-Flash does. A step is x_next = c0 * x + c1 * guess + c2 * last guess;
-the numbers are in a table. It starts at first order, and its last step is the guess itself, as in diffusers.
+the numbers are in a table. It starts at first order, and its last step is the guess itself, as in diffusers. The
+sampler "dpm_solver" is the same solver from the first step on.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
+from adascope_fast.schedules.noise import CLEAN, solver_rows
 from adascope_fast.schedules.samplers import Schedule
 
 
@@ -32,17 +34,8 @@ def tail(schedule: Schedule, start: int, share: float) -> Tail:
     remaining = schedule.num_steps - start
     count = math.ceil(share * remaining - 1e-9)
     step = torch.linspace(start, schedule.num_steps, count + 1, dtype=torch.float64).round().long()[:-1]
-    signal, sigma = (torch.cat([level[step], end]) for level, end in zip(schedule.levels(), _CLEAN, strict=True))
-    rows = []
-    for i in range(count):
-        change = (signal[i + 1] / sigma[i + 1]).log() - (signal[i] / sigma[i]).log()
-        of_guess = signal[i + 1] * -torch.expm1(-change)
-        last = torch.zeros((), dtype=torch.float64)
-        if 0 < i < count - 1:
-            before = (signal[i] / sigma[i]).log() - (signal[i - 1] / sigma[i - 1]).log()
-            last = -of_guess * change / (2 * before)
-        rows.append(torch.stack([sigma[i + 1] / sigma[i], of_guess - last, last]))
-    return Tail(step, torch.stack(rows) if rows else torch.empty(0, 3, dtype=torch.float64))
+    signal, sigma = (torch.cat([level[step], end]) for level, end in zip(schedule.levels(), CLEAN, strict=True))
+    return Tail(step, solver_rows(signal, sigma))
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,3 @@ class Tails:
     def num_forwards(self) -> int:
         """Of all samples together, in the sampler's steps and the tails."""
         return int((self.start + self.count).sum())
-
-
-_CLEAN = (torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))

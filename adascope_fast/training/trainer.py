@@ -263,15 +263,17 @@ class Trainer:
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
-        sampler = config.sampler
-        self.schedule = self.backbone.schedule(
-            sampler.num_steps, kind=sampler.kind, eta=sampler.eta, noise_level=sampler.noise_level
-        )
+        sampler, evaluation = config.sampler, config.evaluation
+        own: dict[str, Any] = {"kind": sampler.kind, "eta": sampler.eta, "noise_level": sampler.noise_level}
+        self.schedule = self.backbone.schedule(sampler.num_steps, **own)
+        if evaluation.kind is not None:
+            own = {"kind": evaluation.kind}
+        self.evaluation_schedule = self.backbone.schedule(evaluation.num_steps or sampler.num_steps, **own)
         if not self.algorithm.schedule(self.schedule).trainable.any():
             raise ValueError(
                 f"{self.algorithm.name} trains steps by their log-probability, and without noise the sampler "
                 f"{self.schedule.kind} has no log_prob at any step; choose one with noise, or set "
-                f'algorithm.name = "awm"'
+                f'algorithm.name = "awm" or "diffusion_nft"'
             )
         acceleration = config.acceleration
         device, vae = self.accelerator.device, self.backbone.vae
@@ -388,13 +390,7 @@ class Trainer:
 
     def _evaluate(self, folder: RunFolder, name: str | None, *, iteration: int) -> None:
         """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
-        settings, sampler = self.config.evaluation, self.config.sampler
-        schedule = self.backbone.schedule(
-            settings.num_steps or sampler.num_steps,
-            kind=sampler.kind,
-            eta=sampler.eta,
-            noise_level=sampler.noise_level,
-        )
+        settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():

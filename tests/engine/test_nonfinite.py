@@ -12,12 +12,12 @@ from adascope_fast.algorithms.algorithm import Samples
 from adascope_fast.algorithms.critic import dpok
 from adascope_fast.algorithms.policy_gradient import ddpo, grpo
 from adascope_fast.algorithms.preference import d3po
-from adascope_fast.algorithms.regression import awm
+from adascope_fast.algorithms.regression import awm, diffusion_nft
 from adascope_fast.engine.scoring import decoded_whole, score_finite
 
 BAD = (1, 4)
 GOOD = [0, 2, 3, 5]
-ALGORITHMS = {"ddpo": ddpo, "grpo": grpo, "dpok": dpok, "d3po": d3po, "awm": awm}
+ALGORITHMS = {"ddpo": ddpo, "grpo": grpo, "dpok": dpok, "d3po": d3po, "awm": awm, "diffusion_nft": diffusion_nft}
 NAN, INFINITE = float("nan"), float("inf")
 
 
@@ -67,9 +67,10 @@ def test_the_update_is_that_of_the_finite_samples_alone(
     assert sum(seen) == len(GOOD)
     assert got.values["samples_dropped"] == len(BAD)
     algorithm = ALGORITHMS[name]()
+    collect = algorithm.collect
 
-    def only_good(collector: Callable[[], Samples]) -> Samples:
-        samples, rows = collector(), torch.tensor(GOOD)
+    def only_good(collector: Any) -> Samples:
+        samples, rows = collect(collector), torch.tensor(GOOD)
         return Samples(samples.trajectory.rows(rows), samples.rewards[rows])
 
     algorithm.collect = only_good

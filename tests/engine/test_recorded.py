@@ -20,10 +20,12 @@ from adascope_fast.algorithms.critic import dpok
 from adascope_fast.algorithms.objectives import score_function
 from adascope_fast.algorithms.policy_gradient import ddpo, grpo, reinforce
 from adascope_fast.algorithms.preference import d3po
-from adascope_fast.algorithms.regression import awm
+from adascope_fast.algorithms.regression import awm, diffusion_nft
 from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.recorded import MICROBATCH, halved_parts
 from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.schedules.noise import rectified_flow
+from adascope_fast.schedules.samplers import dpm_solver
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.selectors.windows import Window
 
@@ -60,6 +62,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "dpok": lambda: dpok(value_learning_rate=1e-2, clip_range=0.01),
     "d3po": lambda: d3po(beta=2.0),
     "awm": lambda: awm(num_draws=2, ema_kl_weight=0.1, kl_weight=0.1),
+    "diffusion_nft": lambda: diffusion_nft(num_draws=2, kl_weight=0.1),
 }
 
 
@@ -86,6 +89,22 @@ def test_iterations_with_a_short_tail(make_toy: Callable):
     graphs, lines = _same(lambda graphs: Run(make_toy(), ddpo(), graphs, **options))
     assert any("a step of the tail is recorded" in line for line in lines)
     assert graphs.num_replays > graphs.num_calls / 2
+
+
+def test_iterations_of_a_solver_that_looks_back(make_toy: Callable):
+    """Its rollout is not recorded, and a line says so; its updates are."""
+
+    def run(graphs: Graphs | None) -> Run:
+        toy = make_toy()
+        process = rectified_flow(torch.linspace(1, 0, STEPS + 1), 1000)
+        toy.schedule = lambda num_steps: dpm_solver(process, "flow_dpm_solver")
+        return Run(toy, diffusion_nft(), graphs, images=4)
+
+    graphs, lines = _same(run)
+    why = "flow_dpm_solver looks back at the guess of the step before"
+    assert lines[0] == f"CUDA graphs: a step of the rollout runs without: {why}"
+    assert [MICROBATCH in line for line in lines] == [False, True]
+    assert graphs.num_replays == graphs.num_calls - 1
 
 
 def test_iterations_whose_sampler_changes(make_toy: Callable):

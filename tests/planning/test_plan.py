@@ -153,6 +153,26 @@ def test_the_share_of_steps_is_known_for_every_selector():
     awm = ["algorithm.name=awm", "algorithm.num_draws=5", "selector.name=every_step"]
     assert fraction_trained(Config.load(None, awm)) == 0.25, "AWM's noise levels, whatever the selector"
     assert fraction_trained(Config.load(None, [*awm, "sampler.num_steps=5"])) == 1
+    nft = ["algorithm.name=diffusion_nft", "selector.name=static_range", "selector.start=2", "selector.end=7"]
+    assert fraction_trained(Config.load(None, nft)) == 0.25, "every kept step"
+    assert fraction_trained(Config.load(None, [*nft, "algorithm.num_draws=2"])) == 0.1
+    assert fraction_trained(Config.load(None, [*nft, "algorithm.num_draws=9"])) == 0.25
+
+
+def test_what_noised_training_compares_with_is_counted():
+    """Outputs with the prompt alone, under guidance too: the policy's, its average's and the reference's."""
+    settings = ["sampler.guidance_scale=3.0", "sampler.num_steps=10", "selector.name=static_range", "selector.start=2"]
+    nft = [*settings, "selector.end=6", "algorithm.name=diffusion_nft"]
+    both, alone = plan(Config.load(None, nft)), plan(Config.load(None, [*nft, "algorithm.kl_weight=0"]))
+    row, rows = both.forward_flops, 4 * both.images
+    assert both.flops["moving average"] == both.flops["reference policy"] == rows * row
+    assert both.flops["update"] == pytest.approx(rows * both.training_flops)
+    assert alone.flops["update"] == both.flops["update"]
+    assert "reference policy" not in alone.flops
+    assert both.flops["rollout"] == 10 * both.images * 2 * row
+    average = plan(Config.load(None, [*nft[:-1], "algorithm.name=awm"])).weight_bytes
+    without = plan(Config.load(None, [*nft[:-1], "algorithm.name=awm", "algorithm.ema_kl_weight=0"])).weight_bytes
+    assert average - without == 4 * both.trained
 
 
 def test_the_parts_of_a_plan_add_up():

@@ -91,5 +91,5 @@ def test_an_algorithm_that_needs_log_probabilities_cannot_train_a_sampler_withou
 ):
     overrides = [FLOW, f"algorithm.name={algorithm}", "sampler.kind=flow_ode", f"selector.name={selector}"]
     line = refused("train", TINY, *SMALLEST, f"run.folder={tmp_path / 'run'}", *overrides)
-    assert "has no log_prob" in line
+    assert "without noise, which has no log_prob at any step" in line
     assert not (tmp_path / "run").exists(), "nothing is written"

@@ -146,8 +146,9 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path: Path, al
         (["algorithm.name=dpok", "algorithm.value_learning_rate=0.01"], True),
         (["algorithm.name=d3po", "selector.name=every_step"], False),
         (["algorithm.name=awm", "algorithm.num_draws=3"], True),
+        (["algorithm.name=diffusion_nft"], True),
     ],
-    ids=["dpok", "d3po", "awm"],
+    ids=["dpok", "d3po", "awm", "diffusion_nft"],
 )
 def test_an_algorithm_with_a_memory_of_its_own_resumes_bit_for_bit(tmp_path: Path, algorithm: list[str], carries: bool):
     """DPOK's critic with its optimiser and its images, AWM's average: killed in iteration 1, after a checkpoint."""
