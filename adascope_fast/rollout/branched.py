@@ -131,7 +131,7 @@ class Branching:
                 kind=plain.kind,
             )
             states.append(state)
-            log_probs.append(log_prob)
+            log_probs.append(log_prob.float())
         prompts = [self._prompts[number] for number in numbers.tolist()]
         scores = torch.stack([self._score(step + 1, state, prompt_index[rows], prompts) for state in states])
         self._keep(step, rows, torch.stack(states), torch.stack(log_probs), scores)
