@@ -59,7 +59,7 @@ BELOW: dict[str, set[str]] = {
     "config": set(),
     "training": _TRAINING,
     "planning": _TRAINING | {"training"},
-    "pretraining": {"backbones", "config", "preferences", "prompts", "rewards", "rollout", "training"},
+    "pretraining": _TRAINING | {"preferences", "training"},
     "commands": _TRAINING | {"planning", "pretraining", "training"},
     "cli": {"commands"},
     "__init__": _TRAINING | {"training"},

@@ -201,12 +201,13 @@ class Config(Section):
                 f'set a sampler with noise, or algorithm.name = "awm"'
             )
         selector, end = self.selector, _of(self.selector, "end")
-        if isinstance(selector, Window | FastWindow):  # the first of its places
+        got = f"selector.end = {end}"
+        if isinstance(selector, Window | FastWindow):
             end = (selector.start or 0) + selector.window_size
+            got = f"a selector whose first window ends at step {end}"
         if end is not None and end <= first:
-            where = "a window" if isinstance(selector, Window | FastWindow) else "selector.end"
             raise ValueError(
-                f"spo trains steps from algorithm.branch_from = {first} on, got {where} that ends at step {end}; "
+                f"spo trains steps from algorithm.branch_from = {first} on, got {got}; "
                 f"lower algorithm.branch_from, or have the selector keep later steps"
             )
 

@@ -102,7 +102,8 @@ def test_the_whole_model_can_be_trained(tmp_path: Path, made: Path):
     outcome = call("train", TINY, *SMALLEST, *options, "train.learning_rate=1e-4", f"run.folder={tmp_path / 'run'}")
     assert outcome.code == 0, outcome
     first, second = _lines(tmp_path / "run")
-    assert first["ratio_max_deviation"] == 0 < second["ratio_max_deviation"]
+    assert first["ratio_max_deviation"] < 1e-6, "the copy rounds otherwise"
+    assert second["ratio_max_deviation"] > 1e-5
 
 
 def test_a_preference_model_of_something_else_is_refused(tmp_path: Path, made: Path):
