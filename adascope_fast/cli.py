@@ -1,4 +1,4 @@
-"""The command line: `adascope-fast train | sample | merge | pretrain | plan | calibrate | config | report | explain`.
+"""The command line: `adascope-fast train | sample | merge | plan | config | ...`; `--help` names all commands.
 
 A user's mistake is one line on standard error and exit code 2; what failed on the way, numbers that are not finite or a
 full disk, is one line and exit code 1; ADASCOPE_FAST_DEBUG=1 shows where it was raised. SIGINT, SIGTERM and SIGHUP end
@@ -27,6 +27,7 @@ from adascope_fast.commands.pretrain import pretrain
 from adascope_fast.commands.report import report
 from adascope_fast.commands.sample import sample
 from adascope_fast.commands.train import train
+from adascope_fast.commands.train_preference_model import train_preference_model
 from adascope_fast.lazy import refuse_broken_torchvision
 
 _loading.__exit__(None, None, None)
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays.",
 )
-for command in (train, sample, merge, pretrain, plan, calibrate, config, report, explain):
+for command in (train, sample, merge, pretrain, train_preference_model, plan, calibrate, config, report, explain):
     app.command()(command)
 
 

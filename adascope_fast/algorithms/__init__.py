@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.policy_gradient import grpo as grpo
     from adascope_fast.algorithms.policy_gradient import reinforce as reinforce
     from adascope_fast.algorithms.preference import d3po as d3po
+    from adascope_fast.algorithms.preference import spo as spo
     from adascope_fast.algorithms.regression import awm as awm
     from adascope_fast.algorithms.regression import diffusion_nft as diffusion_nft
 
@@ -37,5 +38,6 @@ __getattr__ = lazy(
         "dpok": "critic",
         "grpo": "policy_gradient",
         "reinforce": "policy_gradient",
+        "spo": "preference",
     },
 )

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
+from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
-from adascope_fast.rollout import Trajectory
+from adascope_fast.rollout import Branches, PreferenceModel, Trajectory
 from adascope_fast.schedules import Schedule
 
 
@@ -29,6 +30,8 @@ class Samples:
 
     trajectory: Trajectory
     rewards: Float32[Tensor, " b"]
+    branches: Branches | None = None
+    """Of a branched rollout."""
 
     @property
     def prompts(self) -> list[str]:
@@ -45,9 +48,28 @@ class Collector(Protocol):
     """The model that samples are drawn from."""
     num_updates: int
     """Updates that the iteration will make."""
+    schedule: Schedule
 
     def __call__(self, prompts: list[str] | None = None) -> Samples:
         """A trajectory and a reward for each prompt; None: for `prompts`."""
+        ...
+
+    def branched(
+        self,
+        where: Bool[Tensor, " t"],
+        *,
+        num_candidates: int,
+        margin: float,
+        temperature: float,
+        preference: PreferenceModel | None,
+    ) -> Samples:
+        """The same for the iteration's prompts, with `branches` at these steps; see `rollout.Branching`.
+
+        Steps that the selector is known not to keep are not branched.
+
+        Args:
+            preference: scores candidates; None: the reward of the decoded guess from each.
+        """
         ...
 
 
@@ -166,6 +188,9 @@ class Algorithm(ABC):
     """Whether the model as it was before training has to be there."""
     train_guidance: str = "both"
     """Outputs that carry gradient under guidance: "both", or the "conditional" one alone."""
+
+    def suit(self, backbone: Backbone) -> None:  # noqa: B027 - most algorithms suit every model
+        """Make ready for training this model, once; ValueError where that cannot be."""
 
     def schedule(self, schedule: Schedule) -> Schedule:
         """The sampler that samples are collected with, from the one that was configured."""

@@ -1,10 +1,13 @@
-"""Preferences between trajectories of one prompt, step by step: D3PO (Yang et al. 2023, 2311.13231).
+"""Preferences, step by step: between trajectories of one prompt, D3PO (Yang et al. 2023, 2311.13231), and between next
+states that are drawn from one state, SPO (Liang et al. 2024, 2406.04314).
 
-`b` samples, `t` steps, `n` (pair, step) rows; a row is two denoiser rows, the better image's and the worse one's.
+`b` samples, `t` steps. D3PO has `n` (pair, step) rows; a row is two denoiser rows, the better image's and the worse
+one's. SPO has `n` (sample, step) rows of one denoiser row each.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +17,16 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
-from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
+from adascope_fast.algorithms.algorithm import Algorithm, Collector, Context, Loss, Policy, Samples
 from adascope_fast.algorithms.policy_gradient import STEP_WEIGHTS, log_prob_kind_of
+from adascope_fast.backbone import Backbone
+from adascope_fast.preferences import StepAwareModel
 from adascope_fast.reference import Kind
-from adascope_fast.rollout import StepBatch, Trajectory
+from adascope_fast.rollout import Branches, StepBatch, Trajectory
 from adascope_fast.schedules import Schedule
+
+REWARD_TEMPERATURE = 0.1
+"""Of rewards as scores of candidates, where none is given."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,7 @@ class D3po(Algorithm):
         steps = torch.where(both.any(1, keepdim=True), both, better | worse)
         trajectory.pairs(steps)  # refuses steps without log_prob
         pair, step = steps.nonzero().unbind(1)
-        make = STEP_WEIGHTS[self.settings.step_weight]
-        schedule = trajectory.schedule
-        weight = torch.ones_like(schedule.coef[:, 2]) if make is None else make(schedule)
+        weight = _weights(self.settings.step_weight, trajectory.schedule)
         return PairedSteps(trajectory, torch.cat([pairs[pair], step[:, None]], 1), weight)
 
     def loss(
@@ -99,19 +105,159 @@ class D3po(Algorithm):
         )
         reference = policy.reference(*where)
         ref_log_prob = ops.transition_log_prob(output=reference, coef=pairs.coef, kind=kind, **tables)
-        log_ratio = log_prob - ref_log_prob
-        values = preference_loss(log_ratio.view(2, -1), weight, beta=self.settings.beta, clip=self.settings.clip_range)
-        ratio, clip = log_ratio.detach().exp(), self.settings.clip_range
-        told = {
-            "ratio": ratio,
-            "approx_kl": 0.5 * log_ratio.detach().square(),
-            "clipfrac": ((ratio - 1).abs() > clip).float(),
-            "nonfinite": (~log_ratio.detach().isfinite()).float(),
-            "log_prob": log_prob.detach(),
-            "rollout_log_prob": pairs.old_log_prob,
-        }
-        by_row = {name: value.view(2, -1).mean(0) for name, value in told.items()}
-        return Loss(values, by_row | {"step": pairs.step_index[: len(values)]})
+        log_probs = (x.view(2, -1) for x in (log_prob, ref_log_prob, pairs.old_log_prob))
+        return _loss_of(self.settings, *log_probs, weight=weight, step=pairs.step_index[: len(weight)])
+
+
+@dataclass(frozen=True)
+class BranchedSteps:
+    """`n` rows (sample, step) whose step leads to a better and to a worse state."""
+
+    trajectory: Trajectory
+    branches: Branches
+    rows: Int64[Tensor, "n 2"]
+    weight: Float32[Tensor, " t"]
+    is_live: Bool[Tensor, " n"] | None = None
+    num_forwards: int = 1
+
+    @property
+    def sample_index(self) -> Int64[Tensor, " n"]:
+        """The sample of each row."""
+        return self.rows[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "BranchedSteps":
+        """These rows, in their order."""
+        return replace(self, rows=self.rows[rows])
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> tuple[StepBatch, Tensor, Tensor, Tensor, Tensor]:
+        """The steps, the better and the worse states, their log-probabilities [2, m], and the weight of each row."""
+        sample, step = self.rows[rows].unbind(1)
+        branches, column = self.branches, self.branches.column[step]
+        recorded = branches.log_prob[sample, column].T
+        states = branches.better[sample, column], branches.worse[sample, column]
+        return self.trajectory.gather(self.rows[rows]), *states, recorded, self.weight[step]
+
+
+@dataclass(kw_only=True)
+class Spo(Algorithm):
+    """See `settings.Spo`."""
+
+    settings: settings.Spo
+    preference: StepAwareModel | None = None
+    """What scores the candidates; None: the reward."""
+
+    def suit(self, backbone: Backbone) -> None:
+        """The preference model must be one of this model's latents and prompts."""
+        if self.preference is not None:
+            self.preference.suit(backbone)
+
+    def log_prob_kind(self, schedule: Schedule) -> Kind:
+        """See `log_prob_kind_of`."""
+        return log_prob_kind_of(self.settings.log_prob, schedule)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """See `Algorithm`."""
+        return True
+
+    def collect(self, collector: Collector) -> Samples:
+        """A rollout that is branched at every step with noise from the first on."""
+        schedule, keys = collector.schedule, self.settings
+        first = keys.first_step(schedule.num_steps)
+        where = schedule.trainable & self._from(first, schedule.num_steps, schedule.trainable.device)
+        if not bool(where.any()):
+            raise ValueError(
+                f"spo draws its candidates by the noise of a step, and {schedule.kind} has none from step {first} on; "
+                f"choose a sampler with noise there, or lower algorithm.branch_from"
+            )
+        temperature = keys.temperature or (REWARD_TEMPERATURE if self.preference is None else 1.0)
+        return collector.branched(
+            where,
+            num_candidates=keys.num_candidates,
+            margin=keys.margin,
+            temperature=temperature,
+            preference=self.preference,
+        )
+
+    def steps(self, chosen: Bool[Tensor, "b t"], trainable: Bool[Tensor, " t"]) -> Bool[Tensor, "b t"]:
+        """Those that are branched; ValueError where none is."""
+        num_steps = chosen.shape[1]
+        first = self.settings.first_step(num_steps)
+        kept = chosen & self._from(first, num_steps, chosen.device)
+        if not bool(kept.any()) and bool(chosen.any()):
+            raise ValueError(
+                f"spo trains steps from algorithm.branch_from = {first} on, and the selector kept "
+                f"{int(chosen.any(0).nonzero()[-1])} as the last one; lower algorithm.branch_from, or keep later steps"
+            )
+        return kept
+
+    @staticmethod
+    def _from(first: int, num_steps: int, device: torch.device) -> Bool[Tensor, " t"]:
+        return torch.arange(num_steps, device=device) >= first
+
+    def batch(self, samples: Samples, context: Context) -> BranchedSteps:
+        """The kept steps whose pair is live."""
+        trajectory, branches = samples.trajectory, samples.branches
+        assert branches is not None
+        rows = trajectory.pairs(context.keep)  # refuses steps without log_prob
+        rows = rows[branches.is_live[rows[:, 0], rows[:, 1]]]
+        return BranchedSteps(trajectory, branches, rows, _weights(self.settings.step_weight, trajectory.schedule))
+
+    def loss(
+        self,
+        policy: Policy,
+        rows: tuple[StepBatch, Tensor, Tensor, Tensor, Tensor],
+        *,
+        is_on_policy: bool,
+        scale: float,
+    ) -> Loss:
+        """D3PO's, of two states that follow from one forward."""
+        steps, better, worse, recorded, weight = rows
+        sample, kind = steps.sample, self.log_prob_kind(policy.schedule)
+        where = sample, steps.timestep, steps.prompt_index
+        output, without = policy.outputs(*where)
+        reference, guidance = policy.reference(*where), policy.guidance_scale
+        log_prob, ref_log_prob = (
+            torch.stack([density(state) for state in (better, worse)])
+            for density in (
+                lambda state: ops.guided_transition_log_prob(
+                    sample, output, without, guidance, state, steps.coef, kind=kind
+                ),
+                lambda state: ops.transition_log_prob(sample, reference, state, steps.coef, kind=kind),
+            )
+        )
+        return _loss_of(self.settings, log_prob, ref_log_prob, recorded, weight=weight, step=steps.step_index)
+
+
+def _loss_of(
+    keys: settings.D3po | settings.Spo,
+    log_prob: Float[Tensor, "2 n"],
+    ref_log_prob: Float[Tensor, "2 n"],
+    recorded: Float32[Tensor, "2 n"],
+    *,
+    weight: Float32[Tensor, " n"],
+    step: Int64[Tensor, " n"],
+) -> Loss:
+    log_ratio = log_prob - ref_log_prob
+    values = preference_loss(log_ratio, weight, beta=keys.beta, clip=keys.clip_range)
+    ratio = log_ratio.detach().exp()
+    told = {
+        "ratio": ratio,
+        "approx_kl": 0.5 * log_ratio.detach().square(),
+        "clipfrac": ((ratio - 1).abs() > keys.clip_range).float(),
+        "nonfinite": (~log_ratio.detach().isfinite()).float(),
+        "log_prob": log_prob.detach(),
+        "rollout_log_prob": recorded,
+    }
+    return Loss(values, {name: value.mean(0) for name, value in told.items()} | {"step": step})
+
+
+def _weights(step_weight: settings.StepWeight, schedule: Schedule) -> Float32[Tensor, " t"]:
+    make = STEP_WEIGHTS[step_weight]
+    return torch.ones_like(schedule.coef[:, 2]) if make is None else make(schedule)
 
 
 def preference_loss(
@@ -145,3 +291,20 @@ def d3po(**keys: Any) -> D3po:
 def d3po_of(section: settings.D3po) -> D3po:
     """The algorithm that its section describes."""
     return D3po(name=section.name, settings=section, train_guidance=section.train_guidance, needs_reference=True)
+
+
+def spo(**keys: Any) -> Spo:
+    """SPO with the keys of `settings.Spo`."""
+    return settings.Spo(**keys).build()
+
+
+def spo_of(section: settings.Spo) -> Spo:
+    """The algorithm that its section describes."""
+    named = section.preference_model
+    return Spo(
+        name=section.name,
+        settings=section,
+        train_guidance=section.train_guidance,
+        needs_reference=True,
+        preference=None if named == "reward" else StepAwareModel.load(Path(named)),
+    )

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from adascope_fast.settings import (
+    CountOrZero,
     Images,
     LearningRate,
     Own,
@@ -12,7 +13,9 @@ from adascope_fast.settings import (
     PositiveOrZero,
     Section,
     Share,
+    ShareOrZero,
     Steps,
+    Text,
     Width,
     imported,
     only_with,
@@ -189,7 +192,23 @@ class Dpok(_Clipped):
     """Newest images that the critic is trained on."""
 
 
-class D3po(_Algorithm):
+class _Preference(_Algorithm):
+    """Clipped log-ratios to the reference policy, of a better and a worse state."""
+
+    clip_range: Positive = 0.1
+    """Clip of the ratio to the reference policy."""
+    log_prob: Literal["auto", "gaussian", "squared_error"] = "auto"
+    """A step's log-probability, as in the policy gradients."""
+    step_weight: StepWeight = "none"
+    """`balanced`: each step's log-ratio is divided by the sensitivity of its log-probability, |b| / std."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """The model without its adapter has to be there."""
+        return True
+
+
+class D3po(_Preference):
     """D3PO (Yang et al. 2023, 2311.13231): preferences between two trajectories of a prompt, step by step.
 
     Of each prompt's images the one with the highest reward is paired with the one with the lowest, the second highest
@@ -204,22 +223,49 @@ class D3po(_Algorithm):
     name: Literal["d3po"] = "d3po"
     beta: Positive = 0.1
     """Strength of the preference's link to the likelihood ratio."""
-    clip_range: Positive = 0.1
-    """Clip of the ratio to the reference policy."""
-    log_prob: Literal["auto", "gaussian", "squared_error"] = "auto"
-    """A step's log-probability, as in the policy gradients."""
-    step_weight: StepWeight = "none"
-    """`balanced`: each step's log-ratio is divided by the sensitivity of its log-probability, |b| / std."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """The model without its adapter has to be there."""
-        return True
 
     @property
     def smallest_group(self) -> int:
         """Images of a prompt that can be compared."""
         return 2
+
+
+class Spo(_Preference):
+    """SPO (Liang et al. 2024, 2406.04314): preferences between next states that are drawn from one state.
+
+    At each step from `branch_from` on, `num_candidates` next states are drawn from the Gaussian of that step and scored
+    by a step-aware preference model. The best and the worst are a pair if they differ by `margin`; the rollout walks on
+    from one of the candidates, whatever its score. The loss of a pair is D3PO's,
+    -log sigmoid(beta * sum_k h_k log clip(r_k)) with r_k the ratio to the reference policy and h = +1, -1; as both
+    states follow from one, it takes one forward of the policy and one of the reference. A live pair is trained at the
+    steps that the selector keeps; the original trains all from `branch_from` on (`selector.name = "late_start"`).
+    Differs from the original: without a folder of `adascope-fast train-preference-model` the reward of the decoded
+    guess stands for the preference model, at a forward of each candidate; steps that the selector is known beforehand
+    not to keep are not branched.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.preference:spo_of"
+    train_guidance: ClassVar[str] = "both"
+
+    name: Literal["spo"] = "spo"
+    beta: Positive = 10.0
+    """Strength of the preference's link to the likelihood ratio."""
+    num_candidates: Annotated[int, Field(ge=2, le=256)] = 4
+    """Next states that are drawn at a step, k."""
+    branch_from: CountOrZero | None = None
+    """First step that is branched; absent: T / 5, step 4 of the paper's 20."""
+    margin: ShareOrZero = 0.3
+    """What the probabilities of the better and the worse state (softmax of their scores) must differ by, more than."""
+    preference_model: Text = "reward"
+    """`reward`: the reward of the decoded guess from each candidate, at a forward each; or a folder that
+    `adascope-fast train-preference-model` has made, which scores the noisy latents as they are."""
+    temperature: Positive | None = None
+    """Difference of scores that stands for odds of e to 1; absent: 0.1 of the reward's units, or 1 for the scores of a
+    preference model, which are logits. For a reward of another scale, about what a prompt's images differ by."""
+
+    def first_step(self, num_steps: int) -> int:
+        """The first step that is branched, of `num_steps`."""
+        return (num_steps + 2) // 5 if self.branch_from is None else self.branch_from
 
 
 class Noised(_Grouped, _Algorithm):

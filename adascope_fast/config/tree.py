@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
-from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, DiffusionNft, Dpok, Grpo, OwnAlgorithm, Reinforce
+from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, DiffusionNft, Dpok, Grpo, OwnAlgorithm, Reinforce, Spo
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
@@ -56,6 +56,7 @@ AnyAlgorithm = Annotated[
     | Annotated[Grpo, Tag("grpo")]
     | Annotated[Dpok, Tag("dpok")]
     | Annotated[D3po, Tag("d3po")]
+    | Annotated[Spo, Tag("spo")]
     | Annotated[Awm, Tag("awm")]
     | Annotated[DiffusionNft, Tag("diffusion_nft")]
     | Annotated[OwnAlgorithm, Tag(OWN)],
@@ -148,6 +149,8 @@ class Config(Section):
             self._can_be_sensed(self.selector, self.sensing)
         self._updates_suit_the_algorithm()
         self._sampler_suits_the_algorithm()
+        if isinstance(self.algorithm, Spo):
+            self._can_branch(self.algorithm, steps)
         if self.model.train == "full" and self.acceleration.fold_adapter == "on":
             raise ValueError(
                 'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set '
@@ -184,6 +187,30 @@ class Config(Section):
             raise ValueError(
                 f"selector.decay_from must be below the {steps} steps of a rollout, or nothing ever decays, got "
                 f'{selector.decay_from}; lower it, or set selector.shift_decay = "none"'
+            )
+
+    def _can_branch(self, algorithm: Spo, steps: int) -> None:
+        first = algorithm.first_step(steps)
+        if first >= steps:
+            raise ValueError(
+                f"algorithm.branch_from must be one of the {steps} steps of a rollout, 0 to {steps - 1}, got {first}; "
+                f"lower it, or raise sampler.num_steps"
+            )
+        if self.sampler.kind == "flow_ode" or self.sampler.eta == 0:
+            got = 'sampler.kind = "flow_ode"' if self.sampler.kind == "flow_ode" else "sampler.eta = 0"
+            raise ValueError(
+                f"spo draws its candidates by the noise of a step, got {got}, which has none; "
+                f'set a sampler with noise, or algorithm.name = "awm"'
+            )
+        selector, end = self.selector, _of(self.selector, "end")
+        got = f"selector.end = {end}"
+        if isinstance(selector, Window | FastWindow):
+            end = (selector.start or 0) + selector.window_size
+            got = f"a selector whose first window ends at step {end}"
+        if end is not None and end <= first:
+            raise ValueError(
+                f"spo trains steps from algorithm.branch_from = {first} on, got {got}; "
+                f"lower algorithm.branch_from, or have the selector keep later steps"
             )
 
     def _every_rollout_is_sensed(self) -> None:
@@ -243,7 +270,7 @@ class Config(Section):
                 f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
             )
-        if name in ("dpok", "d3po", "awm", "diffusion_nft"):
+        if name in ("dpok", "d3po", "spo", "awm", "diffusion_nft"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'

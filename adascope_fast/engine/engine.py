@@ -31,10 +31,18 @@ from adascope_fast.engine.one_pass import OnePass
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
 from adascope_fast.engine.recorded import STEP, Recording, halved_parts
-from adascope_fast.engine.scoring import Scoring
+from adascope_fast.engine.scoring import RewardOfGuess, Scoring
 from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics, as_json
-from adascope_fast.rollout import Denoising, EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import (
+    Branches,
+    Branching,
+    Denoising,
+    EncodedPrompts,
+    PreferenceModel,
+    Trajectory,
+    rollout,
+)
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.schedules.tail import Tails
@@ -97,6 +105,7 @@ class Engine:
     ) -> None:
         self.sampler = Sampler() if sampler is None else sampler
         refuse(algorithm, settings, self.sampler)
+        algorithm.suit(backbone)
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
         self.folds_adapter = folds_adapter
@@ -370,13 +379,47 @@ class _Collection:
         """The steps to train, where they were decided before the rollout."""
         self.gradients: PerSampleGradients | None = None
         self.num_forwards = self.num_dropped = 0
-        self._engine, self._encoded, self._schedule = engine, encoded, schedule
+        self.schedule = schedule
+        self._engine, self._encoded = engine, encoded
         self._generator, self._iteration = generator, iteration
 
     def __call__(self, prompts: list[str] | None = None) -> Samples:
         """A trajectory and a reward for each prompt; None: for the iteration's."""
-        engine, schedule = self._engine, self._schedule
-        prompts = self.prompts if prompts is None else prompts
+        return self._collect(self.prompts if prompts is None else prompts, None)
+
+    def branched(
+        self,
+        where: Bool[Tensor, " t"],
+        *,
+        num_candidates: int,
+        margin: float,
+        temperature: float,
+        preference: PreferenceModel | None,
+    ) -> Samples:
+        """See `algorithms.Collector`."""
+        engine, prompts = self._engine, self.prompts
+        scores = RewardOfGuess(engine.backbone, engine.score) if preference is None else preference
+        known = engine.selector.ahead(prompts, self.schedule, self._iteration)
+        chosen = torch.ones(len(prompts), len(where), dtype=torch.bool) if known is None else known.cpu()
+        if engine._recording is not None:
+            engine._recording.graphs.refuse(STEP, "its candidates are judged on the way")
+
+        def branching(denoising: Denoising) -> Branching:
+            return Branching(
+                denoising,
+                chosen & where.cpu(),
+                prompts,
+                scores,
+                num_candidates=num_candidates,
+                margin=margin,
+                temperature=temperature,
+                generator=self._generator,
+            )
+
+        return self._collect(prompts, branching)
+
+    def _collect(self, prompts: list[str], branching: Callable[[Denoising], Branching] | None) -> Samples:
+        engine, schedule = self._engine, self.schedule
         is_one_pass = engine.settings.update == "one_pass"
         share = engine.sampler.tail_share
         with engine._part("sensing"):
@@ -385,44 +428,51 @@ class _Collection:
             tails = Tails.of(schedule, self.keep, share) if saves and self.keep is not None else None
         with Scoring(engine.backbone, engine.score, prompts) as scoring:
             with engine._part("rollout"):
-                trajectory = self._rollout(prompts, scoring, self.keep if is_one_pass else None, tails)
+                keep = self.keep if is_one_pass else None
+                trajectory, branches = self._rollout(prompts, scoring, keep, tails, branching)
             with engine._part("reward"):
                 rewards = scoring.rewards()
         self.num_forwards += trajectory.log_prob.numel() if tails is None else tails.num_forwards
-        return self._finite(trajectory, rewards)
+        return self._finite(Samples(trajectory, rewards, branches))
 
-    def _finite(self, trajectory: Trajectory, rewards: Float32[Tensor, " b"]) -> Samples:
+    def _finite(self, samples: Samples) -> Samples:
         """The samples whose image is finite; the others leave the iteration, and the groups that they were drawn for.
 
         Raises:
             _NothingFiniteError: there are none.
         """
-        is_finite = rewards.isfinite()
+        is_finite = samples.rewards.isfinite()
         if bool(is_finite.all()):
-            return Samples(trajectory, rewards)
+            return samples
         rows = is_finite.nonzero()[:, 0]
-        self.num_dropped += len(rewards) - len(rows)
+        self.num_dropped += len(is_finite) - len(rows)
         if not len(rows):
             raise _NothingFiniteError
         if self.keep is not None:
             self.keep = self.keep[rows.to(self.keep.device)]
         if self.gradients is not None:
             self.gradients.keep(rows)
-        return Samples(trajectory.rows(rows), rewards[rows])
+        branches = None if samples.branches is None else samples.branches.rows(rows)
+        return Samples(samples.trajectory.rows(rows), samples.rewards[rows], branches)
 
     def _ahead(self, prompts: list[str]) -> Bool[Tensor, "b t"]:
-        keep = self._engine.selector.ahead(prompts, self._schedule, self._iteration)
+        keep = self._engine.selector.ahead(prompts, self.schedule, self._iteration)
         if keep is None:
             raise ValueError(
                 "one_pass and a tail_share below 1 need the steps before the rollout, and this selector decides after "
                 "it; set selector.mask_source = 'previous', or train.update = 'replay' and sampler.tail_share = 1"
             )
-        return self._engine.algorithm.steps(keep, self._schedule.trainable)
+        return self._engine.algorithm.steps(keep, self.schedule.trainable)
 
     def _rollout(
-        self, prompts: list[str], scoring: Scoring, keep: Bool[Tensor, "b t"] | None, tails: Tails | None
-    ) -> Trajectory:
-        engine, schedule = self._engine, self._schedule
+        self,
+        prompts: list[str],
+        scoring: Scoring,
+        keep: Bool[Tensor, "b t"] | None,
+        tails: Tails | None,
+        branching: Callable[[Denoising], Branching] | None,
+    ) -> tuple[Trajectory, Branches | None]:
+        engine, schedule = self._engine, self.schedule
         total = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
         start, scale = self._generator.get_state(), engine.sampler.guidance_scale
         recording = engine._recording
@@ -433,12 +483,15 @@ class _Collection:
         denoising, tables = Denoising(engine.backbone, schedule, self._encoded, scale, kind), None
         if recording is not None and schedule.multistep is not None:
             recording.graphs.refuse(STEP, f"{schedule.kind} looks back at the guess of the step before")
-        elif recording is not None:
+        elif recording is not None and branching is None:
             denoising = recording.denoising(denoising, len(prompts))
             tables = denoising.flat.tables()
+        branched: Branching | None = None
 
         def attempt(batch: int) -> Trajectory:
-            done, advance = 0, denoising
+            nonlocal branched
+            branched = None if branching is None else branching(denoising)
+            done, advance = 0, branched or denoising
             self._generator.set_state(start)
             scoring.clear()
             if keep is not None:
@@ -478,7 +531,10 @@ class _Collection:
 
         freeing = engine._freeing(attempt)
         trajectory, engine.rollout_batch = halving(freeing, engine.rollout_batch, "train.rollout_batch")
-        return trajectory if tables is None else trajectory.copied()
+        if branched is not None:
+            self.num_forwards += branched.num_guesses
+            return trajectory, branched.branches
+        return trajectory if tables is None else trajectory.copied(), None
 
 
 def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:

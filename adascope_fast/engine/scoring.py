@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone, Reward
+from adascope_fast.rollout import Candidates
 
 
 class Scoring:
@@ -70,6 +71,17 @@ class Scoring:
                 self._stream.wait_event(decoded)
                 images.record_stream(self._stream)
             return score_finite(self._reward, images, prompts)
+
+
+class RewardOfGuess:
+    """A step-aware preference model out of a reward: that of the decoded guess of the image from each candidate."""
+
+    def __init__(self, backbone: Backbone, reward: Reward) -> None:
+        self._backbone, self._reward = backbone, reward
+
+    def __call__(self, candidates: Candidates) -> Float32[Tensor, " n"]:
+        """NaN where guess or image are not finite."""
+        return score_finite(self._reward, decoded_whole(self._backbone, candidates.clean()), candidates.prompts)
 
 
 def decoded_whole(backbone: Backbone, latents: Float[Tensor, "m *latent"]) -> Float[Tensor, "m 3 h w"]:

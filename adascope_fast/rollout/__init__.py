@@ -1,5 +1,9 @@
 """How samples are collected: prompts, one denoising step, whole trajectories, and the batches that training makes."""
 
+from adascope_fast.rollout.branched import Branches as Branches
+from adascope_fast.rollout.branched import Branching as Branching
+from adascope_fast.rollout.branched import Candidates as Candidates
+from adascope_fast.rollout.branched import PreferenceModel as PreferenceModel
 from adascope_fast.rollout.denoising import Advance as Advance
 from adascope_fast.rollout.denoising import Denoising as Denoising
 from adascope_fast.rollout.denoising import predict as predict

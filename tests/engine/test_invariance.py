@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from adascope_fast.algorithms.critic import dpok
-from adascope_fast.algorithms.preference import d3po
+from adascope_fast.algorithms.preference import d3po, spo
 from adascope_fast.algorithms.regression import awm, diffusion_nft
 
 ALGORITHMS = {
     "dpok": lambda: dpok(value_learning_rate=1e-2, clip_range=0.01),
     "d3po": lambda: d3po(beta=2.0),
+    "spo": lambda: spo(margin=0.0),
     "awm": lambda: awm(num_draws=3),
     "diffusion_nft": lambda: diffusion_nft(beta=0.5, kl_weight=0.1),
 }

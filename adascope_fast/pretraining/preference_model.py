@@ -1,0 +1,99 @@
+"""A step-aware preference model for a configuration: images of the untrained model, ranked by its reward."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from adascope_fast import rewards
+from adascope_fast.algorithms.settings import Ddpo
+from adascope_fast.config import Config, ConfigError
+from adascope_fast.preferences import Judged, StepAwareModel, fit, held_out_accuracy
+from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.selectors.settings import EveryStep
+from adascope_fast.training.trainer import Trainer
+
+BATCH = 64
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Made:
+    """A preference model and how well it ranks images of prompts that it was not trained on."""
+
+    model: StepAwareModel
+    accuracy: list[float]
+    """At each state that a step leads to, from noise to image."""
+    num_pairs: int
+    num_trained_pairs: int
+    seconds: float
+
+    def text(self) -> str:
+        """Lines for people."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        lines = [
+            f"{size} parameters, {self.num_trained_pairs} pairs, {self.seconds:.0f} s; ranked as the reward ranks, of "
+            f"{self.num_pairs} pairs of held-out prompts:"
+        ]
+        count = len(self.accuracy)
+        for state, share in enumerate(self.accuracy, 1):
+            lines.append(f"  after step {state:3} of {count}  {share:.3f}")
+        return "\n".join(lines)
+
+
+def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) -> Made:
+    """Sample `num_samples` images of each of `num_prompts` prompts, and a quarter as many held-out ones; then train.
+
+    The rollouts are as an iteration's: sampler, guidance and seed are the configuration's. Nothing of its algorithm and
+    selector matters.
+    """
+    started = time.perf_counter()
+    sections = {"algorithm": Ddpo(), "selector": EveryStep(), "sensing": None}
+    trainer = Trainer(config.model_copy(update=sections))
+    trainer.prepare()
+    generator = torch.Generator(trainer.schedule.coef.device).manual_seed(config.run.seed)
+    held_out = trainer.held_out[: max(1, num_prompts // 4)]
+    trained = _judged(trainer, trainer.train_prompts[:num_prompts], num_samples, generator)
+    other = _judged(trainer, held_out, num_samples, generator)
+    if not len(other.pairs()):
+        raise ConfigError(
+            "the images of held-out prompts must differ in their rewards, or nobody can tell what was learned, got "
+            f"{len(held_out)} prompts without a difference; ask for more images with --samples"
+        )
+    widths = {name: value.shape[-1] for name, value in trained.condition.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed)
+        model = StepAwareModel(trainer.backbone.name, trainer.backbone.latent_shape, widths)
+    model.to(trained.clean.device)
+    fit(model, trained, num_steps=num_steps, batch=BATCH, learning_rate=LEARNING_RATE, generator=generator)
+    accuracy, num_pairs = held_out_accuracy(model, other, batch=4 * BATCH, generator=generator)
+    levels = [
+        {"timestep": round(timestep, 3), "accuracy": round(share, 4)}
+        for timestep, share in zip(other.levels()[2].tolist(), accuracy, strict=True)
+    ]
+    model.told = {"reward": config.reward.name, "held_out": {"pairs": num_pairs, "levels": levels}}
+    return Made(model, accuracy, num_pairs, len(trained.pairs()), time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _judged(trainer: Trainer, prompts: list[str], num_samples: int, generator: torch.Generator) -> Judged:
+    """Images of the model and their rewards, some prompts at a time: a trajectory holds every state."""
+    config, backbone = trainer.config, trainer.backbone
+    encoded, at_once = EncodedPrompts.of(backbone, prompts), max(1, config.train.rollout_batch // num_samples)
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    clean, scores = [], []
+    for start in range(0, len(repeated), at_once * num_samples):
+        texts = repeated[start : start + at_once * num_samples]
+        with trainer.accelerator.autocast():
+            trajectory = rollout(
+                backbone,
+                trainer.schedule,
+                encoded,
+                texts,
+                guidance_scale=config.sampler.guidance_scale,
+                generator=generator,
+                batch=config.train.rollout_batch,
+            )
+        clean.append(trajectory.latents[:, -1].clone())
+        scores.append(rewards.score(trainer.reward, backbone.decode(clean[-1]), texts))
+    return Judged.of(torch.cat(clean), torch.cat(scores), repeated, encoded, trainer.schedule)
