@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.policy_gradient import grpo as grpo
     from adascope_fast.algorithms.policy_gradient import reinforce as reinforce
     from adascope_fast.algorithms.preference import d3po as d3po
+    from adascope_fast.algorithms.preference import diffusion_dpo as diffusion_dpo
+    from adascope_fast.algorithms.preference import diffusion_kto as diffusion_kto
     from adascope_fast.algorithms.regression import awm as awm
 
 __getattr__ = lazy(
@@ -32,6 +34,8 @@ __getattr__ = lazy(
         "awm": "regression",
         "d3po": "preference",
         "ddpo": "policy_gradient",
+        "diffusion_dpo": "preference",
+        "diffusion_kto": "preference",
         "dpok": "critic",
         "grpo": "policy_gradient",
         "reinforce": "policy_gradient",

@@ -104,11 +104,7 @@ class Awm(Algorithm):
         device = trajectory.latents.device
         scaled = GroupRelative(self.settings.advantage_scale, self.settings.advantage_clip)
         advantages = scaled(samples.rewards, samples.prompts, 1)[:, 0] / self.settings.advantage_clip
-        draw = torch.rand(context.keep.shape, generator=context.generator, device=device)
-        order = draw.masked_fill(~context.keep, 2.0).argsort(1)[:, : self.settings.num_draws]
-        is_drawn = context.keep.gather(1, order)
-        sample, column = is_drawn.nonzero().unbind(1)
-        step = order[sample, column]
+        sample, step = drawn_steps(context.keep, self.settings.num_draws, context.generator)
         noise = torch.randn((len(step), *trajectory.latents.shape[2:]), generator=context.generator, device=device)
         advantage = advantages[sample]
         has_penalty = self.settings.kl_weight > 0 or self.settings.ema_kl_weight > 0
@@ -182,6 +178,16 @@ class Awm(Algorithm):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `tensors`."""
         self._saved, self._ema = dict(tensors), None
+
+
+def drawn_steps(
+    keep: Bool[Tensor, "b t"], count: int, generator: torch.Generator
+) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+    """(sample, step) of `count` different kept steps of each sample; all of them where it has fewer."""
+    draw = torch.rand(keep.shape, generator=generator, device=keep.device)
+    order = draw.masked_fill(~keep, 2.0).argsort(1)[:, :count]
+    sample, column = keep.gather(1, order).nonzero().unbind(1)
+    return sample, order[sample, column]
 
 
 def mean_square(difference: Float[Tensor, "n *latent"]) -> Float32[Tensor, " n"]:

@@ -15,7 +15,17 @@ import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
-from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, OwnAlgorithm, Reinforce
+from adascope_fast.algorithms.settings import (
+    Awm,
+    D3po,
+    Ddpo,
+    DiffusionDpo,
+    DiffusionKto,
+    Dpok,
+    Grpo,
+    OwnAlgorithm,
+    Reinforce,
+)
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
@@ -56,6 +66,8 @@ AnyAlgorithm = Annotated[
     | Annotated[Grpo, Tag("grpo")]
     | Annotated[Dpok, Tag("dpok")]
     | Annotated[D3po, Tag("d3po")]
+    | Annotated[DiffusionDpo, Tag("diffusion_dpo")]
+    | Annotated[DiffusionKto, Tag("diffusion_kto")]
     | Annotated[Awm, Tag("awm")]
     | Annotated[OwnAlgorithm, Tag(OWN)],
     chosen_by("name", "ddpo"),
@@ -145,6 +157,8 @@ class Config(Section):
             self._every_rollout_is_sensed()
         if isinstance(self.selector, AdaScope) and self.sensing is not None:
             self._can_be_sensed(self.selector, self.sensing)
+        if isinstance(self.algorithm, DiffusionDpo | DiffusionKto):
+            self._suits_a_set(self.algorithm)
         self._updates_suit_the_algorithm()
         if self.model.train == "full" and self.acceleration.fold_adapter == "on":
             raise ValueError(
@@ -241,12 +255,42 @@ class Config(Section):
                 f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
             )
-        if name in ("dpok", "d3po", "awm"):
+        if name in ("dpok", "d3po", "awm", "diffusion_dpo", "diffusion_kto"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'
             )
         self._knows_the_steps_beforehand("one_pass", 'train.update = "replay"')
+
+    def _suits_a_set(self, algorithm: DiffusionDpo | DiffusionKto) -> None:
+        """An algorithm that learns from a set has it, and nothing is asked of rollouts that it does not make."""
+        name, train = algorithm.name, self.train
+        if algorithm.preferences is None:
+            raise ValueError(
+                f"{name} learns from a set of preferences, got algorithm.preferences = none; set it to the folder of "
+                f"one, or make one with: adascope-fast make-preferences CONFIG.toml --out FOLDER --pairs 400"
+            )
+        rows = train.prompts_per_iteration * algorithm.num_draws
+        if train.updates_per_iteration > rows:
+            raise ValueError(
+                f"train.updates_per_iteration must be at most the {rows} rows of an iteration "
+                f"(train.prompts_per_iteration times algorithm.num_draws), got {train.updates_per_iteration}; lower it"
+            )
+        if self.sampler.tail_share < 1:
+            raise ValueError(
+                f"sampler.tail_share shortens rollouts that are trained on, and {name} trains on none, got "
+                f"{self.sampler.tail_share}; set it to 1.0"
+            )
+        if self.sampler.train_guidance is not None:
+            raise ValueError(
+                f"{name} trains the conditional output alone, without guidance, got sampler.train_guidance = "
+                f'"{self.sampler.train_guidance}"; remove it'
+            )
+        if isinstance(self.selector, AdaScope) and self.selector.pooling == "sample":
+            raise ValueError(
+                f"{name} takes the interval of a picture's prompt, since no rollout made the picture, got "
+                f'selector.pooling = "sample"; set it to "prompt" or "batch"'
+            )
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:
         attribution = _of(self.algorithm, "attribution")
