@@ -177,8 +177,9 @@ class NoisedPairs:
     def take(self, rows: Int64[Tensor, " m"] | slice) -> NoisedBatch:
         """The better pictures of the rows, then the worse ones."""
         both = [self.better.take(rows), self.worse.take(rows)]
-        columns = {one.name: [getattr(batch, one.name) for batch in both] for one in fields(NoisedBatch)}
-        return NoisedBatch(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+        names = [one.name for one in fields(NoisedBatch) if one.name != "old_log_prob"]
+        columns: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in both]) for name in names}
+        return NoisedBatch(**columns, old_log_prob=None)
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,13 @@ class _Offline(Algorithm):
         return True
 
     def _drawn(self, records: list[int], prompts: list[str], rng: random.Random, dropout: float) -> list[str]:
-        """Remember the records, and which of them are told no prompt; all that has to be encoded."""
-        self._records = records
-        self._told = ["" if rng.random() < dropout else prompts[record] for record in records]
-        return [prompts[record] for record in records] + self._told
+        """Remember the records, and which of them are told no prompt; all that has to be encoded.
+
+        Args:
+            prompts: of the records.
+        """
+        self._records, self._told = records, ["" if rng.random() < dropout else prompt for prompt in prompts]
+        return prompts + self._told
 
     def _noised(self, stills: Stills, keep: Bool[Tensor, "r t"], count: int, generator: torch.Generator) -> Noised:
         """`count` noise levels of each of the first `r` pictures among its kept steps, and noise for each."""
@@ -259,7 +263,8 @@ class DiffusionDpo(_Offline):
         """`count` pairs, none twice before all were drawn; and which of them are told no prompt."""
         rng, numbers = random.Random(seed), list(range(len(self.pairs.records)))
         chosen = rng.sample(numbers * -(-count // len(numbers)), count)
-        return self._drawn(chosen, self.pairs.prompts, rng, self.settings.prompt_dropout)
+        prompts = [self.pairs.records[number].prompt for number in chosen]
+        return self._drawn(chosen, prompts, rng, self.settings.prompt_dropout)
 
     def collect(self, collector: Collector) -> Stills:
         """The chosen pictures of the drawn pairs, then the rejected ones."""
@@ -320,7 +325,8 @@ class DiffusionKto(_Offline):
         """`count` pictures, each liked with a chance of `positive_ratio`; and which of them are told no prompt."""
         rng = random.Random(seed)
         chosen = [rng.choice(self._by_label[rng.random() < self.settings.positive_ratio]) for _ in range(count)]
-        return self._drawn(chosen, self.judged.prompts, rng, self.settings.prompt_dropout)
+        prompts = [self.judged.records[number].prompt for number in chosen]
+        return self._drawn(chosen, prompts, rng, self.settings.prompt_dropout)
 
     def collect(self, collector: Collector) -> Stills:
         """The drawn pictures."""

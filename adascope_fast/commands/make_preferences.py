@@ -1,6 +1,7 @@
 """`adascope-fast make-preferences`: a set of preferences from a model and a reward, to be learned from."""
 
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,7 +99,12 @@ def _made(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("adascope-fast", "torch", "diffusers")},
     }
-    with tqdm(total=pairs, desc="preferences", unit="pair", mininterval=1.0) as bar, accelerator.autocast():
+    pause = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=pairs, desc="preferences", unit="pair", mininterval=pause) as bar, accelerator.autocast():
+
+        def on_pairs(count: int) -> None:
+            bar.update(count - bar.n)
+
         return making.make(
             backbone,
             schedule,
@@ -113,5 +119,5 @@ def _made(
             batch=config.train.rollout_batch,
             overwrite=overwrite,
             about=about,
-            on_pairs=lambda count: bar.update(count - bar.n) and None,
+            on_pairs=on_pairs,
         )

@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
@@ -94,7 +93,7 @@ class PreferenceSet(Generic[Record]):
     text: str
     """Of the file that lists them."""
 
-    @cached_property
+    @property
     def prompts(self) -> list[str]:
         """The prompt of each record."""
         return [record.prompt for record in self.records]

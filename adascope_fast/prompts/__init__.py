@@ -88,7 +88,7 @@ def chosen(
     return trained, judged
 
 
-def overlap(train: Sequence[str], held_out: Sequence[str], where: str = "prompts.train") -> str | None:
+def overlap(train: Sequence[str], held_out: Sequence[str], *, where: str = "prompts.train") -> str | None:
     """One line that says how many held-out prompts are trained on, None if none is; ValueError if all are.
 
     Args:

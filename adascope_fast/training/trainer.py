@@ -307,7 +307,7 @@ class Trainer:
         known = self.algorithm.preferences
         if known is None:
             return
-        if warning := prompts.overlap(known.prompts, self.held_out, "algorithm.preferences"):
+        if warning := prompts.overlap(known.prompts, self.held_out, where="algorithm.preferences"):
             logger.warning("%s", warning)
         if isinstance(self.config.sensing, RewardOnly):
             rewards.check_prompts(self.reward, known.prompts, "algorithm.preferences")
