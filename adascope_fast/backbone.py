@@ -30,6 +30,11 @@ class Backbone(Protocol):
     latent_shape: tuple[int, int, int]
     denoiser: nn.Module
 
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditioning of each prompt, one row a prompt; the empty prompt is the unconditional one."""
         ...
@@ -45,6 +50,10 @@ class Backbone(Protocol):
 
         The other rows are what they would be without it, and the device is not waited for.
         """
+        ...
+
+    def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n *latent"]:
+        """Latents of pictures in [0, 1] of side `resolution`, without noise: what `decode` takes back; float32."""
         ...
 
     def schedule(

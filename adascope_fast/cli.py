@@ -1,4 +1,4 @@
-"""The command line: `adascope-fast train | sample | merge | plan | config | ...`; `--help` names all commands.
+"""The command line: `adascope-fast train | sample | merge | plan | ...`; a command is a file of `commands`.
 
 A user's mistake is one line on standard error and exit code 2; what failed on the way, numbers that are not finite or a
 full disk, is one line and exit code 1; ADASCOPE_FAST_DEBUG=1 shows where it was raised. SIGINT, SIGTERM and SIGHUP end
@@ -21,6 +21,7 @@ import typer
 from adascope_fast.commands.calibrate import calibrate
 from adascope_fast.commands.config import config
 from adascope_fast.commands.explain import explain
+from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
 from adascope_fast.commands.pretrain import pretrain
@@ -39,7 +40,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays.",
 )
-for command in (train, sample, merge, pretrain, train_preference_model, plan, calibrate, config, report, explain):
+for command in (
+    train,
+    make_preferences,
+    train_preference_model,
+    sample,
+    merge,
+    pretrain,
+    plan,
+    calibrate,
+    config,
+    report,
+    explain,
+):
     app.command()(command)
 
 

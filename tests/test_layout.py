@@ -31,7 +31,7 @@ _ITERATION = _LATENTS | {
     "selectors",
     "theory",
 }
-_TRAINING = _ITERATION | {"config", "loading", "metrics", "prompts", "reporting"}
+_TRAINING = _ITERATION | {"config", "loading", "metrics", "preferences", "prompts", "reporting"}
 # What each room may import from the package, in any line of any of its files. Everyone may import what is in GROUND.
 GROUND = {"lazy", "settings"}
 BELOW: dict[str, set[str]] = {
@@ -50,7 +50,7 @@ BELOW: dict[str, set[str]] = {
     "theory": {"ops", "rollout", "schedules"},
     "selectors": _LATENTS | {"theory"},
     "adascope": _LATENTS | {"distributed", "loading", "selectors", "theory"},
-    "preferences": _LATENTS | {"loading"},
+    "preferences": _LATENTS | {"loading", "prompts"},
     "algorithms": _LATENTS | {"loading", "preferences", "reference"},
     "backbones": {"backbone", "loading", "ops", "schedules"},
     "rewards": {"backbone", "loading", "prompts"},

@@ -115,7 +115,12 @@ class AdaScope(settings.AdaScope, IntervalRule):
         return torch.from_numpy(keep[own])
 
     def ahead(self, prompts: list[str], schedule: Schedule, iteration: int) -> Bool[Tensor, "b t"] | None:
-        """With mask_source "previous", the interval of each pool before its rollout; else None."""
+        """The interval of each pool before its rollout, where memory decides; else None.
+
+        It does with mask_source "previous", and in an iteration that is not sensed.
+        """
+        if not self.senses(iteration):
+            return nonempty(self.decide(None, prompts, log_snr=schedule.log_snr, trainable=schedule.trainable))
         if self.mask_source != "previous":
             return None
         t, pools = schedule.num_steps, self._pools(prompts)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.policy_gradient import reinforce as reinforce
     from adascope_fast.algorithms.preference import d3po as d3po
     from adascope_fast.algorithms.preference import spo as spo
+    from adascope_fast.algorithms.preference import diffusion_dpo as diffusion_dpo
+    from adascope_fast.algorithms.preference import diffusion_kto as diffusion_kto
     from adascope_fast.algorithms.regression import awm as awm
     from adascope_fast.algorithms.regression import diffusion_nft as diffusion_nft
 
@@ -35,6 +37,8 @@ __getattr__ = lazy(
         "d3po": "preference",
         "ddpo": "policy_gradient",
         "diffusion_nft": "regression",
+        "diffusion_dpo": "preference",
+        "diffusion_kto": "preference",
         "dpok": "critic",
         "grpo": "policy_gradient",
         "reinforce": "policy_gradient",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
-from adascope_fast.rollout import Branches, PreferenceModel, Trajectory
+from adascope_fast.rollout import Branches, Picture, PreferenceModel, Stills, Trajectory
 from adascope_fast.schedules import Schedule
 
 
@@ -70,6 +70,36 @@ class Collector(Protocol):
         Args:
             preference: scores candidates; None: the reward of the decoded guess from each.
         """
+        ...
+
+    def stills(self, pictures: Sequence[Picture], prompts: list[str], told: list[str]) -> Stills:
+        """Pictures of a set in place of a rollout's, with the prompt of each, and what the denoiser is told of it.
+
+        Prompts and what is told are among `self.prompts`.
+        """
+        ...
+
+
+class Preferences(Protocol):
+    """A set of pictures that people, or a reward, have judged."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each record."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """What tells it from another."""
+        ...
+
+    def refuse_small(self, side: int) -> None:
+        """ValueError where a picture is too small for a model whose pictures have this side."""
         ...
 
 
@@ -170,7 +200,8 @@ class Loss:
 
     Statistics are [n] without gradient: "step" (the denoising step of each row), and those that the algorithm has of
     "ratio", "approx_kl", "clipfrac", "kl", "nonfinite", "log_prob" and "rollout_log_prob" (as the rollout recorded it),
-    and "output_gradient" (norm of the gradient of the row's loss in the outputs).
+    and "output_gradient" (norm of the gradient of the row's loss in the outputs). What has another name is the
+    algorithm's own, and its mean is told under it.
     """
 
     values: Float[Tensor, " n"]
@@ -200,7 +231,16 @@ class Algorithm(ABC):
         """Which log-probability the rollout records."""
         return "gaussian"
 
-    def collect(self, collector: Collector) -> Samples:
+    @property
+    def preferences(self) -> Preferences | None:
+        """The set that it learns from in place of rollouts; None: of its own pictures alone."""
+        return None
+
+    def draw(self, seed: int, count: int) -> list[str] | None:
+        """The prompts of an iteration's `count` records of a set, drawn from `seed`; None: it has no set."""
+        return None
+
+    def collect(self, collector: Collector) -> Samples | Stills:
         """The samples of an iteration."""
         return collector()
 
@@ -222,8 +262,8 @@ class Algorithm(ABC):
         return True
 
     @abstractmethod
-    def batch(self, samples: Samples, context: Context) -> Rows:
-        """The rows of the iteration's updates."""
+    def batch(self, samples: Any, context: Context) -> Rows:
+        """The rows of the iteration's updates, of what `collect` gave."""
 
     @abstractmethod
     def loss(self, policy: Policy, rows: Any, *, is_on_policy: bool, scale: float) -> Loss:

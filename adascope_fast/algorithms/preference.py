@@ -1,12 +1,16 @@
 """Preferences, step by step: between trajectories of one prompt, D3PO (Yang et al. 2023, 2311.13231), and between next
 states that are drawn from one state, SPO (Liang et al. 2024, 2406.04314).
 
-`b` samples, `t` steps. D3PO has `n` (pair, step) rows; a row is two denoiser rows, the better image's and the worse
-one's. SPO has `n` (sample, step) rows of one denoiser row each.
+And those of a set of pictures: Diffusion-DPO (Wallace et al. 2023, 2311.12908) and Diffusion-KTO (Li et al. 2024,
+2404.04465), which noise them anew.
+
+`b` samples, `t` steps. D3PO and Diffusion-DPO have `n` rows (pair, step) of two denoiser rows, the better image's and
+the worse one's; SPO (sample, step) and Diffusion-KTO (image, step) have `n` rows of one denoiser row each.
 """
 
 import math
-from dataclasses import dataclass, replace
+import random
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,14 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
-from adascope_fast.algorithms.algorithm import Algorithm, Collector, Context, Loss, Policy, Samples
+from adascope_fast.algorithms.algorithm import Algorithm, Collector, Context, Loss, Policy, Preferences, Samples
 from adascope_fast.algorithms.policy_gradient import STEP_WEIGHTS, log_prob_kind_of
+from adascope_fast.algorithms.regression import Noised, NoisedBatch, mean_square, noise_levels
 from adascope_fast.backbone import Backbone
 from adascope_fast.preferences import StepAwareModel
+from adascope_fast.preferences.files import Judged, Pair, PreferenceSet, read_judged, read_pairs
 from adascope_fast.reference import Kind
-from adascope_fast.rollout import Branches, StepBatch, Trajectory
+from adascope_fast.rollout import Branches, StepBatch, Stills, Trajectory
 from adascope_fast.schedules import Schedule
 
 REWARD_TEMPERATURE = 0.1
@@ -307,4 +313,282 @@ def spo_of(section: settings.Spo) -> Spo:
         train_guidance=section.train_guidance,
         needs_reference=True,
         preference=None if named == "reward" else StepAwareModel.load(Path(named)),
+    )
+
+
+@dataclass(frozen=True)
+class NoisedPairs:
+    """`n` rows of a pair at a noise level, with one noise for both of its pictures."""
+
+    better: Noised
+    worse: Noised
+    is_live: Bool[Tensor, " n"] | None = None
+    num_forwards: int = 2
+
+    @property
+    def sample_index(self) -> Int64[Tensor, " n"]:
+        """The better picture of each row: it tells the pair."""
+        return self.better.sample_index
+
+    def __len__(self) -> int:
+        return len(self.better)
+
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "NoisedPairs":
+        """These rows, in their order."""
+        return NoisedPairs(self.better.ordered(rows), self.worse.ordered(rows))
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> NoisedBatch:
+        """The better pictures of the rows, then the worse ones."""
+        both = [self.better.take(rows), self.worse.take(rows)]
+        names = [one.name for one in fields(NoisedBatch) if one.name != "old_log_prob"]
+        columns: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in both]) for name in names}
+        return NoisedBatch(**columns, old_log_prob=None)
+
+
+@dataclass(frozen=True)
+class NoisedJudged:
+    """`n` pictures at a noise level each; liked ones have advantage +1 there, the others -1."""
+
+    noised: Noised
+    ref_error: Float32[Tensor, " n"]
+    divergence: Float32[Tensor, ""]
+    """k, of all rows of the iteration."""
+    is_live: Bool[Tensor, " n"] | None = None
+    num_forwards: int = 1
+
+    @property
+    def sample_index(self) -> Int64[Tensor, " n"]:
+        """The picture of each row."""
+        return self.noised.sample_index
+
+    def __len__(self) -> int:
+        return len(self.noised)
+
+    def ordered(self, rows: Int64[Tensor, " m"]) -> "NoisedJudged":
+        """These rows, in their order."""
+        return NoisedJudged(self.noised.ordered(rows), self.ref_error[rows], self.divergence)
+
+    def take(
+        self, rows: Int64[Tensor, " m"] | slice
+    ) -> tuple[NoisedBatch, Float32[Tensor, " m"], Float32[Tensor, " m"]]:
+        """The noised pictures, the reference's error of each, and k for each."""
+        ref_error = self.ref_error[rows]
+        return self.noised.take(rows), ref_error, self.divergence.expand(len(ref_error))
+
+
+@dataclass(kw_only=True)
+class _Offline(Algorithm):
+    """What learns from a set: `draw` chooses records, `collect` asks for their pictures in place of a rollout."""
+
+    _records: list[int] = field(default_factory=list, init=False, repr=False)
+    _told: list[str] = field(default_factory=list, init=False, repr=False)
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        """The sampler as it is; all its steps have noise levels to train at, deterministic ones too."""
+        return replace(schedule, is_noised=True)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """See `Algorithm`."""
+        return True
+
+    def _drawn(self, records: list[int], prompts: list[str], rng: random.Random, dropout: float) -> list[str]:
+        """Remember the records, and which of them are told no prompt; all that has to be encoded.
+
+        Args:
+            prompts: of the records.
+        """
+        self._records, self._told = records, ["" if rng.random() < dropout else prompt for prompt in prompts]
+        return prompts + self._told
+
+    def _noised(self, stills: Stills, keep: Bool[Tensor, "r t"], count: int, generator: torch.Generator) -> Noised:
+        """`count` noise levels of each of the first `r` pictures among its kept steps, and noise for each."""
+        sample, step = noise_levels(keep, count, generator)
+        shape = (len(step), *stills.latents.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=stills.latents.device)
+        ones = torch.ones(len(step), device=noise.device)
+        return Noised(stills.latents, noise, sample, step, stills.prompt_index, stills.schedule, ones)
+
+
+@dataclass(kw_only=True)
+class DiffusionDpo(_Offline):
+    """See `settings.DiffusionDpo`."""
+
+    settings: settings.DiffusionDpo
+    pairs: PreferenceSet[Pair]
+
+    @property
+    def preferences(self) -> Preferences:
+        """The pairs."""
+        return self.pairs
+
+    def draw(self, seed: int, count: int) -> list[str]:
+        """`count` pairs, none twice before all were drawn; and which of them are told no prompt."""
+        rng, numbers = random.Random(seed), list(range(len(self.pairs.records)))
+        chosen = rng.sample(numbers * -(-count // len(numbers)), count)
+        prompts = [self.pairs.records[number].prompt for number in chosen]
+        return self._drawn(chosen, prompts, rng, self.settings.prompt_dropout)
+
+    def collect(self, collector: Collector) -> Stills:
+        """The chosen pictures of the drawn pairs, then the rejected ones."""
+        pairs = [self.pairs.records[number] for number in self._records]
+        pictures = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        return collector.stills(pictures, [pair.prompt for pair in pairs] * 2, self._told * 2)
+
+    def batch(self, samples: Stills, context: Context) -> NoisedPairs:
+        """`num_draws` noise levels of each pair, among the steps that are kept of its chosen picture."""
+        count = len(samples.prompts) // 2
+        better = self._noised(samples, context.keep[:count], self.settings.num_draws, context.generator)
+        worse = replace(better, sample_index=better.sample_index + count, advantage=-better.advantage)
+        return NoisedPairs(better, worse)
+
+    def loss(self, policy: Policy, rows: NoisedBatch, *, is_on_policy: bool, scale: float) -> Loss:
+        """-log sigmoid of half of beta times how much more of the better picture's error is gone."""
+        where = rows.sample, rows.timestep, rows.prompt_index
+        ref_error = mean_square(policy.reference(*where, is_guided=False) - rows.target)
+        error = mean_square(policy.output(*where) - rows.target)
+        beta = self.settings.beta
+        margin = pair_margin(error.view(2, -1), ref_error.view(2, -1), beta=beta)
+        gain = (ref_error - error.detach()).view(2, -1)
+        told = {
+            "step": rows.step[: len(margin)],
+            "approx_kl": 0.5 * gain.square().mean(0),
+            "nonfinite": (~margin.detach().isfinite()).float(),
+            "accuracy": (margin.detach() > 0).float(),
+            "margin": margin.detach(),
+        }
+        return Loss(F.softplus(-margin), told)
+
+
+@dataclass(kw_only=True)
+class DiffusionKto(_Offline):
+    """See `settings.DiffusionKto`."""
+
+    settings: settings.DiffusionKto
+    judged: PreferenceSet[Judged]
+
+    def __post_init__(self) -> None:
+        self._by_label = [
+            [number for number, one in enumerate(self.judged.records) if one.is_liked == is_liked]
+            for is_liked in (False, True)
+        ]
+        if not all(self._by_label):
+            which = "liked" if self._by_label[True] else "disliked"
+            raise ValueError(
+                f"diffusion_kto learns from liked and disliked pictures, got {len(self.judged.records)} in "
+                f"{str(self.judged.folder)!r} that are all {which}; add the others"
+            )
+
+    @property
+    def preferences(self) -> Preferences:
+        """The labelled pictures."""
+        return self.judged
+
+    def draw(self, seed: int, count: int) -> list[str]:
+        """`count` pictures, each liked with a chance of `positive_ratio`; and which of them are told no prompt."""
+        rng = random.Random(seed)
+        chosen = [rng.choice(self._by_label[rng.random() < self.settings.positive_ratio]) for _ in range(count)]
+        prompts = [self.judged.records[number].prompt for number in chosen]
+        return self._drawn(chosen, prompts, rng, self.settings.prompt_dropout)
+
+    def collect(self, collector: Collector) -> Stills:
+        """The drawn pictures."""
+        records = [self.judged.records[number] for number in self._records]
+        return collector.stills([one.picture for one in records], [one.prompt for one in records], self._told)
+
+    def batch(self, samples: Stills, context: Context) -> NoisedJudged:
+        """`num_draws` noise levels of each picture among its kept steps; its error before training, and k."""
+        policy = context.policy
+        noised = self._noised(samples, context.keep, self.settings.num_draws, context.generator)
+        labels = [1.0 if self.judged.records[number].is_liked else -1.0 for number in self._records]
+        sign = torch.tensor(labels, device=noised.noise.device)[noised.sample_index]
+        noised, errors = replace(noised, advantage=sign), []
+        for part in torch.arange(len(noised), device=sign.device).split(context.microbatch):
+            batch = noised.take(part)
+            where = batch.sample, batch.timestep, batch.prompt_index
+            outputs = policy.reference(*where, is_guided=False), policy.frozen(*where)
+            errors.append(torch.stack([mean_square(output - batch.target) for output in outputs]))
+        ref_error, error = torch.cat(errors, 1)
+        return NoisedJudged(noised, ref_error, divergence_of(error, ref_error))
+
+    def loss(
+        self,
+        policy: Policy,
+        rows: tuple[NoisedBatch, Float32[Tensor, " n"], Float32[Tensor, " n"]],
+        *,
+        is_on_policy: bool,
+        scale: float,
+    ) -> Loss:
+        """One minus the utility of what a picture's error has lost, times the weight of its label."""
+        batch, ref_error, divergence = rows
+        output = policy.output(batch.sample, batch.timestep, batch.prompt_index)
+        error, given = mean_square(output - batch.target), self.settings
+        margin = judged_margin(error, ref_error, divergence, batch.advantage, beta=given.beta)
+        weight = torch.where(batch.advantage > 0, given.liked_weight, given.disliked_weight)
+        told = {
+            "step": batch.step,
+            "kl": divergence,
+            "approx_kl": 0.5 * (ref_error - error.detach()).square(),
+            "nonfinite": (~margin.detach().isfinite()).float(),
+            "accuracy": (margin.detach() > 0).float(),
+            "margin": margin.detach(),
+        }
+        return Loss(weight * torch.sigmoid(-margin), told)
+
+
+def pair_margin(error: Float[Tensor, "2 n"], ref_error: Float[Tensor, "2 n"], *, beta: float) -> Float[Tensor, " n"]:
+    """-beta / 2 * ((e_w - e_l) - (e_ref_w - e_ref_l)), above 0 where the pair is told right; -log sigmoid of it is DPO.
+
+    Args:
+        error: of the better pictures, then of the worse ones.
+    """
+    better, worse = (ref_error - error).unbind(0)
+    return beta / 2 * (better - worse)
+
+
+def judged_margin(
+    error: Float[Tensor, " n"],
+    ref_error: Float[Tensor, " n"],
+    divergence: Float[Tensor, " n"],
+    sign: Float[Tensor, " n"],
+    *,
+    beta: float,
+) -> Float[Tensor, " n"]:
+    """+-beta * (e_ref - e - k), above 0 where a picture is told right; KTO's utility is its sigmoid.
+
+    Args:
+        divergence: k.
+        sign: 1 of a liked picture, -1 of another.
+    """
+    return sign * beta * (ref_error - error - divergence)
+
+
+def divergence_of(error: Float[Tensor, " n"], ref_error: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """max(0, mean of e_ref - e), without gradient."""
+    return (ref_error - error).detach().mean().clamp(min=0)
+
+
+def diffusion_dpo(**keys: Any) -> DiffusionDpo:
+    """Diffusion-DPO with the keys of `settings.DiffusionDpo`."""
+    return settings.DiffusionDpo(**keys).build()
+
+
+def diffusion_dpo_of(section: settings.DiffusionDpo) -> DiffusionDpo:
+    """The algorithm that its section describes, with its set."""
+    pairs = read_pairs(section.preferences)
+    return DiffusionDpo(
+        name=section.name, settings=section, pairs=pairs, train_guidance=section.train_guidance, needs_reference=True
+    )
+
+
+def diffusion_kto(**keys: Any) -> DiffusionKto:
+    """Diffusion-KTO with the keys of `settings.DiffusionKto`."""
+    return settings.DiffusionKto(**keys).build()
+
+
+def diffusion_kto_of(section: settings.DiffusionKto) -> DiffusionKto:
+    """The algorithm that its section describes, with its set."""
+    judged = read_judged(section.preferences)
+    return DiffusionKto(
+        name=section.name, settings=section, judged=judged, train_guidance=section.train_guidance, needs_reference=True
     )

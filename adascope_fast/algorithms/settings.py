@@ -230,6 +230,68 @@ class D3po(_Preference):
         return 2
 
 
+class _Offline(_Algorithm):
+    """What algorithms that learn from a set of pictures have: no rollout, no reward, no guidance in training."""
+
+    is_offline: ClassVar[bool] = True
+    needs_log_prob: ClassVar[bool] = False
+    pictures_of_a_record: ClassVar[int] = 1
+    train_guidance: ClassVar[str] = "conditional"
+
+    preferences: Text | None = None
+    """Folder with the set, see docs/preferences.md; `adascope-fast make-preferences` makes one."""
+    num_draws: Steps = 1
+    """Noise levels drawn for each record in an iteration, each once, among the steps that the selector keeps."""
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the records that are trained without their prompt, as for guidance."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """The model without its adapter has to be there."""
+        return True
+
+
+class DiffusionDpo(_Offline):
+    """Diffusion-DPO (Wallace et al. 2023, 2311.12908): DPO on pairs of finished pictures, noised anew.
+
+    Both pictures of a pair are noised to one level with one noise; e is the mean squared error of the model's output,
+    e_ref that of the model as it was before. The loss is -log sigmoid(-beta / 2 * ((e_w - e_l) - (e_ref_w - e_ref_l))).
+    An iteration draws `train.prompts_per_iteration` pairs. Differs from the original: noise levels are those of the
+    sampler's steps that the selector keeps; latents are the VAE's mean, not a sample; pictures are not mirrored.
+    `beta` is the released code's, also for SD1.5.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.preference:diffusion_dpo_of"
+    pictures_of_a_record: ClassVar[int] = 2
+
+    name: Literal["diffusion_dpo"] = "diffusion_dpo"
+    beta: Positive = 5000.0
+    """Strength of the tie to the model as it was before; large because errors are means over the latent's elements."""
+
+
+class DiffusionKto(_Offline):
+    """Diffusion-KTO (Li et al. 2024, 2404.04465): Kahneman-Tversky's utility of liked and disliked pictures.
+
+    With g = e_ref - e, as in Diffusion-DPO, and k = max(0, mean of g), the loss is w * (1 - sigmoid(+-beta * (g - k))),
+    + for a liked picture. An iteration draws `train.prompts_per_iteration` pictures with repetition. Differs from the
+    original: k is a number over all rows of the iteration, with the weights of its start, where the original takes
+    that of the devices' present batches, so that the microbatch does not matter; it costs one more forward. Noise
+    levels, latents and mirroring as in `diffusion_dpo`. `beta` is the released code's default.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.preference:diffusion_kto_of"
+
+    name: Literal["diffusion_kto"] = "diffusion_kto"
+    beta: Positive = 1000.0
+    """Steepness of the utility; large because errors are means over the latent's elements."""
+    liked_weight: Positive = 1.0
+    """Weight of a liked picture's loss."""
+    disliked_weight: Positive = 1.0
+    """Weight of a disliked picture's loss."""
+    positive_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Share of liked pictures among those that are drawn, whatever their share of the set."""
+
+
 class Spo(_Preference):
     """SPO (Liang et al. 2024, 2406.04314): preferences between next states that are drawn from one state.
 

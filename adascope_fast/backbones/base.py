@@ -306,6 +306,27 @@ class PipelineBackbone:
         is_finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
         return torch.where(is_finite[:, None, None, None], (images / 2 + 0.5).clamp(0, 1), torch.nan)
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [n, *latent] of pictures [n, 3, h, w] in [0, 1], float32: the VAE's mean, as `decode` takes it."""
+        self._align()
+        size = (3, self.resolution, self.resolution)
+        if tuple(images.shape[1:]) != size:
+            raise ValueError(
+                f"pictures to encode must have the model's size {list(size)}, got {list(images.shape[1:])}; resize them"
+            )
+        shown = (2 * images - 1).to(self.vae.dtype)
+        found = [self.vae.encode(part, return_dict=False)[0] for part in shown.split(self.num_decoded_at_once())]
+        # AutoencoderTiny gives latents, AutoencoderKL their distribution.
+        means = torch.cat([one if isinstance(one, Tensor) else one.mean for one in found])
+        return self._scaled(means.double()).float()
+
+    def _scaled(self, means: Tensor) -> Tensor:
+        """Latents of what the VAE gives: the inverse of `_unscaled`, which is affine in each channel."""
+        ends = means.new_tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, means.shape[1], 1, 1)
+        offset, last = self._unscaled(ends).split(1)
+        return (means - offset) / (last - offset)
+
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents as the VAE takes them."""
         return latents / self.vae.config.scaling_factor

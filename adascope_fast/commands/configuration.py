@@ -11,7 +11,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.prompts import scenes
 from adascope_fast.rewards.settings import SceneAttributes
 
-SAMPLES = ("train", "calibrate", "train-preference-model")
+SAMPLES = ("train", "calibrate", "make-preferences", "train-preference-model")
 """The commands that read the prompts."""
 
 ConfigArguments = Annotated[

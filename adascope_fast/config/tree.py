@@ -15,7 +15,19 @@ import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
-from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, DiffusionNft, Dpok, Grpo, OwnAlgorithm, Reinforce, Spo
+from adascope_fast.algorithms.settings import (
+    Awm,
+    D3po,
+    Ddpo,
+    DiffusionDpo,
+    DiffusionKto,
+    DiffusionNft,
+    Dpok,
+    Grpo,
+    OwnAlgorithm,
+    Reinforce,
+    Spo,
+)
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
@@ -57,6 +69,8 @@ AnyAlgorithm = Annotated[
     | Annotated[Dpok, Tag("dpok")]
     | Annotated[D3po, Tag("d3po")]
     | Annotated[Spo, Tag("spo")]
+    | Annotated[DiffusionDpo, Tag("diffusion_dpo")]
+    | Annotated[DiffusionKto, Tag("diffusion_kto")]
     | Annotated[Awm, Tag("awm")]
     | Annotated[DiffusionNft, Tag("diffusion_nft")]
     | Annotated[OwnAlgorithm, Tag(OWN)],
@@ -147,6 +161,8 @@ class Config(Section):
             self._every_rollout_is_sensed()
         if isinstance(self.selector, AdaScope) and self.sensing is not None:
             self._can_be_sensed(self.selector, self.sensing)
+        if isinstance(self.algorithm, DiffusionDpo | DiffusionKto):
+            self._suits_a_set(self.algorithm)
         self._updates_suit_the_algorithm()
         self._sampler_suits_the_algorithm()
         if isinstance(self.algorithm, Spo):
@@ -195,12 +211,6 @@ class Config(Section):
             raise ValueError(
                 f"algorithm.branch_from must be one of the {steps} steps of a rollout, 0 to {steps - 1}, got {first}; "
                 f"lower it, or raise sampler.num_steps"
-            )
-        if self.sampler.kind == "flow_ode" or self.sampler.eta == 0:
-            got = 'sampler.kind = "flow_ode"' if self.sampler.kind == "flow_ode" else "sampler.eta = 0"
-            raise ValueError(
-                f"spo draws its candidates by the noise of a step, got {got}, which has none; "
-                f'set a sampler with noise, or algorithm.name = "awm"'
             )
         selector, end = self.selector, _of(self.selector, "end")
         got = f"selector.end = {end}"
@@ -270,12 +280,42 @@ class Config(Section):
                 f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
             )
-        if name in ("dpok", "d3po", "spo", "awm", "diffusion_nft"):
+        if name in ("dpok", "d3po", "spo", "awm", "diffusion_nft", "diffusion_dpo", "diffusion_kto"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'
             )
         self._knows_the_steps_beforehand("one_pass", 'train.update = "replay"')
+
+    def _suits_a_set(self, algorithm: DiffusionDpo | DiffusionKto) -> None:
+        """An algorithm that learns from a set has it, and nothing is asked of rollouts that it does not make."""
+        name, train = algorithm.name, self.train
+        if algorithm.preferences is None:
+            raise ValueError(
+                f"{name} learns from a set of preferences, got algorithm.preferences = none; set it to the folder of "
+                f"one, or make one with: adascope-fast make-preferences CONFIG.toml --out FOLDER --pairs 400"
+            )
+        rows = train.prompts_per_iteration * algorithm.num_draws
+        if train.updates_per_iteration > rows:
+            raise ValueError(
+                f"train.updates_per_iteration must be at most the {rows} rows of an iteration "
+                f"(train.prompts_per_iteration times algorithm.num_draws), got {train.updates_per_iteration}; lower it"
+            )
+        if self.sampler.tail_share < 1:
+            raise ValueError(
+                f"sampler.tail_share shortens rollouts that are trained on, and {name} trains on none, got "
+                f"{self.sampler.tail_share}; set it to 1.0"
+            )
+        if self.sampler.train_guidance is not None:
+            raise ValueError(
+                f"{name} trains the conditional output alone, without guidance, got sampler.train_guidance = "
+                f'"{self.sampler.train_guidance}"; remove it'
+            )
+        if isinstance(self.selector, AdaScope) and self.selector.pooling == "sample":
+            raise ValueError(
+                f"{name} takes the interval of a picture's prompt, since no rollout made the picture, got "
+                f'selector.pooling = "sample"; set it to "prompt" or "batch"'
+            )
 
     def _sampler_suits_the_algorithm(self) -> None:
         sampler = self.sampler

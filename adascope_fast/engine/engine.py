@@ -12,7 +12,7 @@ update of an iteration takes its own log-probability as the old one (no paramete
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -39,7 +39,10 @@ from adascope_fast.rollout import (
     Branching,
     Denoising,
     EncodedPrompts,
+    Picture,
+    PictureCache,
     PreferenceModel,
+    Stills,
     Trajectory,
     rollout,
 )
@@ -59,7 +62,7 @@ class IterationStatistics:
     values: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     rewards: Float32[Tensor, " b"] = field(default_factory=lambda: torch.zeros(0))
-    """Of the finite images."""
+    """Of the finite images; none where an algorithm learns from a set."""
 
 
 PARTS = ("rollout", "reward", "sensing", "update")
@@ -113,6 +116,7 @@ class Engine:
         self.microbatch = settings.usual_microbatch(self.sampler.guidance_scale)
         self._autocast, self._progress = autocast, progress
         self._parameters = backbone.trainable_parameters()
+        self._pictures = PictureCache(backbone)
         self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
         self._seconds: dict[str, float] = {}
 
@@ -122,7 +126,10 @@ class Engine:
         return self.sampler.train_guidance or self.algorithm.train_guidance
 
     def step(self, encoded: EncodedPrompts, prompts: list[str], *, iteration: int, seed: int) -> IterationStatistics:
-        """One iteration on `prompts`, one image each (repeat one for a group). `seed` fixes all its randomness."""
+        """One iteration on `prompts`, one image each (repeat one for a group). `seed` fixes all its randomness.
+
+        For an algorithm that learns from a set, the prompts are those that its `draw` gave.
+        """
         self._seconds = {}
         schedule = self.algorithm.schedule(self.selector.sampler(self.schedule, iteration))
         if self._recording is not None:
@@ -134,9 +141,8 @@ class Engine:
             samples = self.algorithm.collect(collection)
         except _NothingFiniteError:
             return self._nothing(collection)
-        trajectory = samples.trajectory
+        chosen, trajectory = self._chosen(samples, collection)
         with self._part("sensing"):
-            chosen = self.selector(trajectory, iteration)
             keep = collection.keep
             if keep is None:
                 keep = self.algorithm.steps(chosen, schedule.trainable)
@@ -144,7 +150,7 @@ class Engine:
             if collection.num_dropped and self._too_few(keep):
                 return self._nothing(collection)
             self._refuse_too_few(keep)
-            uncertainty = measured_uncertainty(trajectory)
+            measured = {} if trajectory is None else {"uncertainty": as_json(measured_uncertainty(trajectory))}
         context = Context(
             policy, keep, generator, self.selector.gains, self.settings.num_updates, max(1, self.microbatch)
         )
@@ -153,21 +159,47 @@ class Engine:
             if collection.gradients is None:
                 rows = self.algorithm.batch(samples, context)
                 per_row = rows.num_forwards
-                statistics = self._replay(policy, rows, trajectory.num_steps, generator)
+                statistics = self._replay(policy, rows, schedule.num_steps, generator)
             else:
+                assert isinstance(samples, Samples)
                 statistics = self._apply(collection.gradients, samples, context, schedule)
             values = dict(statistics.read())
+        rewards = samples.rewards if isinstance(samples, Samples) else None
         values |= {
-            "reward_mean": samples.rewards.mean().item(),
-            "reward_std": samples.rewards.std(correction=0).item(),
+            "reward_mean": None if rewards is None else rewards.mean().item(),
+            "reward_std": None if rewards is None else rewards.std(correction=0).item(),
             "fraction_trained": per_row * values["pairs_trained"] / (chosen.numel() * self.settings.inner_epochs),
             "samples_dropped": collection.num_dropped,
             "forwards_sampled": collection.num_forwards,
             "microbatch": self.microbatch,
             "selector": self.selector.telemetry(),
-            "steps": {"uncertainty": as_json(uncertainty)} | statistics.by_step(),
+            "steps": measured | statistics.by_step(),
         }
-        return IterationStatistics(values, dict(self._seconds), samples.rewards)
+        seconds = dict.fromkeys(PARTS, 0.0) | self._seconds
+        return IterationStatistics(values, seconds, *([] if rewards is None else [rewards]))
+
+    def _chosen(
+        self, samples: Samples | Stills, collection: "_Collection"
+    ) -> tuple[Bool[Tensor, "b t"], Trajectory | None]:
+        """The selector's steps, and the rollout that it has seen.
+
+        Pictures of a set have the steps that the selector chooses for their prompts before any rollout; where it
+        senses, or cannot choose yet, each of the prompts is sampled once for it.
+        """
+        if isinstance(samples, Samples):
+            with self._part("sensing"):
+                return self.selector(samples.trajectory, collection.iteration), samples.trajectory
+        chosen = None
+        with self._part("sensing"):
+            if not self.selector.senses(collection.iteration):
+                chosen = self.selector.ahead(samples.prompts, samples.schedule, collection.iteration)
+        if chosen is not None:
+            return chosen.to(samples.latents.device), None
+        trajectory = collection.sensed(samples.prompts)
+        with self._part("sensing"):
+            keep = self.selector(trajectory, collection.iteration)
+            row = {prompt: number for number, prompt in enumerate(trajectory.prompts)}
+            return keep[torch.tensor([row[prompt] for prompt in samples.prompts], device=keep.device)], trajectory
 
     def _nothing(self, collection: "_Collection") -> IterationStatistics:
         """An iteration that had too few finite images to learn from: nothing has changed."""
@@ -379,9 +411,8 @@ class _Collection:
         """The steps to train, where they were decided before the rollout."""
         self.gradients: PerSampleGradients | None = None
         self.num_forwards = self.num_dropped = 0
-        self.schedule = schedule
-        self._engine, self._encoded = engine, encoded
-        self._generator, self._iteration = generator, iteration
+        self.schedule, self.iteration = schedule, iteration
+        self._engine, self._encoded, self._generator = engine, encoded, generator
 
     def __call__(self, prompts: list[str] | None = None) -> Samples:
         """A trajectory and a reward for each prompt; None: for the iteration's."""
@@ -399,7 +430,7 @@ class _Collection:
         """See `algorithms.Collector`."""
         engine, prompts = self._engine, self.prompts
         scores = RewardOfGuess(engine.backbone, engine.score) if preference is None else preference
-        known = engine.selector.ahead(prompts, self.schedule, self._iteration)
+        known = engine.selector.ahead(prompts, self.schedule, self.iteration)
         chosen = torch.ones(len(prompts), len(where), dtype=torch.bool) if known is None else known.cpu()
         if engine._recording is not None:
             engine._recording.graphs.refuse(STEP, "its candidates are judged on the way")
@@ -423,7 +454,7 @@ class _Collection:
         is_one_pass = engine.settings.update == "one_pass"
         share = engine.sampler.tail_share
         with engine._part("sensing"):
-            saves = share < 1 and not engine.selector.senses(self._iteration)
+            saves = share < 1 and not engine.selector.senses(self.iteration)
             self.keep = self._ahead(prompts) if is_one_pass or saves else None
             tails = Tails.of(schedule, self.keep, share) if saves and self.keep is not None else None
         with Scoring(engine.backbone, engine.score, prompts) as scoring:
@@ -434,6 +465,20 @@ class _Collection:
                 rewards = scoring.rewards()
         self.num_forwards += trajectory.log_prob.numel() if tails is None else tails.num_forwards
         return self._finite(Samples(trajectory, rewards, branches))
+
+    def stills(self, pictures: Sequence[Picture], prompts: list[str], told: list[str]) -> Stills:
+        """See `algorithms.Collector`."""
+        device = self.schedule.coef.device
+        with self._engine._part("rollout"):
+            latents = self._engine._pictures(pictures, device)
+        return Stills(latents, self.schedule, prompts, self._encoded.index(told, device))
+
+    def sensed(self, prompts: list[str]) -> Trajectory:
+        """A rollout of each distinct prompt, for the selector to look at; nobody judges it."""
+        with self._engine._part("rollout"):
+            trajectory, _ = self._rollout(list(dict.fromkeys(prompts)), None, None, None, None)
+        self.num_forwards += trajectory.log_prob.numel()
+        return trajectory
 
     def _finite(self, samples: Samples) -> Samples:
         """The samples whose image is finite; the others leave the iteration, and the groups that they were drawn for.
@@ -456,7 +501,7 @@ class _Collection:
         return Samples(samples.trajectory.rows(rows), samples.rewards[rows], branches)
 
     def _ahead(self, prompts: list[str]) -> Bool[Tensor, "b t"]:
-        keep = self._engine.selector.ahead(prompts, self.schedule, self._iteration)
+        keep = self._engine.selector.ahead(prompts, self.schedule, self.iteration)
         if keep is None:
             raise ValueError(
                 "one_pass and a tail_share below 1 need the steps before the rollout, and this selector decides after "
@@ -467,7 +512,7 @@ class _Collection:
     def _rollout(
         self,
         prompts: list[str],
-        scoring: Scoring,
+        scoring: Scoring | None,
         keep: Bool[Tensor, "b t"] | None,
         tails: Tails | None,
         branching: Callable[[Denoising], Branching] | None,
@@ -493,7 +538,8 @@ class _Collection:
             branched = None if branching is None else branching(denoising)
             done, advance = 0, branched or denoising
             self._generator.set_state(start)
-            scoring.clear()
+            if scoring is not None:
+                scoring.clear()
             if keep is not None:
                 assert isinstance(engine.algorithm, PolicyGradient)
                 self.gradients = PerSampleGradients(engine.backbone.denoiser, engine._parameters, len(prompts))
@@ -526,7 +572,7 @@ class _Collection:
                     tails=tails,
                     tables=tables,
                     on_step=on_step,
-                    on_batch=scoring.submit,
+                    on_batch=None if scoring is None else scoring.submit,
                 )
 
         freeing = engine._freeing(attempt)

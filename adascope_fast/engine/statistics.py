@@ -10,6 +10,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 MEANS = ("loss", "kl", "approx_kl", "clipfrac", "rollout_drift")
+KNOWN = {*MEANS, "ratio", "step", "nonfinite", "output_gradient", "log_prob", "rollout_log_prob"}
+"""What every algorithm may tell of a row; other names are its own."""
 
 
 @dataclass
@@ -35,6 +37,7 @@ class UpdateStatistics:
         """One update: of each row of its microbatches what the algorithm's loss tells, and the gradient's norm.
 
         "step" is the denoising step of each row, "output_gradient" the norm of the loss' gradient in the model output.
+        What has a name of the algorithm's own is told as its mean.
 
         Args:
             num_skipped: rows that were not trained, since their loss has no gradient.
@@ -76,7 +79,10 @@ class UpdateStatistics:
         good = norms.isfinite()
         norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
         by_step = self._by_step(rows, deviation)
-        told = torch.cat([sums, largest, torch.stack([norm, (~good).sum()]), by_step.flatten()]).cpu()
+        own = sorted({name for part in self._rows for name in part} - KNOWN)
+        means_of_own = torch.stack([norm] + [self._column(name, norms.device).mean() for name in own])[1:]
+        told = torch.cat([means_of_own, sums, largest, torch.stack([norm, (~good).sum()]), by_step.flatten()]).cpu()
+        own_values, told = dict(zip(own, told.tolist(), strict=False)), told[len(own) :]
         *means, nonfinite, deviation, drift, norm, skipped = told[: len(MEANS) + 5].tolist()
         count = {"loss": max(1, num_trained + self._num_skipped)}
         values = {
@@ -88,6 +94,7 @@ class UpdateStatistics:
             "updates_skipped": round(skipped),
             "pairs_trained": num_trained,
             "pairs_skipped": self._num_skipped,
+            **own_values,
         }
         return values, _told_by_step(told[len(MEANS) + 5 :].view_as(by_step).double())
 

@@ -1,6 +1,7 @@
-"""Step-aware preference models: which of two states of a rollout leads to the better image, noisy as they are.
+"""What was judged: sets of preferences between images, and models that tell the better of two noisy states.
 
-`model` has the network and its folder, `fitting` how it is trained on pairs of images.
+`files` reads a set and `making` makes one from a model and a reward; `model` has the network of a step-aware preference
+model and its folder, `fitting` how it is trained on pairs of images.
 """
 
 from typing import TYPE_CHECKING

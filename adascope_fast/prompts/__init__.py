@@ -88,8 +88,12 @@ def chosen(
     return trained, judged
 
 
-def overlap(train: Sequence[str], held_out: Sequence[str]) -> str | None:
-    """One line that says how many held-out prompts are trained on, None if none is; ValueError if all are."""
+def overlap(train: Sequence[str], held_out: Sequence[str], *, where: str = "prompts.train") -> str | None:
+    """One line that says how many held-out prompts are trained on, None if none is; ValueError if all are.
+
+    Args:
+        where: what it calls the prompts that are trained on.
+    """
     trained = set(train)
     both = [prompt for prompt in dict.fromkeys(held_out) if prompt in trained]
     if not both:
@@ -97,11 +101,11 @@ def overlap(train: Sequence[str], held_out: Sequence[str]) -> str | None:
     distinct = len(set(held_out))
     if len(both) == distinct:
         raise ValueError(
-            f"held-out prompts are judged by and never trained on, got {distinct} that are all in prompts.train, first "
-            f"{both[0][:60]!r}; take them out of prompts.train, or name others as prompts.held_out"
+            f"held-out prompts are judged by and never trained on, got {distinct} that are all in {where}, first "
+            f"{both[0][:60]!r}; take them out of {where}, or name others as prompts.held_out"
         )
     return (
-        f"{len(both)} of the {distinct} held-out prompts are in prompts.train too, first {both[0][:60]!r}: the "
+        f"{len(both)} of the {distinct} held-out prompts are in {where} too, first {both[0][:60]!r}: the "
         f"held-out reward is not of unseen prompts; take them out of one of the two"
     )
 

@@ -22,6 +22,8 @@ from adascope_fast.reporting.images import cut_rows
 PARTS = ("rollout", "reward", "sensing", "update", "other")
 DIAGNOSTICS = (
     ("loss", "loss"),
+    ("accuracy", "share of the set's records told right"),
+    ("margin", "margin of the set's records"),
     ("approx_kl", "approx. KL"),
     ("clipfrac", "clipped share"),
     ("grad_norm", "gradient norm"),

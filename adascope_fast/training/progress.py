@@ -1,5 +1,6 @@
 """Progress bars with the time left: one for the run, one for the part at work. Quiet where nobody watches."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,9 @@ class Progress:
         """An iteration is over; `more` is shown beside what is always shown."""
         self._close_inner()
         chosen = record["selector"]
-        shown = {"reward": f"{record['reward_mean']:.3f}", "trained": f"{record['fraction_trained']:.0%}"}
+        named = "accuracy" if record["reward_mean"] is None else "reward_mean"  # without a reward, of a set's records
+        shown = {named.removesuffix("_mean"): f"{record.get(named, math.nan):.3f}"}
+        shown["trained"] = f"{record['fraction_trained']:.0%}"
         if "sensing_share" in record:
             shown["sensing"] = f"{record['sensing_share']:.0%}"
         if "mean_start" in chosen:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from adascope_fast import backbones, prompts, reporting, rewards
-from adascope_fast.adascope.settings import Semantic
+from adascope_fast.adascope.settings import RewardOnly, Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
@@ -210,6 +210,9 @@ class Trainer:
             "algorithm": origin.of_object(self.algorithm, is_given="algorithm" in self._given),
             "selector": origin.of_object(self.selector, is_given="selector" in self._given),
         }
+        if (known := self.algorithm.preferences) is not None:
+            is_given = "algorithm" in self._given
+            found["preferences"] = origin.Part(known.name, known.digest, is_given)
         return self._named_parts() | found
 
     def _pipeline_part(self) -> origin.Part:
@@ -254,12 +257,15 @@ class Trainer:
         self.accelerator = accelerator_of(config)
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
+        self._refuse_preferences()
         self.backbone = backbones.load(
             self._pipeline if self._pipeline is not None else config.model.name,
             **config.model.options(),
             seed=_seed(config.run.seed, "adapter"),
             keep_reference=self.algorithm.needs_reference,
         )
+        if (known := self.algorithm.preferences) is not None:
+            known.refuse_small(self.backbone.resolution)
         self.backbone.to(self.accelerator.device)
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
@@ -298,6 +304,16 @@ class Trainer:
             graphs=self.graphs,
         )
 
+    def _refuse_preferences(self) -> None:
+        """ValueError where the algorithm's set does not suit the evaluation or the reward; a warning for overlap."""
+        known = self.algorithm.preferences
+        if known is None:
+            return
+        if warning := prompts.overlap(known.prompts, self.held_out, where="algorithm.preferences"):
+            logger.warning("%s", warning)
+        if isinstance(self.config.sensing, RewardOnly):
+            rewards.check_prompts(self.reward, known.prompts, "algorithm.preferences")
+
     def _iterate(self, folder: RunFolder, first: int) -> None:
         train = self.config.train
         watch, has_hinted, has_warned = NonFinite(self.config, folder.stats()), False, False
@@ -307,7 +323,7 @@ class Trainer:
         cache = PromptCache(self.backbone)
         for iteration in range(first, train.iterations):
             started, cpu = time.perf_counter(), time.process_time()
-            batch = self.prompts_of(iteration)
+            batch = self._batch(iteration)
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
@@ -379,6 +395,12 @@ class Trainer:
             folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
         except checkpoint.NotFiniteError as error:
             raise FloatingPointError(self._not_finite(error.name)) from None
+
+    def _batch(self, iteration: int) -> list[str]:
+        """What this iteration trains on: the prompts of a set's records, or those of a rollout."""
+        seed, count = _seed(self.config.run.seed, "prompts", iteration), self.config.train.prompts_per_iteration
+        drawn = self.algorithm.draw(seed, count)
+        return self.prompts_of(iteration) if drawn is None else drawn
 
     def prompts_of(self, iteration: int) -> list[str]:
         """This iteration's prompts, each repeated for its group; a short list is gone through several times."""

@@ -32,13 +32,13 @@ def test_the_defaults_are_the_published_ones():
         ),
         (
             ["sampler.eta=0"],
-            "spo draws its candidates by the noise of a step, got sampler.eta = 0, which has none; set a sampler with "
-            'noise, or algorithm.name = "awm"',
+            "spo trains steps by their log-probability, got sampler.eta = 0.0, without noise, which has no log_prob at "
+            'any step; choose a sampler with noise, or algorithm.name = "awm" or "diffusion_nft"',
         ),
         (
             ["sampler.kind=flow_ode", "model.name=scenes-flow"],
-            'spo draws its candidates by the noise of a step, got sampler.kind = "flow_ode", which has none; set a '
-            'sampler with noise, or algorithm.name = "awm"',
+            'spo trains steps by their log-probability, got sampler.kind = "flow_ode", without noise, which has no '
+            'log_prob at any step; choose a sampler with noise, or algorithm.name = "awm" or "diffusion_nft"',
         ),
         (
             ["selector.name=static_range", "selector.start=0", "selector.end=4"],
@@ -47,8 +47,8 @@ def test_the_defaults_are_the_published_ones():
         ),
         (
             ["selector.name=window", "selector.window_size=4"],
-            "spo trains steps from algorithm.branch_from = 4 on, got a selector whose first window ends at step 4; lower "
-            "algorithm.branch_from, or have the selector keep later steps",
+            "spo trains steps from algorithm.branch_from = 4 on, got a selector whose first window ends at step 4; "
+            "lower algorithm.branch_from, or have the selector keep later steps",
         ),
         (
             ["train.update=one_pass"],
