@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.algorithm import Samples as Samples
     from adascope_fast.algorithms.critic import dpok as dpok
     from adascope_fast.algorithms.policy_gradient import PolicyGradient as PolicyGradient
+    from adascope_fast.algorithms.policy_gradient import dance_grpo as dance_grpo
     from adascope_fast.algorithms.policy_gradient import ddpo as ddpo
+    from adascope_fast.algorithms.policy_gradient import flow_grpo_fast as flow_grpo_fast
     from adascope_fast.algorithms.policy_gradient import grpo as grpo
+    from adascope_fast.algorithms.policy_gradient import grpo_guard as grpo_guard
+    from adascope_fast.algorithms.policy_gradient import mix_grpo as mix_grpo
     from adascope_fast.algorithms.policy_gradient import reinforce as reinforce
     from adascope_fast.algorithms.preference import d3po as d3po
     from adascope_fast.algorithms.regression import awm as awm
@@ -31,9 +35,13 @@ __getattr__ = lazy(
         "Samples": "algorithm",
         "awm": "regression",
         "d3po": "preference",
+        "dance_grpo": "policy_gradient",
         "ddpo": "policy_gradient",
         "dpok": "critic",
+        "flow_grpo_fast": "policy_gradient",
         "grpo": "policy_gradient",
+        "grpo_guard": "policy_gradient",
+        "mix_grpo": "policy_gradient",
         "reinforce": "policy_gradient",
     },
 )

@@ -180,6 +180,11 @@ class Algorithm(ABC):
         return chosen
 
     @property
+    def shares_noise(self) -> bool:
+        """Whether the samples of a prompt start from one latent."""
+        return False
+
+    @property
     def is_repeatable(self) -> bool:
         """Whether `loss` asks the host for nothing that changes while it is trained, so that CUDA graphs may repeat it.
 

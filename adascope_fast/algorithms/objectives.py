@@ -32,6 +32,12 @@ class Clipped:
     """`clip_range` if None."""
     form: Literal["ppo", "dpok"] = "ppo"
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest ratio that is not clipped."""
+        high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+        return 1 - self.clip_range, 1 + high
+
     def __call__(
         self, log_prob: Float[Tensor, " n"], old_log_prob: Float[Tensor, " n"], advantage: Float[Tensor, " n"]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:

@@ -15,7 +15,19 @@ import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
-from adascope_fast.algorithms.settings import Awm, D3po, Ddpo, Dpok, Grpo, OwnAlgorithm, Reinforce
+from adascope_fast.algorithms.settings import (
+    Awm,
+    D3po,
+    DanceGrpo,
+    Ddpo,
+    Dpok,
+    FlowGrpoFast,
+    Grpo,
+    GrpoGuard,
+    MixGrpo,
+    OwnAlgorithm,
+    Reinforce,
+)
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
@@ -54,6 +66,10 @@ AnyAlgorithm = Annotated[
     Annotated[Ddpo, Tag("ddpo")]
     | Annotated[Reinforce, Tag("reinforce")]
     | Annotated[Grpo, Tag("grpo")]
+    | Annotated[FlowGrpoFast, Tag("flow_grpo_fast")]
+    | Annotated[DanceGrpo, Tag("dance_grpo")]
+    | Annotated[MixGrpo, Tag("mix_grpo")]
+    | Annotated[GrpoGuard, Tag("grpo_guard")]
     | Annotated[Dpok, Tag("dpok")]
     | Annotated[D3po, Tag("d3po")]
     | Annotated[Awm, Tag("awm")]
@@ -146,6 +162,7 @@ class Config(Section):
         if isinstance(self.selector, AdaScope) and self.sensing is not None:
             self._can_be_sensed(self.selector, self.sensing)
         self._updates_suit_the_algorithm()
+        self._sampler_suits_the_algorithm()
         if self.model.train == "full" and self.acceleration.fold_adapter == "on":
             raise ValueError(
                 'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set '
@@ -241,12 +258,24 @@ class Config(Section):
                 f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
             )
+        if name == "grpo_guard":
+            raise ValueError(
+                "one_pass is for the plain likelihood ratio, and grpo_guard has its own; set train.update = "
+                '"replay", or algorithm.name = "grpo"'
+            )
         if name in ("dpok", "d3po", "awm"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'
             )
         self._knows_the_steps_beforehand("one_pass", 'train.update = "replay"')
+
+    def _sampler_suits_the_algorithm(self) -> None:
+        if self.algorithm.name == "grpo_guard" and self.sampler.kind in ("ddim", "ddpm"):
+            raise ValueError(
+                f'grpo_guard divides by the dt of a flow sampler\'s steps, got sampler.kind = "{self.sampler.kind}"; '
+                f'set it to "flow_sde" and train a flow model, or algorithm.name = "grpo"'
+            )
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:
         attribution = _of(self.algorithm, "attribution")

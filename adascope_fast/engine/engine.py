@@ -34,7 +34,7 @@ from adascope_fast.engine.recorded import Recording, halved_parts
 from adascope_fast.engine.scoring import Scoring
 from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics, as_json
-from adascope_fast.rollout import Denoising, EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import Branching, Denoising, EncodedPrompts, Trajectory, rollout
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.schedules.tail import Tails
@@ -381,12 +381,16 @@ class _Collection:
             saves = share < 1 and not engine.selector.senses(self._iteration)
             self.keep = self._ahead(prompts) if is_one_pass or saves else None
             tails = Tails.of(schedule, self.keep, share) if saves and self.keep is not None else None
+            branching = Branching.of(prompts, schedule, tails) if engine.algorithm.shares_noise else None
+        num_forwards = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
+        num_forwards -= 0 if branching is None else branching.num_saved
         with Scoring(engine.backbone, engine.score, prompts) as scoring:
             with engine._part("rollout"):
-                trajectory = self._rollout(prompts, scoring, self.keep if is_one_pass else None, tails)
+                ways: dict[str, Any] = {"tails": tails, "branching": branching, "total": num_forwards}
+                trajectory = self._rollout(prompts, scoring, self.keep if is_one_pass else None, **ways)
             with engine._part("reward"):
                 rewards = scoring.rewards()
-        self.num_forwards += trajectory.log_prob.numel() if tails is None else tails.num_forwards
+        self.num_forwards += num_forwards
         return self._finite(trajectory, rewards)
 
     def _finite(self, trajectory: Trajectory, rewards: Float32[Tensor, " b"]) -> Samples:
@@ -418,10 +422,16 @@ class _Collection:
         return self._engine.algorithm.steps(keep, self._schedule.trainable)
 
     def _rollout(
-        self, prompts: list[str], scoring: Scoring, keep: Bool[Tensor, "b t"] | None, tails: Tails | None
+        self,
+        prompts: list[str],
+        scoring: Scoring,
+        keep: Bool[Tensor, "b t"] | None,
+        *,
+        tails: Tails | None,
+        branching: Branching | None,
+        total: int,
     ) -> Trajectory:
         engine, schedule = self._engine, self._schedule
-        total = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
         start, scale = self._generator.get_state(), engine.sampler.guidance_scale
         recording = engine._recording
         folding = None
@@ -467,6 +477,7 @@ class _Collection:
                     kind=kind,
                     advance=advance,
                     tails=tails,
+                    branching=branching,
                     tables=tables,
                     on_step=on_step,
                     on_batch=scoring.submit,

@@ -1,5 +1,6 @@
 """How samples are collected: prompts, one denoising step, whole trajectories, and the batches that training makes."""
 
+from adascope_fast.rollout.branching import Branching as Branching
 from adascope_fast.rollout.denoising import Advance as Advance
 from adascope_fast.rollout.denoising import Denoising as Denoising
 from adascope_fast.rollout.denoising import predict as predict

@@ -264,9 +264,7 @@ class Trainer:
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler = config.sampler
-        self.schedule = self.backbone.schedule(
-            sampler.num_steps, kind=sampler.kind, eta=sampler.eta, noise_level=sampler.noise_level
-        )
+        self.schedule = self.backbone.schedule(sampler.num_steps, **sampler.table)
         if not self.algorithm.schedule(self.schedule).trainable.any():
             raise ValueError(
                 f"{self.algorithm.name} trains steps by their log-probability, and without noise the sampler "
@@ -389,12 +387,7 @@ class Trainer:
     def _evaluate(self, folder: RunFolder, name: str | None, *, iteration: int) -> None:
         """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
         settings, sampler = self.config.evaluation, self.config.sampler
-        schedule = self.backbone.schedule(
-            settings.num_steps or sampler.num_steps,
-            kind=sampler.kind,
-            eta=sampler.eta,
-            noise_level=sampler.noise_level,
-        )
+        schedule = self.backbone.schedule(settings.num_steps or sampler.num_steps, **sampler.table)
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
