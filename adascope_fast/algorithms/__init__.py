@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.algorithm import Rows as Rows
     from adascope_fast.algorithms.algorithm import Samples as Samples
     from adascope_fast.algorithms.critic import dpok as dpok
+    from adascope_fast.algorithms.critic import tdpo as tdpo
     from adascope_fast.algorithms.policy_gradient import PolicyGradient as PolicyGradient
     from adascope_fast.algorithms.policy_gradient import dance_grpo as dance_grpo
     from adascope_fast.algorithms.policy_gradient import ddpo as ddpo
@@ -43,5 +44,6 @@ __getattr__ = lazy(
         "grpo_guard": "policy_gradient",
         "mix_grpo": "policy_gradient",
         "reinforce": "policy_gradient",
+        "tdpo": "critic",
     },
 )

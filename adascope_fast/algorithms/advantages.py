@@ -121,6 +121,13 @@ class Whiten(_Stateless):
         return _spread((values - mean) / (std + 1e-8), self.advantage_clip, rewards, num_steps)
 
 
+def tracked(section: Any, advantage_clip: float) -> PerPromptTracker | Whiten:
+    """What the keys of a section describe that compares with remembered rewards, or with the batch."""
+    if section.advantage == "batch":
+        return Whiten(advantage_clip)
+    return PerPromptTracker(section.buffer_size, section.min_count, advantage_clip)
+
+
 def _checked(rewards: Float[Tensor, " b"], prompts: list[str]) -> Float64[Tensor, " b"]:
     if rewards.shape != (len(prompts),) or not prompts:
         raise ValueError(

@@ -84,6 +84,10 @@ class Policy(Protocol):
         """The conditional output with the weights as they are now, without gradient."""
         ...
 
+    def decode(self, latents: Float[Tensor, "n *latent"]) -> Float[Tensor, "n 3 h w"]:
+        """Pictures in [0, 1] of latents, noisy ones too, without gradient."""
+        ...
+
     def condition(self) -> dict[str, Tensor]:
         """The encoded prompts, a row for each distinct one; `Trajectory.prompt_index` counts them."""
         ...

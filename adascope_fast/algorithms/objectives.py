@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,3 +53,11 @@ def score_function(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """REINFORCE's loss -A log_prob and the ratio; right only for one update after each rollout."""
     return -advantage.detach() * log_prob, (log_prob.detach() - old_log_prob.detach()).exp()
+
+
+def clipped_value_loss(
+    value: Float[Tensor, " n"], old_value: Float[Tensor, " n"], target: Float[Tensor, " n"], value_clip: float
+) -> Float[Tensor, " n"]:
+    """Half of max((v - G)^2, (old + clip(v - old) - G)^2), unreduced: a critic moves by `value_clip` at most."""
+    near = old_value + (value - old_value).clamp(-value_clip, value_clip)
+    return 0.5 * torch.maximum((value - target).square(), (near - target).square())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
-from adascope_fast.algorithms.advantages import Advantage, GroupRelative, PerPromptTracker, Whiten
+from adascope_fast.algorithms.advantages import Advantage, GroupRelative, tracked
 from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
 from adascope_fast.algorithms.attribution import Attribution, similarity_gains
 from adascope_fast.algorithms.objectives import Clipped, Objective, score_function
@@ -370,12 +370,16 @@ def grpo_guard(**keys: Any) -> GrpoGuard:
 
 def ddpo_of(section: settings.Ddpo) -> PolicyGradient:
     """The algorithm that its section describes."""
-    return PolicyGradient(**shared_by(section), advantage=_tracked(section), objective=clipped(section))
+    return PolicyGradient(
+        **shared_by(section), advantage=tracked(section, section.advantage_clip), objective=clipped(section)
+    )
 
 
 def reinforce_of(section: settings.Reinforce) -> PolicyGradient:
     """The algorithm that its section describes."""
-    return PolicyGradient(**shared_by(section), advantage=_tracked(section), objective=score_function)
+    return PolicyGradient(
+        **shared_by(section), advantage=tracked(section, section.advantage_clip), objective=score_function
+    )
 
 
 def grpo_of(section: Any) -> PolicyGradient:
@@ -390,6 +394,8 @@ def grpo_guard_of(section: settings.GrpoGuard) -> GrpoGuard:
 
 def shared_by(section: Any) -> dict[str, Any]:
     """What every policy gradient takes from its section."""
+    credit = {"backfill": section.backfill, "attribution": section.attribution}
+    credit |= {"gamma": section.gamma} if section.attribution == "discount" else {}
     return {
         "name": section.name,
         "train_guidance": section.train_guidance,
@@ -397,7 +403,7 @@ def shared_by(section: Any) -> dict[str, Any]:
         "kl_weight": section.kl_weight,
         "kl_form": section.kl_form,
         "log_prob": section.log_prob,
-        "attribution": Attribution(backfill=section.backfill, attribution=section.attribution, gamma=section.gamma),
+        "attribution": Attribution(**credit),
     }
 
 
@@ -410,9 +416,3 @@ def _grouped(section: Any) -> dict[str, Any]:
     advantage = GroupRelative(section.advantage_scale, section.advantage_clip)
     own = {"advantage": advantage, "objective": clipped(section), "initial_noise": section.initial_noise}
     return shared_by(section) | own
-
-
-def _tracked(section: settings.Ddpo | settings.Reinforce) -> Advantage:
-    if section.advantage == "batch":
-        return Whiten(section.advantage_clip)
-    return PerPromptTracker(section.buffer_size, section.min_count, section.advantage_clip)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from adascope_fast.settings import (
+    CountOrZero,
     Images,
     LearningRate,
     Own,
@@ -13,6 +14,7 @@ from adascope_fast.settings import (
     Section,
     Share,
     Steps,
+    Text,
     Width,
     imported,
     only_with,
@@ -255,7 +257,9 @@ class Dpok(_Clipped):
     The advantage of a step is r - V(x, prompt, step), where V is trained on the samples of `buffer_size` images by
     `value_steps` steps an iteration. Differs from google-research/dpok: the loss is averaged over the trained pairs,
     and the rewards are standardised over the batch before the critic sees them, so that `kl_weight` and
-    `value_learning_rate` do not depend on the reward's scale.
+    `value_learning_rate` do not depend on the reward's scale. Its script multiplies the reward's part of the loss by
+    100, which is left out here: its ratio of the two parts is `kl_weight = 1e-4`. It makes five updates of the policy
+    for each rollout (`train.updates_per_iteration = 5`), at a learning rate of 1e-5 and a gradient norm of 0.1.
     """
 
     implementation: ClassVar[str] = "adascope_fast.algorithms.critic:dpok_of"
@@ -277,6 +281,45 @@ class Dpok(_Clipped):
     """Units in each of the critic's two hidden layers."""
     buffer_size: Images = 1000
     """Newest images that the critic is trained on."""
+
+
+class Tdpo(_Tracked, _Clipped):
+    """TDPO-R (Zhang et al. 2024, 2402.08552): PPO on temporal rewards of steps, with a critic that is reset in part.
+
+    With r the reward against its prompt's running statistics and V a critic of the state that enters a step, a step's
+    temporal reward is gamma^(T - 1 - i) r - V, standardised over the trained steps. The critic is trained on the same
+    steps by half of max((V - G)^2, (clip(V, V_old +- value_clip) - G)^2), G the return. Every `reset_every` iterations
+    its neurons with any positive activation are drawn anew: by the paper these carry the primacy bias, and the dormant
+    ones guard against overoptimisation. `reset_every = 0` is TDPO. Differs from the code: the critic's steps go through
+    the trained pairs in an order of their own, and it sees latents, prompt and time unless `critic_features` says
+    otherwise.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.critic:tdpo_of"
+    train_guidance: ClassVar[str] = "both"
+
+    name: Literal["tdpo"] = "tdpo"
+    advantage_clip: Positive = 1e12
+    """Largest absolute advantage; the original clips none."""
+    gamma: Share = 1.0
+    """Discount of each step that follows, in returns, and with `attribution = "discount"` in the shares of steps."""
+    reset_every: CountOrZero = 10
+    """Iterations between resets of the critic's neurons; 0: never (TDPO)."""
+    reset_neurons: Literal["active", "dormant"] = "active"
+    """Neurons that a reset draws anew: those with any positive activation (the paper's), or those without."""
+    critic_features: Literal["latents", "images"] = "latents"
+    """What the critic sees of a state: the latent, prompt and timestep, as DPOK's, or the picture that the noisy latent
+    decodes to, through `critic_clip`, as the original."""
+    critic_clip: Annotated[Text, only_with(critic_features=["images"])] = "scenes-clip"
+    """`scenes-clip` (embedded), the folder of a CLIPModel, or a Hugging Face repository; the original has its reward's
+    encoder."""
+    value_learning_rate: LearningRate = 1e-4
+    """AdamW learning rate of the critic."""
+    value_clip: Positive = 0.2
+    """Most that a step's estimate moves in an iteration, as far as the critic's loss goes."""
+    value_steps: Images = 100
+    """Steps of the critic's optimiser in each iteration, which go once through the trained pairs; the original has one
+    with each of the policy's updates, 100 for 50 denoising steps."""
 
 
 class D3po(_Algorithm):

@@ -27,6 +27,7 @@ from adascope_fast.algorithms.settings import (
     MixGrpo,
     OwnAlgorithm,
     Reinforce,
+    Tdpo,
 )
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
@@ -71,6 +72,7 @@ AnyAlgorithm = Annotated[
     | Annotated[MixGrpo, Tag("mix_grpo")]
     | Annotated[GrpoGuard, Tag("grpo_guard")]
     | Annotated[Dpok, Tag("dpok")]
+    | Annotated[Tdpo, Tag("tdpo")]
     | Annotated[D3po, Tag("d3po")]
     | Annotated[Awm, Tag("awm")]
     | Annotated[OwnAlgorithm, Tag(OWN)],
@@ -263,7 +265,7 @@ class Config(Section):
                 "one_pass is for the plain likelihood ratio, and grpo_guard has its own; set train.update = "
                 '"replay", or algorithm.name = "grpo"'
             )
-        if name in ("dpok", "d3po", "awm"):
+        if name in ("dpok", "tdpo", "d3po", "awm"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'

@@ -70,15 +70,14 @@ def rollout(
     for start in range(0, len(prompts), batch):
         rows = slice(start, min(start + batch, len(prompts)))
         for step in range(num_steps):
-            is_shared = branching is not None and step < branching.num_shared
-            if branching is not None and step == branching.num_shared:
+            flags = None if tails is None else tails.start > step
+            if branching is not None and step < branching.num_shared:
+                flags = branching.is_leader
+            elif branching is not None and step == branching.num_shared:
                 branching.part(rows, tables)
-            flags = branching.is_leader if is_shared else None if tails is None else tails.start > step
             samples, at = _walking(rows, flags, device)
             if not len(samples):
-                if is_shared:
-                    continue
-                break
+                continue
             advance(step, samples, at, tables, prompt_index)
             if on_step is not None:
                 on_step(len(samples))
