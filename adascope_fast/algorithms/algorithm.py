@@ -11,7 +11,7 @@ samples are kept, and an algorithm trains these, or draws its noise levels among
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,10 @@ class Samples:
 
     trajectory: Trajectory
     rewards: Float32[Tensor, " b"]
+    parts: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
+    """Of a reward that is the weighted sum of several: the scores of each, by name."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """What each part is weighed by; 1 where it is not in here."""
 
     @property
     def prompts(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
-from adascope_fast.algorithms.advantages import Advantage, GroupRelative, tracked
+from adascope_fast.algorithms.advantages import Advantage, GroupRelative, added, decoupled, tracked
 from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
 from adascope_fast.algorithms.attribution import Attribution, similarity_gains
 from adascope_fast.algorithms.objectives import Clipped, Objective, score_function
@@ -74,6 +74,8 @@ class PolicyGradient(Algorithm):
     log_prob: str = "auto"
     initial_noise: settings.InitialNoise = "own"
     """Whether each sample starts from a latent of its own, or those of a prompt (a group) from one."""
+    mixing: settings.Mixing = "rewards"
+    """Of a reward with parts: what is mixed, for grouped advantages."""
     attribution: Attribution = field(default_factory=Attribution)
     """Which steps the reward is credited to, and how much of it each gets."""
 
@@ -106,7 +108,16 @@ class PolicyGradient(Algorithm):
 
     def advantages(self, samples: Samples, context: Context) -> Float[Tensor, "b t"]:
         """Of each step of each sample, before step weights and attribution."""
-        return self.advantage(samples.rewards, samples.prompts, samples.trajectory.num_steps)
+        num_steps = samples.trajectory.num_steps
+        if self.mixing == "rewards" or (self.mixing == "advantages" and not samples.parts):
+            return self.advantage(samples.rewards, samples.prompts, num_steps)
+        if not samples.parts or not isinstance(self.advantage, GroupRelative):
+            raise ValueError(
+                f'mixing = "{self.mixing}" is of several rewards with grouped advantages, got {len(samples.parts)} '
+                f'parts and {type(self.advantage).__name__}; give a reward with parts, or set it to "rewards"'
+            )
+        mix = added if self.mixing == "advantages" else decoupled
+        return mix(self.advantage, samples.parts, samples.weights, samples.prompts, num_steps)
 
     def batch(self, samples: Samples, context: Context) -> Pairs:
         """The kept pairs; those without advantage have no effect, unless a KL is asked for."""
@@ -415,4 +426,5 @@ def clipped(section: Any) -> Clipped:
 def _grouped(section: Any) -> dict[str, Any]:
     advantage = GroupRelative(section.advantage_scale, section.advantage_clip)
     own = {"advantage": advantage, "objective": clipped(section), "initial_noise": section.initial_noise}
+    own |= {"mixing": section.mixing}
     return shared_by(section) | own

@@ -130,6 +130,10 @@ class _GroupedPolicyGradient(_Grouped, _Clipped):
     initial_noise: InitialNoise = "own"
     """`own`: each image starts from a latent of its own; `group`: the images of a prompt start from one, and steps
     without noise before the first noisy one are computed once a prompt."""
+    mixing: Mixing = "rewards"
+    """Of several rewards (`reward.name = "mixed"`): `rewards`: advantages of their weighted sum; `advantages`: the
+    weighted sum of the advantages that each has alone (MixGRPO); `gdpo`: that, divided by its standard deviation over
+    the batch (GDPO, 2601.05242)."""
 
 
 class Ddpo(_Tracked, _Clipped):
@@ -227,6 +231,10 @@ class MixGrpo(_GroupedPolicyGradient):
     initial_noise: InitialNoise = "group"
     """`own`: each image starts from a latent of its own; `group`: the images of a prompt start from one, and steps
     without noise before the first noisy one are computed once a prompt."""
+    mixing: Mixing = "advantages"
+    """Of several rewards (`reward.name = "mixed"`): `rewards`: advantages of their weighted sum; `advantages`: the
+    weighted sum of the advantages that each has alone (MixGRPO); `gdpo`: that, divided by its standard deviation over
+    the batch (GDPO, 2601.05242)."""
 
 
 class GrpoGuard(_GroupedPolicyGradient):

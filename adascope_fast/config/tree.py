@@ -38,6 +38,7 @@ from adascope_fast.rewards.settings import (
     ClipSimilarity,
     JpegCompressibility,
     JpegIncompressibility,
+    Mixed,
     OwnReward,
     SceneAttributes,
 )
@@ -60,6 +61,7 @@ AnyReward = Annotated[
     | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
+    | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),
 ]

@@ -152,6 +152,7 @@ class Engine:
             "reward_mean": samples.rewards.mean().item(),
             "reward_std": samples.rewards.std(correction=0).item(),
             "fraction_trained": per_row * values["pairs_trained"] / (chosen.numel() * self.settings.inner_epochs),
+            **({"reward_parts": told} if (told := _means(samples.parts)) else {}),
             "samples_dropped": collection.num_dropped,
             "forwards_sampled": collection.num_forwards,
             "microbatch": self.microbatch,
@@ -390,18 +391,19 @@ class _Collection:
                 trajectory = self._rollout(prompts, scoring, self.keep if is_one_pass else None, **ways)
             with engine._part("reward"):
                 rewards = scoring.rewards()
+                parts = scoring.parts
         self.num_forwards += num_forwards
-        return self._finite(trajectory, rewards)
+        return self._finite(Samples(trajectory, rewards, parts, getattr(engine.score, "weights", {})))
 
-    def _finite(self, trajectory: Trajectory, rewards: Float32[Tensor, " b"]) -> Samples:
+    def _finite(self, samples: Samples) -> Samples:
         """The samples whose image is finite; the others leave the iteration, and the groups that they were drawn for.
 
         Raises:
             _NothingFiniteError: there are none.
         """
-        is_finite = rewards.isfinite()
+        rewards, is_finite = samples.rewards, samples.rewards.isfinite()
         if bool(is_finite.all()):
-            return Samples(trajectory, rewards)
+            return samples
         rows = is_finite.nonzero()[:, 0]
         self.num_dropped += len(rewards) - len(rows)
         if not len(rows):
@@ -410,7 +412,8 @@ class _Collection:
             self.keep = self.keep[rows.to(self.keep.device)]
         if self.gradients is not None:
             self.gradients.keep(rows)
-        return Samples(trajectory.rows(rows), rewards[rows])
+        parts = {name: scores[rows] for name, scores in samples.parts.items()}
+        return Samples(samples.trajectory.rows(rows), rewards[rows], parts, samples.weights)
 
     def _ahead(self, prompts: list[str]) -> Bool[Tensor, "b t"]:
         keep = self._engine.selector.ahead(prompts, self._schedule, self._iteration)
@@ -507,6 +510,10 @@ def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:
             f"{algorithm.name} is known after it; use attribution 'uniform' or 'discount', or update = 'replay' and "
             f"tail_share = 1"
         )
+
+
+def _means(parts: dict[str, Tensor]) -> dict[str, float]:
+    return {name: scores.mean().item() for name, scores in parts.items()}
 
 
 def even_parts(length: int, size: int) -> list[slice]:

@@ -109,6 +109,7 @@ class Trainer:
         }
         self._given = {name for name, value in given.items() if value is not None}
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
+        self._refuse_mixing_of_one_reward()
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
         self.held_out = held_out[: config.evaluation.num_prompts]
@@ -193,6 +194,16 @@ class Trainer:
                 f"the run in {str(folder.path)!r} has made {done} iterations, and train.iterations = {wanted} leaves "
                 f"nothing to do; set train.iterations to more than {done} to train on"
             )
+
+    def _refuse_mixing_of_one_reward(self) -> None:
+        section = self.config.algorithm
+        mixing = getattr(section, "mixing", None)
+        if mixing is None or rewards.has_parts(self.reward) or mixing == type(section).model_fields["mixing"].default:
+            return
+        raise ConfigError(
+            f'algorithm.mixing = "{mixing}" mixes several rewards, got one, {self._reward_name()}; set reward.name = '
+            f'"mixed" with reward.parts, or remove it'
+        )
 
     def _named_parts(self) -> dict[str, origin.Part]:
         """What can be compared before the model is loaded."""
@@ -284,7 +295,7 @@ class Trainer:
             self.schedule,
             self.algorithm,
             self.selector,
-            self.score,
+            rewards.Scorer(self.reward) if rewards.has_parts(self.reward) else self.score,
             self.optimizer,
             train,
             sampler=sampler,
