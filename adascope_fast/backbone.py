@@ -57,16 +57,23 @@ class Backbone(Protocol):
         ...
 
     def schedule(
-        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+        self,
+        num_steps: int,
+        *,
+        kind: str = "auto",
+        eta: float | None = None,
+        noise_level: float | None = None,
+        shift: float | None = None,
     ) -> Schedule:
         """The table of the sampler `kind` with its noise; "auto": DDIM for diffusion models, Flow-SDE for flow models.
 
-        ValueError for a kind that this model has not, and for noise that the kind has not.
+        `shift` gives a flow its sigmas in place of the scheduler's, see `Schedule.from_diffusers`. ValueError for a
+        kind that this model has not, and for noise or a shift that the kind has not.
         """
         ...
 
-    def deterministic_schedule(self, num_steps: int) -> Schedule:
-        """The table of this model's own sampler without noise, as plain diffusers runs it."""
+    def deterministic_schedule(self, num_steps: int, *, shift: float | None = None) -> Schedule:
+        """The table of this model's own sampler without noise, as plain diffusers runs it but for a `shift`."""
         ...
 
     def trainable_parameters(self) -> list[nn.Parameter]:

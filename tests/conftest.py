@@ -56,16 +56,24 @@ class ToyBackbone:
         return latents[:, :1].float().sigmoid().expand(-1, 3, -1, -1)
 
     def schedule(
-        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+        self,
+        num_steps: int,
+        *,
+        kind: str = "auto",
+        eta: float | None = None,
+        noise_level: float | None = None,
+        shift: float | None = None,
     ) -> Schedule:
         sigmas = torch.linspace(1, 0, num_steps + 1)
+        if shift is not None:
+            sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         if kind == "flow_sde":
             return schedules.flow_sde(sigmas, noise_level=0.7 if noise_level is None else noise_level)
         if kind == "flow_cps":
             return schedules.flow_cps(sigmas, eta=0.7 if eta is None else eta)
         return schedules.dance_sde(sigmas, eta=0.3 if eta is None else eta)
 
-    def deterministic_schedule(self, num_steps: int) -> Schedule:
+    def deterministic_schedule(self, num_steps: int, *, shift: float | None = None) -> Schedule:
         return schedules.flow_ode(torch.linspace(1, 0, num_steps + 1))
 
     def trainable_parameters(self) -> list[nn.Parameter]:

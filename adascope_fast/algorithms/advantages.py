@@ -6,7 +6,8 @@ was gathered from changes an advantage. A group whose rewards are all equal has 
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -119,6 +120,50 @@ class Whiten(_Stateless):
         values = _checked(rewards, prompts)
         mean, std = _mean_std(values, torch.zeros(len(values), dtype=torch.int64), correction=0)
         return _spread((values - mean) / (std + 1e-8), self.advantage_clip, rewards, num_steps)
+
+
+def added(
+    advantage: GroupRelative,
+    parts: Mapping[str, Float[Tensor, " b"]],
+    weights: Mapping[str, float],
+    prompts: list[str],
+    num_steps: int,
+) -> Float[Tensor, "b t"]:
+    """The weighted sum of each reward's own advantages, clipped as a whole (MixGRPO's advantage_aggr, 2507.21802)."""
+    whole = _added(advantage, parts, weights, prompts)
+    return _spread(whole, advantage.advantage_clip, next(iter(parts.values())), num_steps)
+
+
+def decoupled(
+    advantage: GroupRelative,
+    parts: Mapping[str, Float[Tensor, " b"]],
+    weights: Mapping[str, float],
+    prompts: list[str],
+    num_steps: int,
+) -> Float[Tensor, "b t"]:
+    """The same sum divided by its sample std over the batch + 1e-4 (GDPO, 2601.05242; the epsilon is TRL's).
+
+    GDPO takes the batch's mean off before, which is 0: each group's is.
+    """
+    whole = _added(advantage, parts, weights, prompts)
+    _, std = _mean_std(whole, torch.zeros(len(whole), dtype=torch.int64), correction=1)
+    return _spread(whole / (std + 1e-4), advantage.advantage_clip, next(iter(parts.values())), num_steps)
+
+
+def _added(
+    advantage: GroupRelative, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: list[str]
+) -> Float64[Tensor, " b"]:
+    alone = replace(advantage, advantage_clip=float("inf"))
+    return torch.stack(
+        [weights.get(name, 1.0) * alone(scores.double(), prompts, 1)[:, 0].cpu() for name, scores in parts.items()]
+    ).sum(0)
+
+
+def tracked(section: Any, advantage_clip: float) -> PerPromptTracker | Whiten:
+    """What the keys of a section describe that compares with remembered rewards, or with the batch."""
+    if section.advantage == "batch":
+        return Whiten(advantage_clip)
+    return PerPromptTracker(section.buffer_size, section.min_count, advantage_clip)
 
 
 def _checked(rewards: Float[Tensor, " b"], prompts: list[str]) -> Float64[Tensor, " b"]:

@@ -11,7 +11,7 @@ samples are kept, and an algorithm trains these, or draws its noise levels among
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,10 @@ class Samples:
     rewards: Float32[Tensor, " b"]
     branches: Branches | None = None
     """Of a branched rollout."""
+    parts: dict[str, Float32[Tensor, " b"]] = field(default_factory=dict)
+    """Of a reward that is the weighted sum of several: the scores of each, by name."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """What each part is weighed by; 1 where it is not in here."""
 
     @property
     def prompts(self) -> list[str]:
@@ -138,6 +142,10 @@ class Policy(Protocol):
         self, sample: Float[Tensor, "n *latent"], timestep: Float[Tensor, " n"], prompt_index: Int64[Tensor, " n"]
     ) -> Float[Tensor, "n *latent"]:
         """The conditional output with the weights as they are now, without gradient."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "n *latent"]) -> Float[Tensor, "n 3 h w"]:
+        """Pictures in [0, 1] of latents, noisy ones too, without gradient."""
         ...
 
     def condition(self) -> dict[str, Tensor]:
@@ -247,6 +255,11 @@ class Algorithm(ABC):
     def steps(self, chosen: Bool[Tensor, "b t"], trainable: Bool[Tensor, " t"]) -> Bool[Tensor, "b t"]:
         """The steps to train, of those that the selector has chosen."""
         return chosen
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether the samples of a prompt start from one latent."""
+        return False
 
     @property
     def is_repeatable(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +33,12 @@ class Clipped:
     """`clip_range` if None."""
     form: Literal["ppo", "dpok"] = "ppo"
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest ratio that is not clipped."""
+        high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+        return 1 - self.clip_range, 1 + high
+
     def __call__(
         self, log_prob: Float[Tensor, " n"], old_log_prob: Float[Tensor, " n"], advantage: Float[Tensor, " n"]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -46,3 +53,11 @@ def score_function(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """REINFORCE's loss -A log_prob and the ratio; right only for one update after each rollout."""
     return -advantage.detach() * log_prob, (log_prob.detach() - old_log_prob.detach()).exp()
+
+
+def clipped_value_loss(
+    value: Float[Tensor, " n"], old_value: Float[Tensor, " n"], target: Float[Tensor, " n"], value_clip: float
+) -> Float[Tensor, " n"]:
+    """Half of max((v - G)^2, (old + clip(v - old) - G)^2), unreduced: a critic moves by `value_clip` at most."""
+    near = old_value + (value - old_value).clamp(-value_clip, value_clip)
+    return 0.5 * torch.maximum((value - target).square(), (near - target).square())

@@ -5,9 +5,9 @@ objective that has one. `b` samples, `t` steps, `n` (sample, step) pairs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
-from adascope_fast.algorithms.advantages import Advantage, GroupRelative, PerPromptTracker, Whiten
+from adascope_fast.algorithms.advantages import Advantage, GroupRelative, added, decoupled, tracked
 from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
 from adascope_fast.algorithms.attribution import Attribution, similarity_gains
 from adascope_fast.algorithms.objectives import Clipped, Objective, score_function
@@ -47,11 +47,11 @@ class Pairs:
         """The pairs' steps."""
         return self.trajectory.gather(self.pairs)
 
-    def ordered(self, rows: Int64[Tensor, " m"]) -> "Pairs":
+    def ordered(self, rows: Int64[Tensor, " m"]) -> Self:
         """These pairs, in their order."""
-        return Pairs(self.trajectory, self.pairs[rows], self.advantage[rows], None)
+        return replace(self, pairs=self.pairs[rows], advantage=self.advantage[rows], is_live=None)
 
-    def take(self, rows: Int64[Tensor, " m"] | slice) -> tuple[StepBatch, Float[Tensor, " m"]]:
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> Any:
         """Steps and advantages of some pairs."""
         return self.steps[rows], self.advantage[rows]
 
@@ -72,6 +72,10 @@ class PolicyGradient(Algorithm):
     """Weight (beta) of the KL from the reference policy; 0 costs no reference pass."""
     kl_form: settings.KlForm = "divergence"
     log_prob: str = "auto"
+    initial_noise: settings.InitialNoise = "own"
+    """Whether each sample starts from a latent of its own, or those of a prompt (a group) from one."""
+    mixing: settings.Mixing = "rewards"
+    """Of a reward with parts: what is mixed, for grouped advantages."""
     attribution: Attribution = field(default_factory=Attribution)
     """Which steps the reward is credited to, and how much of it each gets."""
 
@@ -87,6 +91,11 @@ class PolicyGradient(Algorithm):
         return self.attribution.steps(chosen, trainable)
 
     @property
+    def shares_noise(self) -> bool:
+        """Where `initial_noise` says so."""
+        return self.initial_noise == "group"
+
+    @property
     def is_repeatable(self) -> bool:
         """Of the losses and objectives here it is known; one of your own says so itself."""
         is_known = isinstance(self.objective, Clipped) or self.objective is score_function
@@ -99,7 +108,16 @@ class PolicyGradient(Algorithm):
 
     def advantages(self, samples: Samples, context: Context) -> Float[Tensor, "b t"]:
         """Of each step of each sample, before step weights and attribution."""
-        return self.advantage(samples.rewards, samples.prompts, samples.trajectory.num_steps)
+        num_steps = samples.trajectory.num_steps
+        if self.mixing == "rewards" or (self.mixing == "advantages" and not samples.parts):
+            return self.advantage(samples.rewards, samples.prompts, num_steps)
+        if not samples.parts or not isinstance(self.advantage, GroupRelative):
+            raise ValueError(
+                f'mixing = "{self.mixing}" is of several rewards with grouped advantages, got {len(samples.parts)} '
+                f'parts and {type(self.advantage).__name__}; give a reward with parts, or set it to "rewards"'
+            )
+        mix = added if self.mixing == "advantages" else decoupled
+        return mix(self.advantage, samples.parts, samples.weights, samples.prompts, num_steps)
 
     def batch(self, samples: Samples, context: Context) -> Pairs:
         """The kept pairs; those without advantage have no effect, unless a KL is asked for."""
@@ -204,6 +222,89 @@ class PolicyGradient(Algorithm):
         return self.kl_weight * kl_factor(self.kl_form, schedule)[step]
 
 
+@dataclass(frozen=True)
+class GuardedPairs(Pairs):
+    """Pairs whose loss compares with the outputs of the rollout, which its guesses of the image tell."""
+
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> Any:
+        """Steps and advantages of some pairs, and the rollout's guesses there."""
+        sample, step = self.pairs[rows].unbind(1)
+        return *super().take(rows), self.trajectory.x0[sample, step]
+
+
+@dataclass(kw_only=True)
+class GrpoGuard(PolicyGradient):
+    """See `settings.GrpoGuard`."""
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        """The flow's sampler as it is; ValueError for others, which have no dt."""
+        if not schedule.is_flow or schedule.ode_coef is None:
+            raise ValueError(
+                f"{self.name} divides by the dt of a flow sampler's steps, got the sampler {schedule.kind!r}; "
+                f'train a flow model, or set algorithm.name = "grpo"'
+            )
+        return schedule
+
+    def log_prob_kind(self, schedule: Schedule) -> Kind:
+        """The Gaussian's, of whose ratio the bias is."""
+        return "gaussian"
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Always: its loss is made of operations alone."""
+        return True
+
+    def batch(self, samples: Samples, context: Context) -> Pairs:
+        """The pairs of a policy gradient with what the rollout guessed there."""
+        return GuardedPairs(**vars(super().batch(samples, context)))
+
+    def weights(self, keep: Bool[Tensor, "b t"], schedule: Schedule, *told: Any) -> Float32[Tensor, "b t"]:
+        """What multiplies the advantages, divided by the -dt of each step."""
+        assert schedule.ode_coef is not None
+        return super().weights(keep, schedule, *told) / -schedule.ode_coef[:, 1]
+
+    def loss(
+        self,
+        policy: Policy,
+        rows: tuple[StepBatch, Float[Tensor, " n"], Float[Tensor, "n *latent"]],
+        *,
+        is_on_policy: bool,
+        scale: float,
+    ) -> Loss:
+        """The clipped loss of each pair's corrected ratio, and its KL."""
+        assert isinstance(self.objective, Clipped)
+        pairs, advantage, guess = rows
+        sample, coef = pairs.sample, pairs.coef
+        where = sample, pairs.timestep, pairs.prompt_index
+        output = ops.guide(*policy.outputs(*where), policy.guidance_scale)
+        log_prob = ops.transition_log_prob(sample, output, pairs.prev_sample, coef)
+        old_log_prob, old_output = log_prob.detach(), output.detach()
+        if not is_on_policy:
+            of_x, of_output = policy.schedule.x0_coef[pairs.step_index].view(-1, 2, *[1] * (sample.dim() - 1)).unbind(1)
+            old_log_prob, old_output = pairs.old_log_prob, (guess - of_x * sample) / of_output
+        bias = ops.gaussian_kl(output, old_output, coef)
+        log_ratio = (log_prob - old_log_prob + bias) * coef[:, 2]
+        values, ratio = self.objective(log_ratio, torch.zeros_like(log_ratio), advantage)
+        kl = torch.zeros_like(ratio)
+        if self.kl_weight:
+            divergence = ops.gaussian_kl(output, policy.reference(*where), coef)
+            values = values + self._kl_weights(policy.schedule, pairs.step_index) * divergence
+            kl = divergence.detach()
+        low, high = self.objective.bounds
+        log_prob = log_prob.detach()
+        statistics = {
+            "log_prob": log_prob,
+            "rollout_log_prob": pairs.old_log_prob,
+            "step": pairs.step_index,
+            "ratio": ratio,
+            "approx_kl": 0.5 * (log_prob - old_log_prob).square(),
+            "clipfrac": ((ratio < low) | (ratio > high)).to(ratio.dtype),
+            "kl": kl,
+            "nonfinite": (~(log_prob.isfinite() & ratio.isfinite())).to(ratio.dtype),
+        }
+        return Loss(values, statistics)
+
+
 def kl_factor(form: settings.KlForm, schedule: Schedule) -> Float32[Tensor, " t"]:
     """What each step's divergence b^2 (output - ref_output)^2 / (2 std^2) is multiplied by, to be another KL.
 
@@ -258,24 +359,54 @@ def grpo(**keys: Any) -> PolicyGradient:
     return settings.Grpo(**keys).build()
 
 
+def flow_grpo_fast(**keys: Any) -> PolicyGradient:
+    """Flow-GRPO-Fast with the keys of `settings.FlowGrpoFast`."""
+    return settings.FlowGrpoFast(**keys).build()
+
+
+def dance_grpo(**keys: Any) -> PolicyGradient:
+    """DanceGRPO with the keys of `settings.DanceGrpo`."""
+    return settings.DanceGrpo(**keys).build()
+
+
+def mix_grpo(**keys: Any) -> PolicyGradient:
+    """MixGRPO with the keys of `settings.MixGrpo`."""
+    return settings.MixGrpo(**keys).build()
+
+
+def grpo_guard(**keys: Any) -> GrpoGuard:
+    """GRPO-Guard with the keys of `settings.GrpoGuard`."""
+    return settings.GrpoGuard(**keys).build()
+
+
 def ddpo_of(section: settings.Ddpo) -> PolicyGradient:
     """The algorithm that its section describes."""
-    return PolicyGradient(**shared_by(section), advantage=_tracked(section), objective=clipped(section))
+    return PolicyGradient(
+        **shared_by(section), advantage=tracked(section, section.advantage_clip), objective=clipped(section)
+    )
 
 
 def reinforce_of(section: settings.Reinforce) -> PolicyGradient:
     """The algorithm that its section describes."""
-    return PolicyGradient(**shared_by(section), advantage=_tracked(section), objective=score_function)
+    return PolicyGradient(
+        **shared_by(section), advantage=tracked(section, section.advantage_clip), objective=score_function
+    )
 
 
-def grpo_of(section: settings.Grpo) -> PolicyGradient:
+def grpo_of(section: Any) -> PolicyGradient:
+    """The algorithm that a section of grouped advantages and clip ranges describes."""
+    return PolicyGradient(**_grouped(section))
+
+
+def grpo_guard_of(section: settings.GrpoGuard) -> GrpoGuard:
     """The algorithm that its section describes."""
-    advantage = GroupRelative(section.advantage_scale, section.advantage_clip)
-    return PolicyGradient(**shared_by(section), advantage=advantage, objective=clipped(section))
+    return GrpoGuard(**_grouped(section))
 
 
 def shared_by(section: Any) -> dict[str, Any]:
     """What every policy gradient takes from its section."""
+    credit = {"backfill": section.backfill, "attribution": section.attribution}
+    credit |= {"gamma": section.gamma} if section.attribution == "discount" else {}
     return {
         "name": section.name,
         "train_guidance": section.train_guidance,
@@ -283,7 +414,7 @@ def shared_by(section: Any) -> dict[str, Any]:
         "kl_weight": section.kl_weight,
         "kl_form": section.kl_form,
         "log_prob": section.log_prob,
-        "attribution": Attribution(backfill=section.backfill, attribution=section.attribution, gamma=section.gamma),
+        "attribution": Attribution(**credit),
     }
 
 
@@ -292,7 +423,8 @@ def clipped(section: Any) -> Clipped:
     return Clipped(section.clip_range, section.clip_range_high)
 
 
-def _tracked(section: settings.Ddpo | settings.Reinforce) -> Advantage:
-    if section.advantage == "batch":
-        return Whiten(section.advantage_clip)
-    return PerPromptTracker(section.buffer_size, section.min_count, section.advantage_clip)
+def _grouped(section: Any) -> dict[str, Any]:
+    advantage = GroupRelative(section.advantage_scale, section.advantage_clip)
+    own = {"advantage": advantage, "objective": clipped(section), "initial_noise": section.initial_noise}
+    own |= {"mixing": section.mixing}
+    return shared_by(section) | own

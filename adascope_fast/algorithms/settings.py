@@ -23,6 +23,10 @@ from adascope_fast.settings import (
 
 StepWeight = Literal["none", "balanced"]
 KlForm = Literal["divergence", "flow_grpo", "output"]
+LogProb = Literal["auto", "gaussian", "squared_error"]
+AdvantageScale = Literal["global", "group", "group_sample"]
+InitialNoise = Literal["own", "group"]
+Mixing = Literal["rewards", "advantages", "gdpo"]
 Backfill = Literal["interval", "full", "sparse"]
 AttributionName = Literal["uniform", "discount", "gain", "similarity"]
 
@@ -63,7 +67,7 @@ class _PolicyGradient(_Credited):
     kl_form: KlForm = "divergence"
     """`divergence`: KL(policy || reference) of a step; `flow_grpo`: that times -dt, as its code has it; `output`: mean
     squared difference of the model outputs, as DPOK's has it."""
-    log_prob: Literal["auto", "gaussian", "squared_error"] = "auto"
+    log_prob: LogProb = "auto"
     """A step's log-probability: of the Gaussian, or -(x - mean)^2 without constants, which Flow-CPS's code trains on;
     `auto`: squared_error for flow_cps, else gaussian."""
 
@@ -117,13 +121,23 @@ class _Tracked(Section):
 
 
 class _Grouped(Section):
-    advantage_scale: Literal["global", "group", "group_sample"] = "global"
+    advantage_scale: AdvantageScale = "global"
     """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1."""
 
     @property
     def smallest_group(self) -> int:
         """Images of a prompt that can be compared."""
         return 2
+
+
+class _GroupedPolicyGradient(_Grouped, _Clipped):
+    initial_noise: InitialNoise = "own"
+    """`own`: each image starts from a latent of its own; `group`: the images of a prompt start from one, and steps
+    without noise before the first noisy one are computed once a prompt."""
+    mixing: Mixing = "rewards"
+    """Of several rewards (`reward.name = "mixed"`): `rewards`: advantages of their weighted sum; `advantages`: the
+    weighted sum of the advantages that each has alone (MixGRPO); `gdpo`: that, divided by its standard deviation over
+    the batch (GDPO, 2601.05242)."""
 
 
 class Ddpo(_Tracked, _Clipped):
@@ -148,7 +162,7 @@ class Reinforce(_Tracked, _PolicyGradient):
     name: Literal["reinforce"] = "reinforce"
 
 
-class Grpo(_Grouped, _Clipped):
+class Grpo(_GroupedPolicyGradient):
     """GRPO for diffusion and flow models (Flow-GRPO, Liu et al. 2025, 2505.05470): advantages within a prompt's group.
 
     As in flow_grpo the unconditional output carries no gradient unless `sampler.train_guidance = "both"`. Differs from
@@ -162,13 +176,102 @@ class Grpo(_Grouped, _Clipped):
     name: Literal["grpo"] = "grpo"
 
 
+class FlowGrpoFast(_GroupedPolicyGradient):
+    """Flow-GRPO-Fast (flow_grpo's README, 2025): Flow-GRPO on one or two noisy steps at a place drawn each iteration.
+
+    The images of a prompt share the ODE up to there and part with the noise, so only what was trained tells them apart;
+    few steps move the policy far, hence the small clip range. The original is with `selector.name = "fast_window"`
+    (`selector.window_size`, `selector.start` and `selector.end` are its sde_window_size and sde_window_range).
+    With AdaScope, whose rollouts have noise at every step, images share the initial latent alone.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.policy_gradient:grpo_of"
+    train_guidance: ClassVar[str] = "conditional"
+
+    name: Literal["flow_grpo_fast"] = "flow_grpo_fast"
+    clip_range: Positive = 1e-5
+    """Clip of the ratio; smaller than Flow-GRPO's, as the original has it."""
+    initial_noise: InitialNoise = "group"
+    """`own`: each image starts from a latent of its own; `group`: the images of a prompt start from one, and steps
+    without noise before the first noisy one are computed once a prompt."""
+
+
+class DanceGrpo(_GroupedPolicyGradient):
+    """DanceGRPO (Xue et al. 2025, 2505.07818): GRPO whose images of a prompt start from one latent.
+
+    Advantages are divided by the group's sample standard deviation + 1e-8. What else is the paper's is said in other
+    sections: 60 % of the steps at random (`selector.name = "random_fraction"`, `selector.fraction = 0.6`), of a flow
+    without the last; on FLUX `sampler.kind = "dance_sde"` with `sampler.shift = 3`, on SD 1.4 `ddim`; a learning rate
+    of 1e-5. Differs from the original: the loss is averaged over the trained pairs of an update in one go.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.policy_gradient:grpo_of"
+    train_guidance: ClassVar[str] = "both"
+
+    name: Literal["dance_grpo"] = "dance_grpo"
+    advantage_scale: AdvantageScale = "group_sample"
+    """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1."""
+    initial_noise: InitialNoise = "group"
+    """`own`: each image starts from a latent of its own; `group`: the images of a prompt start from one, and steps
+    without noise before the first noisy one are computed once a prompt."""
+
+
+class MixGrpo(_GroupedPolicyGradient):
+    """MixGRPO (Li et al. 2025, 2507.21802): GRPO on a window of noisy steps that moves on, with the ODE around it.
+
+    Advantages are divided by the group's sample standard deviation + 1e-8; of several rewards each has advantages of
+    its own, which are added up. The original is with `selector.name = "window"` (`selector.window_size = 4`,
+    `selector.shift_every = 25`) and `sampler.shift = 3`; MixGRPO-Flash has `sampler.tail_share = 0.4` besides. Its loss
+    is divided by the window's steps, which is the mean over the trained pairs here. With AdaScope, whose rollouts have
+    noise at every step, images share the initial latent alone.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.policy_gradient:grpo_of"
+    train_guidance: ClassVar[str] = "both"
+
+    name: Literal["mix_grpo"] = "mix_grpo"
+    advantage_scale: AdvantageScale = "group_sample"
+    """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1."""
+    initial_noise: InitialNoise = "group"
+    """`own`: each image starts from a latent of its own; `group`: the images of a prompt start from one, and steps
+    without noise before the first noisy one are computed once a prompt."""
+    mixing: Mixing = "advantages"
+    """Of several rewards (`reward.name = "mixed"`): `rewards`: advantages of their weighted sum; `advantages`: the
+    weighted sum of the advantages that each has alone (MixGRPO); `gdpo`: that, divided by its standard deviation over
+    the batch (GDPO, 2601.05242)."""
+
+
+class GrpoGuard(_GroupedPolicyGradient):
+    """GRPO-Guard (Wang et al. 2025, 2510.22319): Flow-GRPO with a ratio whose mean and spread are alike at all steps.
+
+    With s the standard deviation of a step, mu and mu_old the means of the policy and of the one that drew the rollout:
+    bias = mean (mu - mu_old)^2 / (2 s^2), ratio = exp((log p - log p_old + bias) s), which PPO clips; the loss of a
+    step is divided by its -dt. Flow samplers alone. mu_old is what the rollout's guess of the image says. Differs from
+    the released code: means are those of each image's latent, whatever else is in the batch, as its authors corrected
+    it; the KL is the divergence unless `kl_form = "flow_grpo"`.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.policy_gradient:grpo_guard_of"
+    train_guidance: ClassVar[str] = "conditional"
+
+    name: Literal["grpo_guard"] = "grpo_guard"
+    clip_range: Positive = 2e-6
+    """Clip of the ratio; its code has 2e-6 for OCR and GenEval and 4e-6 for PickScore."""
+    advantage_scale: AdvantageScale = "group"
+    """Standard deviation that divides the advantages: the batch's, the group's, or the group's with n - 1."""
+    log_prob: Literal["auto", "gaussian"] = "auto"
+    """A step's log-probability: of the Gaussian, whose ratio it is that is corrected."""
+
+
 class Dpok(_Clipped):
     """DPOK (Fan et al. 2023, 2305.16381): a two-sided clip, a value critic as baseline, and KL to the base model.
 
     The advantage of a step is r - V(x, prompt, step), where V is trained on the samples of `buffer_size` images by
     `value_steps` steps an iteration. Differs from google-research/dpok: the loss is averaged over the trained pairs,
     and the rewards are standardised over the batch before the critic sees them, so that `kl_weight` and
-    `value_learning_rate` do not depend on the reward's scale.
+    `value_learning_rate` do not depend on the reward's scale. Its script multiplies the reward's part of the loss by
+    100, which is left out here: its ratio of the two parts is `kl_weight = 1e-4`. It makes five updates of the policy
+    for each rollout (`train.updates_per_iteration = 5`), at a learning rate of 1e-5 and a gradient norm of 0.1.
     """
 
     implementation: ClassVar[str] = "adascope_fast.algorithms.critic:dpok_of"
@@ -192,12 +295,51 @@ class Dpok(_Clipped):
     """Newest images that the critic is trained on."""
 
 
+class Tdpo(_Tracked, _Clipped):
+    """TDPO-R (Zhang et al. 2024, 2402.08552): PPO on temporal rewards of steps, with a critic that is reset in part.
+
+    With r the reward against its prompt's running statistics and V a critic of the state that enters a step, a step's
+    temporal reward is gamma^(T - 1 - i) r - V, standardised over the trained steps. The critic is trained on the same
+    steps by half of max((V - G)^2, (clip(V, V_old +- value_clip) - G)^2), G the return. Every `reset_every` iterations
+    its neurons with any positive activation are drawn anew: by the paper these carry the primacy bias, and the dormant
+    ones guard against overoptimisation. `reset_every = 0` is TDPO. Differs from the code: the critic's steps go through
+    the trained pairs in an order of their own, and it sees latents, prompt and time unless `critic_features` says
+    otherwise.
+    """
+
+    implementation: ClassVar[str] = "adascope_fast.algorithms.critic:tdpo_of"
+    train_guidance: ClassVar[str] = "both"
+
+    name: Literal["tdpo"] = "tdpo"
+    advantage_clip: Positive = 1e12
+    """Largest absolute advantage; the original clips none."""
+    gamma: Share = 1.0
+    """Discount of each step that follows, in returns, and with `attribution = "discount"` in the shares of steps."""
+    reset_every: CountOrZero = 10
+    """Iterations between resets of the critic's neurons; 0: never (TDPO)."""
+    reset_neurons: Literal["active", "dormant"] = "active"
+    """Neurons that a reset draws anew: those with any positive activation (the paper's), or those without."""
+    critic_features: Literal["latents", "images"] = "latents"
+    """What the critic sees of a state: the latent, prompt and timestep, as DPOK's, or the picture that the noisy latent
+    decodes to, through `critic_clip`, as the original."""
+    critic_clip: Annotated[Text, only_with(critic_features=["images"])] = "scenes-clip"
+    """`scenes-clip` (embedded), the folder of a CLIPModel, or a Hugging Face repository; the original has its reward's
+    encoder."""
+    value_learning_rate: LearningRate = 1e-4
+    """AdamW learning rate of the critic."""
+    value_clip: Positive = 0.2
+    """Most that a step's estimate moves in an iteration, as far as the critic's loss goes."""
+    value_steps: Images = 100
+    """Steps of the critic's optimiser in each iteration, which go once through the trained pairs; the original has one
+    with each of the policy's updates, 100 for 50 denoising steps."""
+
+
 class _Preference(_Algorithm):
     """Clipped log-ratios to the reference policy, of a better and a worse state."""
 
     clip_range: Positive = 0.1
     """Clip of the ratio to the reference policy."""
-    log_prob: Literal["auto", "gaussian", "squared_error"] = "auto"
+    log_prob: LogProb = "auto"
     """A step's log-probability, as in the policy gradients."""
     step_weight: StepWeight = "none"
     """`balanced`: each step's log-ratio is divided by the sensitivity of its log-probability, |b| / std."""

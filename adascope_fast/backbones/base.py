@@ -350,11 +350,17 @@ class PipelineBackbone:
         raise NotImplementedError
 
     def schedule(
-        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+        self,
+        num_steps: int,
+        *,
+        kind: str = "auto",
+        eta: float | None = None,
+        noise_level: float | None = None,
+        shift: float | None = None,
     ) -> Schedule:
         raise NotImplementedError
 
-    def deterministic_schedule(self, num_steps: int) -> Schedule:
+    def deterministic_schedule(self, num_steps: int, *, shift: float | None = None) -> Schedule:
         raise NotImplementedError
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -45,20 +45,26 @@ class DenoisingUNet(PipelineBackbone):
             )
 
     def schedule(
-        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+        self,
+        num_steps: int,
+        *,
+        kind: str = "auto",
+        eta: float | None = None,
+        noise_level: float | None = None,
+        shift: float | None = None,
     ) -> Schedule:
         """DDIM with eta (1 by default), or DDPM."""
         chosen = None if kind == "auto" else kind
-        noise: dict[str, Any] = {"eta": eta, "noise_level": noise_level}
+        noise: dict[str, Any] = {"eta": eta, "noise_level": noise_level, "shift": shift}
         return Schedule.from_diffusers(self.pipeline.scheduler, num_steps, kind=chosen, **noise).to(self.device)
 
-    def deterministic_schedule(self, num_steps: int) -> Schedule:
+    def deterministic_schedule(self, num_steps: int, *, shift: float | None = None) -> Schedule:
         """The scheduler's own steps for DDIM and Euler; DDIM at eta 0 for multi-step solvers such as PNDM and DPM."""
         scheduler = self.pipeline.scheduler
         options: dict[str, Any] = {"eta": 0.0}
         if "EulerDiscreteScheduler" in {base.__name__ for base in type(scheduler).__mro__}:
             options = {"kind": "euler"}
-        return Schedule.from_diffusers(scheduler, num_steps, **options).to(self.device)
+        return Schedule.from_diffusers(scheduler, num_steps, **options, shift=shift).to(self.device)
 
 
 class StableDiffusion(DenoisingUNet):

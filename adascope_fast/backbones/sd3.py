@@ -23,14 +23,21 @@ class FlowTransformer(PipelineBackbone):
     has_shift = True
 
     def schedule(
-        self, num_steps: int, *, kind: str = "auto", eta: float | None = None, noise_level: float | None = None
+        self,
+        num_steps: int,
+        *,
+        kind: str = "auto",
+        eta: float | None = None,
+        noise_level: float | None = None,
+        shift: float | None = None,
     ) -> Schedule:
         """Flow-SDE with noise_level (0.7 by default), or another sampler of flows."""
-        return self._schedule(num_steps, kind=None if kind == "auto" else kind, eta=eta, noise_level=noise_level)
+        noise: dict[str, Any] = {"eta": eta, "noise_level": noise_level, "shift": shift}
+        return self._schedule(num_steps, kind=None if kind == "auto" else kind, **noise)
 
-    def deterministic_schedule(self, num_steps: int) -> Schedule:
+    def deterministic_schedule(self, num_steps: int, *, shift: float | None = None) -> Schedule:
         """The scheduler's own Euler steps."""
-        return self._schedule(num_steps, kind="flow_ode")
+        return self._schedule(num_steps, kind="flow_ode", shift=shift)
 
     def _schedule(self, num_steps: int, **options) -> Schedule:
         scheduler = self.pipeline.scheduler

@@ -41,9 +41,10 @@ def sample(
     seeds = range(seed, seed + num)
     num_steps = steps or config.sampler.num_steps
     scale = config.sampler.guidance_scale if guidance is None else guidance
-    trained = draw(backbone, texts, seeds, num_steps=num_steps, guidance_scale=scale)
+    how = {"num_steps": num_steps, "guidance_scale": scale, "shift": config.sampler.shift}
+    trained = draw(backbone, texts, seeds, **how)
     with backbone.reference_policy():
-        base = draw(backbone, texts, seeds, num_steps=num_steps, guidance_scale=scale)
+        base = draw(backbone, texts, seeds, **how)
     rows, captions = [], []
     for number, text in enumerate(texts):
         chosen = slice(number * num, (number + 1) * num)

@@ -127,6 +127,8 @@ def _values(annotation: Any) -> str:
         return " or ".join(_values(part) for part in arguments if part is not types.NoneType)
     if origin is list:
         return f"a list of {_values(arguments[0])}"
+    if origin is dict:
+        return f"a table of names with {_values(arguments[1])}"
     if origin is tuple:
         return f"{len(arguments)} numbers: {_values(arguments[0])}"
     return {bool: "true, false", int: "a whole number", float: "a number", str: "text"}.get(annotation, str(annotation))

@@ -18,15 +18,20 @@ from adascope_fast.adascope.settings import AdaScope, Complement, Latent, Reward
 from adascope_fast.algorithms.settings import (
     Awm,
     D3po,
+    DanceGrpo,
     Ddpo,
     DiffusionDpo,
     DiffusionKto,
     DiffusionNft,
     Dpok,
+    FlowGrpoFast,
     Grpo,
+    GrpoGuard,
+    MixGrpo,
     OwnAlgorithm,
     Reinforce,
     Spo,
+    Tdpo,
 )
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
@@ -37,6 +42,7 @@ from adascope_fast.rewards.settings import (
     ClipSimilarity,
     JpegCompressibility,
     JpegIncompressibility,
+    Mixed,
     OwnReward,
     SceneAttributes,
 )
@@ -59,6 +65,7 @@ AnyReward = Annotated[
     | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
+    | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),
 ]
@@ -66,7 +73,12 @@ AnyAlgorithm = Annotated[
     Annotated[Ddpo, Tag("ddpo")]
     | Annotated[Reinforce, Tag("reinforce")]
     | Annotated[Grpo, Tag("grpo")]
+    | Annotated[FlowGrpoFast, Tag("flow_grpo_fast")]
+    | Annotated[DanceGrpo, Tag("dance_grpo")]
+    | Annotated[MixGrpo, Tag("mix_grpo")]
+    | Annotated[GrpoGuard, Tag("grpo_guard")]
     | Annotated[Dpok, Tag("dpok")]
+    | Annotated[Tdpo, Tag("tdpo")]
     | Annotated[D3po, Tag("d3po")]
     | Annotated[Spo, Tag("spo")]
     | Annotated[DiffusionDpo, Tag("diffusion_dpo")]
@@ -280,7 +292,12 @@ class Config(Section):
                 f"got {train.updates_per_iteration}, {train.inner_epochs} and {_of(self.algorithm, 'kl_weight') or 0}; "
                 f'set them so, or train.update = "replay"'
             )
-        if name in ("dpok", "d3po", "spo", "awm", "diffusion_nft", "diffusion_dpo", "diffusion_kto"):
+        if name == "grpo_guard":
+            raise ValueError(
+                "one_pass is for the plain likelihood ratio, and grpo_guard has its own; set train.update = "
+                '"replay", or algorithm.name = "grpo"'
+            )
+        if name in ("dpok", "tdpo", "d3po", "spo", "awm", "diffusion_nft", "diffusion_dpo", "diffusion_kto"):
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'
@@ -324,6 +341,11 @@ class Config(Section):
             raise ValueError(
                 f"{self.algorithm.name} trains steps by their log-probability, got {got}, without noise, which has no "
                 f'log_prob at any step; choose a sampler with noise, or algorithm.name = "awm" or "diffusion_nft"'
+            )
+        if self.algorithm.name == "grpo_guard" and self.sampler.kind in ("ddim", "ddpm"):
+            raise ValueError(
+                f'grpo_guard divides by the dt of a flow sampler\'s steps, got sampler.kind = "{self.sampler.kind}"; '
+                f'set it to "flow_sde" and train a flow model, or algorithm.name = "grpo"'
             )
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:

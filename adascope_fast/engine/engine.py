@@ -42,6 +42,7 @@ from adascope_fast.rollout import (
     Picture,
     PictureCache,
     PreferenceModel,
+    SharedStart,
     Stills,
     Trajectory,
     rollout,
@@ -169,6 +170,7 @@ class Engine:
             "reward_mean": None if rewards is None else rewards.mean().item(),
             "reward_std": None if rewards is None else rewards.std(correction=0).item(),
             "fraction_trained": per_row * values["pairs_trained"] / (chosen.numel() * self.settings.inner_epochs),
+            **({"reward_parts": told} if (told := _means(samples.parts)) else {}),
             "samples_dropped": collection.num_dropped,
             "forwards_sampled": collection.num_forwards,
             "microbatch": self.microbatch,
@@ -457,14 +459,20 @@ class _Collection:
             saves = share < 1 and not engine.selector.senses(self.iteration)
             self.keep = self._ahead(prompts) if is_one_pass or saves else None
             tails = Tails.of(schedule, self.keep, share) if saves and self.keep is not None else None
+            shared = SharedStart.of(prompts, schedule, tails) if engine.algorithm.shares_noise else None
+        num_forwards = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
+        num_forwards -= 0 if shared is None else shared.num_saved
         with Scoring(engine.backbone, engine.score, prompts) as scoring:
             with engine._part("rollout"):
                 keep = self.keep if is_one_pass else None
-                trajectory, branches = self._rollout(prompts, scoring, keep, tails, branching)
+                ways: dict[str, Any] = {"tails": tails, "shared": shared, "branching": branching, "total": num_forwards}
+                trajectory, branches = self._rollout(prompts, scoring, keep, **ways)
             with engine._part("reward"):
                 rewards = scoring.rewards()
-        self.num_forwards += trajectory.log_prob.numel() if tails is None else tails.num_forwards
-        return self._finite(Samples(trajectory, rewards, branches))
+                parts = scoring.parts
+        self.num_forwards += num_forwards
+        weights = getattr(engine.score, "weights", {})
+        return self._finite(Samples(trajectory, rewards, branches, parts, weights))
 
     def stills(self, pictures: Sequence[Picture], prompts: list[str], told: list[str]) -> Stills:
         """See `algorithms.Collector`."""
@@ -476,8 +484,10 @@ class _Collection:
     def sensed(self, prompts: list[str]) -> Trajectory:
         """A rollout of each distinct prompt, for the selector to look at; nobody judges it."""
         with self._engine._part("rollout"):
-            trajectory, _ = self._rollout(list(dict.fromkeys(prompts)), None, None, None, None)
-        self.num_forwards += trajectory.log_prob.numel()
+            distinct = list(dict.fromkeys(prompts))
+            total = len(distinct) * self.schedule.num_steps
+            trajectory, _ = self._rollout(distinct, None, None, total=total)
+        self.num_forwards += total
         return trajectory
 
     def _finite(self, samples: Samples) -> Samples:
@@ -498,7 +508,9 @@ class _Collection:
         if self.gradients is not None:
             self.gradients.keep(rows)
         branches = None if samples.branches is None else samples.branches.rows(rows)
-        return Samples(samples.trajectory.rows(rows), samples.rewards[rows], branches)
+        parts = {name: scores[rows] for name, scores in samples.parts.items()}
+        kept = samples.trajectory.rows(rows), samples.rewards[rows], branches, parts
+        return Samples(*kept, samples.weights)
 
     def _ahead(self, prompts: list[str]) -> Bool[Tensor, "b t"]:
         keep = self._engine.selector.ahead(prompts, self.schedule, self.iteration)
@@ -514,11 +526,13 @@ class _Collection:
         prompts: list[str],
         scoring: Scoring | None,
         keep: Bool[Tensor, "b t"] | None,
-        tails: Tails | None,
-        branching: Callable[[Denoising], Branching] | None,
+        *,
+        total: int,
+        tails: Tails | None = None,
+        shared: SharedStart | None = None,
+        branching: Callable[[Denoising], Branching] | None = None,
     ) -> tuple[Trajectory, Branches | None]:
         engine, schedule = self._engine, self.schedule
-        total = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
         start, scale = self._generator.get_state(), engine.sampler.guidance_scale
         recording = engine._recording
         folding = None
@@ -570,6 +584,7 @@ class _Collection:
                     kind=kind,
                     advance=advance,
                     tails=tails,
+                    shared=shared,
                     tables=tables,
                     on_step=on_step,
                     on_batch=None if scoring is None else scoring.submit,
@@ -602,6 +617,10 @@ def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:
             f"{algorithm.name} is known after it; use attribution 'uniform' or 'discount', or update = 'replay' and "
             f"tail_share = 1"
         )
+
+
+def _means(parts: dict[str, Tensor]) -> dict[str, float]:
+    return {name: scores.mean().item() for name, scores in parts.items()}
 
 
 def even_parts(length: int, size: int) -> list[slice]:

@@ -77,6 +77,11 @@ class ModelPolicy:
         with self._autocast():
             return self._conditional(sample, timestep, prompt_index)
 
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n *latent"]) -> Tensor:
+        """Pictures of latents, without gradient."""
+        return self.backbone.decode(latents)
+
     def condition(self) -> dict[str, Tensor]:
         """The encoded prompts, a row for each distinct one."""
         return self.encoded.condition

@@ -24,7 +24,9 @@ class Scoring:
 
     def __init__(self, backbone: Backbone, reward: Reward, prompts: list[str], *, overlap: bool | None = None) -> None:
         self._backbone, self._reward, self._prompts, self._overlap = backbone, reward, prompts, overlap
-        self._results: list[Future[Tensor] | tuple[slice, Tensor]] = []
+        self._results: list[Future[Scores] | tuple[slice, Tensor]] = []
+        self.parts: dict[str, Tensor] = {}
+        """Scores [b] of each part of a reward that has several, NaN as the rewards are; known with `rewards`."""
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -59,18 +61,19 @@ class Scoring:
         values = [result.result() if isinstance(result, Future) else self._now(*result) for result in self._results]
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        return torch.cat(values)
+        self.parts = _joined([parts for _, parts in values], [len(scores) for scores, _ in values])
+        return torch.cat([scores for scores, _ in values])
 
-    def _now(self, rows: slice, latents: Tensor) -> Tensor:
-        return score_finite(self._reward, decoded_whole(self._backbone, latents), self._prompts[rows])
+    def _now(self, rows: slice, latents: Tensor) -> "Scores":
+        return scored(self._reward, decoded_whole(self._backbone, latents), self._prompts[rows])
 
     @torch.no_grad()
-    def _score_aside(self, images: Tensor, prompts: list[str], decoded: Any) -> Tensor:
+    def _score_aside(self, images: Tensor, prompts: list[str], decoded: Any) -> "Scores":
         with torch.cuda.stream(self._stream):
             if self._stream is not None:
                 self._stream.wait_event(decoded)
                 images.record_stream(self._stream)
-            return score_finite(self._reward, images, prompts)
+            return scored(self._reward, images, prompts)
 
 
 class RewardOfGuess:
@@ -93,11 +96,51 @@ def decoded_whole(backbone: Backbone, latents: Float[Tensor, "m *latent"]) -> Fl
 
 def score_finite(reward: Reward, images: Float[Tensor, "m 3 h w"], prompts: list[str]) -> Float32[Tensor, " m"]:
     """The reward of the images that are finite, which alone it is shown; NaN for the others."""
+    return scored(reward, images, prompts)[0]
+
+
+Scores = tuple[Tensor, dict[str, Tensor]]
+"""Scores [m] of a reward, and of each of its parts by name; none of a reward without parts."""
+
+
+def scored(reward: Reward, images: Float[Tensor, "m 3 h w"], prompts: list[str]) -> Scores:
+    """The same with the reward's parts, where it has a method `with_parts`."""
     is_finite = images.flatten(1).isfinite().all(1)
     if bool(is_finite.all()):
-        return reward(images, prompts)
+        return _asked(reward, images, prompts)
     rows = is_finite.nonzero()[:, 0]
-    scores = torch.full((len(images),), torch.nan, device=images.device)
-    if len(rows):
-        scores[rows] = reward(images[rows], [prompts[row] for row in rows.tolist()]).float()
-    return scores
+    nothing = torch.full((len(images),), torch.nan, device=images.device)
+    if not len(rows):
+        return nothing, {}
+    scores, parts = _asked(reward, images[rows], [prompts[row] for row in rows.tolist()])
+    spread = [nothing.index_copy(0, rows, values.float()) for values in (scores, *parts.values())]
+    return spread[0], dict(zip(parts, spread[1:], strict=True))
+
+
+def _asked(reward: Reward, images: Tensor, prompts: list[str]) -> Scores:
+    with_parts: Any = getattr(reward, "with_parts", None)
+    return (reward(images, prompts), {}) if with_parts is None else with_parts(images, prompts)
+
+
+def _joined(batches: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
+    """The parts of all batches, NaN for a batch in which nothing was scored; ValueError where names differ."""
+    told = [parts for parts in batches if parts]
+    if not told:
+        return {}
+    names = list(told[0])
+    for parts in told:
+        if parts.keys() != told[0].keys():
+            raise ValueError(
+                f"a reward must have the same parts for all images, got {', '.join(names)} and {', '.join(parts)}; "
+                f"return each of them every time"
+            )
+    like = told[0][names[0]]
+    return {
+        name: torch.cat(
+            [
+                parts[name] if parts else like.new_full((size,), torch.nan)
+                for parts, size in zip(batches, sizes, strict=True)
+            ]
+        )
+        for name in names
+    }

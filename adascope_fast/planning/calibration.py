@@ -22,7 +22,7 @@ from adascope_fast.adascope.sensing import Curves, DecodedSensor
 from adascope_fast.adascope.settings import KNEES, Latent, RewardOnly
 from adascope_fast.adascope.settings import AdaScope as AdaScopeSettings
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import EncodedPrompts, SharedStart, Trajectory, rollout
 from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
 from adascope_fast.training.building import selector_of, sensor_of
 from adascope_fast.training.trainer import Trainer
@@ -165,16 +165,17 @@ def _looking(config: Config) -> tuple[AdaScopeSettings, Latent | RewardOnly]:
 
 
 def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
-    device = made.schedule.coef.device
+    device, schedule = made.schedule.coef.device, made.algorithm.schedule(made.schedule)
     with made.accelerator.autocast():
         return rollout(
             made.backbone,
-            made.algorithm.schedule(made.schedule),
+            schedule,
             EncodedPrompts.of(made.backbone, prompts),
             prompts,
             guidance_scale=made.config.sampler.guidance_scale,
             generator=torch.Generator(device).manual_seed(made.config.run.seed),
             batch=made.config.train.rollout_batch,
+            shared=SharedStart.of(prompts, schedule) if made.algorithm.shares_noise else None,
         )
 
 

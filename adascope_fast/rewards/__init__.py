@@ -8,11 +8,14 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.clip import ClipSimilarity as ClipSimilarity
     from adascope_fast.rewards.jpeg import jpeg_compressibility as jpeg_compressibility
     from adascope_fast.rewards.jpeg import jpeg_incompressibility as jpeg_incompressibility
+    from adascope_fast.rewards.mixed import Mixed as Mixed
     from adascope_fast.rewards.reward import Reward as Reward
+    from adascope_fast.rewards.reward import Scorer as Scorer
     from adascope_fast.rewards.reward import breakdown as breakdown
     from adascope_fast.rewards.reward import check_prompts as check_prompts
     from adascope_fast.rewards.reward import constant_hint as constant_hint
     from adascope_fast.rewards.reward import given as given
+    from adascope_fast.rewards.reward import has_parts as has_parts
     from adascope_fast.rewards.reward import load as load
     from adascope_fast.rewards.reward import score as score
     from adascope_fast.rewards.reward import score_guesses as score_guesses
@@ -22,12 +25,15 @@ __getattr__ = lazy(
     __name__,
     {
         "ClipSimilarity": "clip",
+        "Mixed": "mixed",
         "Reward": "reward",
         "SceneAttributes": "scene_attributes",
+        "Scorer": "reward",
         "breakdown": "reward",
         "check_prompts": "reward",
         "constant_hint": "reward",
         "given": "reward",
+        "has_parts": "reward",
         "jpeg_compressibility": "jpeg",
         "jpeg_incompressibility": "jpeg",
         "load": "reward",

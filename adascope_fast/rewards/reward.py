@@ -60,19 +60,72 @@ def given(reward: Any, name: str | None = None) -> Reward:
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's scores [b] as float32 on the images' device; ValueError unless one finite number an image."""
     scores = score_guesses(reward, images, prompts)
-    if not bool(scores.isfinite().all()):
-        first = int((~scores.isfinite()).nonzero()[0, 0])
-        raise ValueError(
-            f"reward {_name(reward)!r} must be finite, got {scores[first].item()} for {prompts[first][:80]!r}; "
-            f"return a low score where an image cannot be judged"
-        )
+    _refuse_not_finite(f"reward {_name(reward)!r}", scores, prompts)
     return scores
 
 
 def score_guesses(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The same of unfinished images, some of which cannot be judged: their scores may be NaN."""
+    if has_parts(reward):
+        return weighed(_parts(reward, images, prompts), weights(reward))
     returned: Any = _called(reward, reward, images, prompts)
     scores = returned[0] if _has_info(returned) else returned
+    return _scores(reward, scores, images, prompts)
+
+
+def has_parts(reward: Any) -> bool:
+    """Whether it has a method `parts`, (images, prompts) -> {name: scores}; its scores are their weighted sum then."""
+    return callable(getattr(reward, "parts", None))
+
+
+def weights(reward: Any) -> dict[str, float]:
+    """What its parts are weighed by: its attribute `weights`; a part that is not in there has weight 1."""
+    return {str(name): float(weight) for name, weight in getattr(reward, "weights", {}).items()}
+
+
+def weighed(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum of scores."""
+    return torch.stack([weights.get(name, 1.0) * scores for name, scores in parts.items()]).sum(0)
+
+
+class Scorer:
+    """A reward with parts as the engine asks for it: checked scores, and those of each part with them."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward, self.weights = reward, weights(reward)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The weighted sum [b]."""
+        return self.with_parts(images, prompts)[0]
+
+    def with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum [b], and the scores [b] of each part."""
+        parts = _parts(self.reward, images, prompts)
+        for name, scores in parts.items():
+            _refuse_not_finite(f"part {name!r} of reward {_name(self.reward)!r}", scores, prompts)
+        return weighed(parts, self.weights), parts
+
+
+def _parts(reward: Any, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    found: Any = _called(reward, reward.parts, images, prompts)
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(
+            f"parts of reward {_name(reward)!r} must be scores by name, got {type(found).__name__} with "
+            f"{len(found) if isinstance(found, Mapping) else 'no'} names; return a dict of them"
+        )
+    return {str(name): _scores(reward, scores, images, prompts) for name, scores in found.items()}
+
+
+def _refuse_not_finite(what: str, scores: Tensor, prompts: Sequence[str]) -> None:
+    if not bool(scores.isfinite().all()):
+        first = int((~scores.isfinite()).nonzero()[0, 0])
+        raise ValueError(
+            f"{what} must be finite, got {scores[first].item()} for {prompts[first][:80]!r}; "
+            f"return a low score where an image cannot be judged"
+        )
+
+
+def _scores(reward: Any, scores: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
     try:
         if torch.as_tensor(scores).is_complex():
             raise TypeError("a complex number is neither higher nor lower than another")

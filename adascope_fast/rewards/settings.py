@@ -1,6 +1,8 @@
 """Sections of the rewards: the keys of `[reward]`, by `reward.name`. Nothing here imports torch."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
 
 from adascope_fast.settings import Own, Section, Text, imported
 
@@ -45,7 +47,52 @@ class ClipSimilarity(Section):
         return imported("adascope_fast.rewards.clip:ClipSimilarity").load(self.clip)
 
 
+class Mixed(Section):
+    """Weighted sum of several rewards, each with its defaults; the curve of each is logged."""
+
+    name: Literal["mixed"] = "mixed"
+    parts: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
+        examples=[{"jpeg_compressibility": 1.0, "clip_similarity": 0.5}]
+    )
+    """Weights of rewards, by what `reward.name` would be: the name of one that is here, or `module:object`."""
+
+    @model_validator(mode="after")
+    def _are_several_rewards(self) -> Self:
+        if len(self.parts) < 2:
+            raise ValueError(
+                f"reward.parts must name two rewards or more, got {len(self.parts)}; name another, or set reward.name "
+                f"to the one"
+            )
+        for name, weight in self.parts.items():
+            reward_named(name)
+            if weight == 0:
+                raise ValueError(
+                    f"a weight of reward.parts must not be 0, got it for {name!r:.80}; leave the reward out"
+                )
+        return self
+
+    def build(self, **context: object) -> object:
+        """The rewards, loaded."""
+        return imported("adascope_fast.rewards.mixed:Mixed").of(self.parts)
+
+
 class OwnReward(Own):
     """One of your own: `name` is `module:object`, other keys are its arguments."""
 
     named_by: ClassVar[str] = "reward.name"
+
+
+def reward_named(name: str) -> Section:
+    """The section with its defaults that `reward.name` chooses; ValueError if there is none."""
+    if ":" in name:
+        return OwnReward(name=name)
+    known = {choice.model_fields["name"].default: choice for choice in _ALONE}
+    if name not in known:
+        raise ValueError(
+            f"reward.parts must have names of rewards ({', '.join(known)}) or module:object, got {name!r:.80}; "
+            f"choose one of them"
+        )
+    return known[name]()
+
+
+_ALONE: tuple[type[Section], ...] = (SceneAttributes, JpegCompressibility, JpegIncompressibility, ClipSimilarity)

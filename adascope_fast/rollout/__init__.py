@@ -13,6 +13,7 @@ from adascope_fast.rollout.flat_tables import FlatTables as FlatTables
 from adascope_fast.rollout.prompts import EncodedPrompts as EncodedPrompts
 from adascope_fast.rollout.prompts import PromptCache as PromptCache
 from adascope_fast.rollout.sampling import rollout as rollout
+from adascope_fast.rollout.shared_start import SharedStart as SharedStart
 from adascope_fast.rollout.stills import Picture as Picture
 from adascope_fast.rollout.stills import PictureCache as PictureCache
 from adascope_fast.rollout.stills import Stills as Stills

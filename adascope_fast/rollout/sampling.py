@@ -14,6 +14,7 @@ from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
 from adascope_fast.rollout.denoising import Advance, Denoising
 from adascope_fast.rollout.prompts import EncodedPrompts
+from adascope_fast.rollout.shared_start import SharedStart
 from adascope_fast.rollout.trajectory import Tables, Trajectory
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules.tail import Tails
@@ -33,6 +34,7 @@ def rollout(
     kind: Kind = "gaussian",
     advance: Advance | None = None,
     tails: Tails | None = None,
+    shared: SharedStart | None = None,
     tables: Tables | None = None,
     on_step: Callable[[int], None] | None = None,
     on_batch: Callable[[slice, Tensor], None] | None = None,
@@ -49,6 +51,7 @@ def rollout(
         kind: of the log-probability that is recorded; an `advance` of one's own has its own.
         advance: takes the steps; None: `Denoising`.
         tails: where samples leave the sampler for a shorter way to the picture. The states that they skip are NaN.
+        shared: which samples start alike, and take the first steps together; None: each starts on its own.
         tables: what is written to, and what the trajectory is made of; None: new ones.
         on_step: called with the number of samples after each step of each batch.
         on_batch: called with (rows, final latents) as soon as a batch is done.
@@ -62,12 +65,19 @@ def rollout(
     latents = tables.latents
     if initial is not None:
         latents[:, 0] = initial
+    if shared is not None:
+        shared.start(latents)
     for start in range(0, len(prompts), batch):
         rows = slice(start, min(start + batch, len(prompts)))
         for step in range(num_steps):
-            samples, at = _walking(rows, None if tails is None else tails.start > step, device)
+            flags = None if tails is None else tails.start > step
+            if shared is not None and step < shared.num_shared:
+                flags = shared.is_leader
+            elif shared is not None and step == shared.num_shared:
+                shared.part(rows, tables)
+            samples, at = _walking(rows, flags, device)
             if not len(samples):
-                break
+                continue
             advance(step, samples, at, tables, prompt_index)
             if on_step is not None:
                 on_step(len(samples))

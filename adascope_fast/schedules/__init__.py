@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adascope_fast.schedules.samplers import flow_cps as flow_cps
     from adascope_fast.schedules.samplers import flow_ode as flow_ode
     from adascope_fast.schedules.samplers import flow_sde as flow_sde
+    from adascope_fast.schedules.samplers import shifted_sigmas as shifted_sigmas
 
 __getattr__ = lazy(
     __name__,
@@ -23,5 +24,6 @@ __getattr__ = lazy(
         "flow_cps": "samplers",
         "flow_ode": "samplers",
         "flow_sde": "samplers",
+        "shifted_sigmas": "samplers",
     },
 )

@@ -109,6 +109,7 @@ class Schedule:
         kind: str | None = None,
         mu: float | None = None,
         sigmas: Sequence[float] | None = None,
+        shift: float | None = None,
     ) -> "Schedule":
         """The table of a diffusers scheduler, which is left as it was.
 
@@ -125,6 +126,7 @@ class Schedule:
         Args:
             mu: the shift that use_dynamic_shifting wants.
             sigmas: of the steps before the scheduler shifts them, where a pipeline has its own (FLUX).
+            shift: of flows, whose sigmas are `shifted_sigmas` then, whatever the scheduler says; None: its own.
         """
         classes, name = {base.__name__ for base in type(scheduler).__mro__}, type(scheduler).__name__
         is_flow = FLOW_SCHEDULER in classes
@@ -142,10 +144,14 @@ class Schedule:
                 raise ValueError(f"the sampler {kind} takes {takes}, got sampler.{given} = {value!s:.40}; remove it")
             noise = noise if value is None else {given: value}
         if is_flow:
-            shifted = _sigmas_of(scheduler, num_steps, mu, sigmas)
+            own = _sigmas_of(scheduler, num_steps, mu, sigmas) if shift is None else shifted_sigmas(num_steps, shift)
             if kind == "dpm_solver":
-                return build(rectified_flow(shifted, scheduler.config["num_train_timesteps"]), "flow_dpm_solver")
-            return build(shifted, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
+                return build(rectified_flow(own, scheduler.config["num_train_timesteps"]), "flow_dpm_solver")
+            return build(own, num_train_timesteps=scheduler.config["num_train_timesteps"], **noise)
+        if shift is not None:
+            raise ValueError(
+                f"sampler.shift is of flow samplers, got {shift:g} for the sampler {kind} of a {name}; remove it"
+            )
         steps = _steps_of(scheduler, num_steps, stands=bool(classes & {"DDIMScheduler", "DDPMScheduler"}))
         if kind == "euler":
             return build(scheduler, num_steps)
@@ -156,6 +162,15 @@ class Schedule:
         if kind == "ddpm":
             noise = {"variance_type": scheduler.config.get("variance_type") or "fixed_small"}
         return build(scheduler.alphas_cumprod, **steps, **noise)
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> Float64[Tensor, " t+1"]:
+    """linspace(1, 0, t + 1), shifted once: s x / (1 + (s - 1) x), as DanceGRPO and MixGRPO have them.
+
+    diffusers shifts those of SD3 twice, between other ends.
+    """
+    even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return shift * even / (1 + (shift - 1) * even)
 
 
 def ddim(

@@ -1,6 +1,6 @@
 """The section `[sampler]`: how rollouts walk from noise to an image. Nothing here imports torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,9 @@ class Sampler(Section):
     """Noise of ddim (absent: 1), dance_sde (absent: 0.3) or flow_cps (absent: 0.7); 0 is deterministic."""
     noise_level: Annotated[float, Field(gt=0, le=10)] | None = None
     """Noise of flow_sde; absent: 0.7."""
+    shift: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Of flow samplers: noise levels fall evenly from 1 to 0 and are shifted once, s t / (1 + (s - 1) t), as in
+    DanceGRPO and MixGRPO (3); absent: the model's own."""
     tail_share: Share = 1.0
     """Below 1: the steps after the last trained one become this share of them, of a second-order ODE solver."""
 
@@ -36,6 +39,11 @@ class Sampler(Section):
     def is_deterministic(self) -> bool:
         """Whether the section alone says that no step has noise."""
         return self.kind in ("flow_ode", "dpm_solver") or self.eta == 0
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """What a model's `schedule` takes besides the number of steps."""
+        return {"kind": self.kind, "eta": self.eta, "noise_level": self.noise_level, "shift": self.shift}
 
     @model_validator(mode="after")
     def _noise_is_the_kinds_own(self) -> Self:
@@ -50,6 +58,10 @@ class Sampler(Section):
                 "a tail of sampler.tail_share is the steps of dpm_solver after the last trained one, got "
                 f'sampler.tail_share = {self.tail_share} with sampler.kind = "dpm_solver", which takes them all; '
                 f"lower sampler.num_steps, or set sampler.tail_share = 1.0"
+            )
+        if self.shift is not None and self.kind in ("ddim", "ddpm"):
+            raise ValueError(
+                f'sampler.shift is of flow samplers, got {self.shift} with sampler.kind = "{self.kind}"; remove it'
             )
         if self.train_guidance is not None and self.guidance_scale == 1:
             raise ValueError(

@@ -92,7 +92,10 @@ def clip_of(sensing: Semantic, model: str) -> str:
 
 def algorithm_of(config: Config) -> Algorithm:
     """The algorithm that a configuration names; ValueError where one of your own is none."""
-    algorithm = config.algorithm.build()
+    section: Any = config.algorithm
+    algorithm = section.build()
+    if getattr(section, "critic_features", None) == "images":
+        algorithm.encode = ClipSimilarity.load(section.critic_clip).embed_images
     refuse_other(algorithm, repr(config.algorithm.name))
     return algorithm
 

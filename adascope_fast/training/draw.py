@@ -31,13 +31,16 @@ def draw(
     *,
     num_steps: int,
     guidance_scale: float,
+    shift: float | None = None,
     batch: int = 16,
 ) -> Float[Tensor, "n 3 h w"]:
     """One image of every (prompt, seed), prompt by prompt, with the model's own deterministic sampler.
 
+    `shift` replaces a flow's noise levels as `sampler.shift` does.
+
     FloatingPointError where one is not finite.
     """
-    schedule = backbone.deterministic_schedule(num_steps)
+    schedule = backbone.deterministic_schedule(num_steps, shift=shift)
     device = schedule.coef.device
     trajectory = rollout(
         backbone,

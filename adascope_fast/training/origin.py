@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from adascope_fast.config import ConfigError
+from adascope_fast.rewards import Mixed
 from adascope_fast.training.run_folder import write_whole
 
 FILE = "parts.json"
@@ -45,6 +46,9 @@ class Part:
 def of_object(value: Any, *, is_given: bool) -> Part:
     """A reward, an algorithm or a selector; of one of this package's that the configuration names, its networks."""
     value = inspect.unwrap(value)
+    if isinstance(value, Mixed):
+        parts = {name: asdict(of_object(one, is_given=is_given)) for name, one in value.rewards.items()}
+        return Part(name_of(value), _digest(json.dumps([parts, value.weights])), is_given)
     if is_given or not _is_ours(_type_of(value)):
         return Part(name_of(value), _digest(json.dumps(_described(value))), is_given)
     networks = {name: weights(one) for name, one in vars(value).items() if isinstance(one, nn.Module)}

@@ -109,6 +109,7 @@ class Trainer:
         }
         self._given = {name for name, value in given.items() if value is not None}
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
+        self._refuse_mixing_of_one_reward()
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
         self.held_out = held_out[: config.evaluation.num_prompts]
@@ -194,6 +195,16 @@ class Trainer:
                 f"nothing to do; set train.iterations to more than {done} to train on"
             )
 
+    def _refuse_mixing_of_one_reward(self) -> None:
+        section = self.config.algorithm
+        mixing = getattr(section, "mixing", None)
+        if mixing is None or rewards.has_parts(self.reward) or mixing == type(section).model_fields["mixing"].default:
+            return
+        raise ConfigError(
+            f'algorithm.mixing = "{mixing}" mixes several rewards, got one, {self._reward_name()}; set reward.name = '
+            f'"mixed" with reward.parts, or remove it'
+        )
+
     def _named_parts(self) -> dict[str, origin.Part]:
         """What can be compared before the model is loaded."""
         given = self._given
@@ -270,10 +281,10 @@ class Trainer:
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler, evaluation = config.sampler, config.evaluation
-        own: dict[str, Any] = {"kind": sampler.kind, "eta": sampler.eta, "noise_level": sampler.noise_level}
+        own = sampler.table
         self.schedule = self.backbone.schedule(sampler.num_steps, **own)
         if evaluation.kind is not None:
-            own = {"kind": evaluation.kind}
+            own = {"kind": evaluation.kind, "shift": sampler.shift}
         self.evaluation_schedule = self.backbone.schedule(evaluation.num_steps or sampler.num_steps, **own)
         if not self.algorithm.schedule(self.schedule).trainable.any():
             raise ValueError(
@@ -294,7 +305,7 @@ class Trainer:
             self.schedule,
             self.algorithm,
             self.selector,
-            self.score,
+            rewards.Scorer(self.reward) if rewards.has_parts(self.reward) else self.score,
             self.optimizer,
             train,
             sampler=sampler,

@@ -1,0 +1,47 @@
+"""Several rewards as one: their weighted sum, and each of them by name."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from adascope_fast.rewards.reward import Reward, check_prompts, given, score_guesses, weighed
+from adascope_fast.rewards.settings import reward_named
+
+
+class Mixed:
+    """The weighted sum of rewards; an algorithm may be told each of them, see `algorithm.mixing`.
+
+    Args:
+        rewards: functions of (images, prompts), by name.
+        weights: of each of them.
+    """
+
+    name = "mixed"
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+        if rewards.keys() != weights.keys() or not rewards:
+            raise ValueError(f"each reward must have a weight, got {sorted(rewards)} and {sorted(weights)}; name both")
+        self.rewards = {name: given(reward, name) for name, reward in rewards.items()}
+        self.weights = dict(weights)
+
+    @classmethod
+    def of(cls, parts: Mapping[str, float]) -> "Mixed":
+        """Of rewards by the names that `reward.name` takes, or `module:object`; each with its defaults."""
+        return cls({name: reward_named(name).build() for name in parts}, parts)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The weighted sum [b]."""
+        return weighed(self.parts(images, prompts), self.weights)
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Scores [b] of each reward, without its weight."""
+        return {name: score_guesses(reward, images, prompts) for name, reward in self.rewards.items()}
+
+    def breakdown(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """The mean of each reward."""
+        return {name: scores.double().mean().item() for name, scores in self.parts(images, prompts).items()}
+
+    def check_prompts(self, prompts: Sequence[str], where: str) -> None:
+        """ValueError where one of the rewards cannot judge a prompt."""
+        for reward in self.rewards.values():
+            check_prompts(reward, prompts, where)
