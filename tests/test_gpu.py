@@ -326,7 +326,8 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     pairs, generator = keep.nonzero().cuda(), torch.Generator("cuda").manual_seed(1)
     collection = _Collection(engine, encoded, prompts, schedule, generator, 1)
     with _no_waiting():
-        trajectory = collection._rollout(prompts, scoring, keep if is_one_pass else None, tails)
+        ways: dict[str, Any] = {"tails": tails, "branching": None, "total": 24}
+        trajectory = collection._rollout(prompts, scoring, keep if is_one_pass else None, **ways)
     assert isinstance(trajectory, Trajectory)
     policy, advantages = engine.policy(encoded, schedule), torch.randn(4, device="cuda")
     if collection.gradients is None:

@@ -293,8 +293,8 @@ class GrpoGuard(PolicyGradient):
         low, high = self.objective.bounds
         log_prob = log_prob.detach()
         statistics = {
-            "log_prob": log_prob,
-            "rollout_log_prob": pairs.old_log_prob,
+            "log_prob": log_prob * coef[:, 2],  # as the ratio has them, whose clip range their drift is compared with
+            "rollout_log_prob": pairs.old_log_prob * coef[:, 2],
             "step": pairs.step_index,
             "ratio": ratio,
             "approx_kl": 0.5 * (log_prob - old_log_prob).square(),

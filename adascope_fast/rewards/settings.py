@@ -1,8 +1,8 @@
 """Sections of the rewards: the keys of `[reward]`, by `reward.name`. Nothing here imports torch."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adascope_fast.settings import Own, Section, Text, imported
 
@@ -55,6 +55,18 @@ class Mixed(Section):
         examples=[{"jpeg_compressibility": 1.0, "clip_similarity": 0.5}]
     )
     """Weights of rewards, by what `reward.name` would be: the name of one that is here, or `module:object`."""
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _are_numbers_by_name(cls, parts: Any) -> Any:
+        numbers = parts.values() if isinstance(parts, dict) else ["no table"]
+        wrong = [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float)]
+        if wrong:
+            raise ValueError(
+                f"reward.parts must be a table of rewards and their weights, got {wrong[0]!r:.80}; write for example "
+                f"reward.parts = {{jpeg_compressibility = 1.0, clip_similarity = 0.5}}"
+            )
+        return parts
 
     @model_validator(mode="after")
     def _are_several_rewards(self) -> Self:

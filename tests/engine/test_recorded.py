@@ -16,9 +16,9 @@ from torch import Tensor
 from adascope_fast import backbones
 from adascope_fast.algorithms import PolicyGradient
 from adascope_fast.algorithms.advantages import GroupRelative
-from adascope_fast.algorithms.critic import dpok
+from adascope_fast.algorithms.critic import dpok, tdpo
 from adascope_fast.algorithms.objectives import score_function
-from adascope_fast.algorithms.policy_gradient import ddpo, grpo, reinforce
+from adascope_fast.algorithms.policy_gradient import dance_grpo, ddpo, grpo, grpo_guard, reinforce
 from adascope_fast.algorithms.preference import d3po
 from adascope_fast.algorithms.regression import awm, diffusion_nft
 from adascope_fast.engine.graphs import Graphs
@@ -59,6 +59,9 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "ddpo": lambda: ddpo(step_weight="balanced"),
     "reinforce": reinforce,
     "grpo with a KL of its code": lambda: grpo(kl_weight=0.1, kl_form="flow_grpo"),
+    "dance_grpo": dance_grpo,
+    "grpo_guard": lambda: grpo_guard(kl_weight=0.1, clip_range=0.01),
+    "tdpo": lambda: tdpo(value_learning_rate=1e-2, reset_every=2),
     "dpok": lambda: dpok(value_learning_rate=1e-2, clip_range=0.01),
     "d3po": lambda: d3po(beta=2.0),
     "awm": lambda: awm(num_draws=2, ema_kl_weight=0.1, kl_weight=0.1),
