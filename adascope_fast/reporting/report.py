@@ -111,7 +111,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         ],
         "nonfinite": _nonfinite(stats, evaluation),
         "columns": [column.replace("_", " ") for column in COLUMNS],
-        "rows": [(record["iteration"], *(number(_value(record, column)) for column in COLUMNS)) for record in stats],
+        "rows": [(record["iteration"], *(_cell(_value(record, column)) for column in COLUMNS)) for record in stats],
         "config_text": config_text,
         "facts": _facts(run, config),
         "versions": run.get("versions") or {},
@@ -180,6 +180,10 @@ def _stats(path: Path) -> list[dict[str, Any]]:
 def _value(record: Record, key: str) -> float:
     value = record.get(key)
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _cell(value: float) -> str:
+    return "-" if math.isnan(value) else number(value)
 
 
 def _points(stats: Sequence[Record], key: str) -> list[figures.Point]:

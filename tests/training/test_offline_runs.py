@@ -19,11 +19,11 @@ SELECTORS = {
     "adascope": ["sensing.every=2"],
     "adascope, all together": ["selector.pooling=batch"],
     "before": ["selector.mask_source=previous"],
-    "decoded": ["sensing.kind=reward_only", "sensing.stride=2"],
+    "decoded": ["sensing.kind=reward_only", "sensing.stride=2", "sensing.every=1"],
     "fixed": ["selector.rule=schedule"],
     "complement": ["selector.name=complement"],
     "every_step": ["selector.name=every_step"],
-    "random": ["selector.name=random_fraction"],
+    "random": ["selector.name=random_fraction", "selector.fraction=0.5"],
     "window": ["selector.name=window"],
 }
 
@@ -46,8 +46,14 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("name", ["diffusion_dpo", "diffusion_kto"])
+@pytest.mark.parametrize(
+    ("name", "selector"),
+    [
+        *(("diffusion_dpo", selector) for selector in SELECTORS),
+        ("diffusion_kto", "adascope"),
+        ("diffusion_kto", "random"),
+    ],
+)
 def test_every_selector_trains_a_set(tmp_path: Path, sets: dict[str, Path], name: str, selector: str):
     folder = tmp_path / "run"
     outcome = call("train", *_arguments(folder, name, sets[name], *SELECTORS[selector]))
@@ -76,6 +82,22 @@ def test_every_selector_trains_a_set(tmp_path: Path, sets: dict[str, Path], name
     assert all(value.isfinite().all() for value in _adapter(folder).values())
 
 
+@pytest.mark.parametrize("name", ["diffusion_dpo", "diffusion_kto"])
+def test_the_microbatch_does_not_matter(tmp_path: Path, sets: dict[str, Path], name: str):
+    """k is over the iteration's rows, whatever the microbatch."""
+    found = []
+    for microbatch in (1, 3, 64):
+        folder = tmp_path / str(microbatch)
+        more = [f"train.microbatch={microbatch}", "algorithm.num_draws=2", "train.updates_per_iteration=2"]
+        more += ["selector.name=every_step", "train.learning_rate=1e-3", "algorithm.prompt_dropout=0.4"]
+        assert call("train", *_arguments(folder, name, sets[name], *more)).code == 0
+        found.append(lines_of(folder))
+    for other in found[1:]:
+        for record, want in zip(other, found[0], strict=True):
+            for key in ("loss", "grad_norm", "margin", "kl", "approx_kl"):
+                assert record[key] == pytest.approx(want[key], rel=2e-3, abs=2e-6), key
+
+
 @pytest.mark.parametrize("model", ["scenes", "scenes-flow"])
 @pytest.mark.parametrize("name", ["diffusion_dpo", "diffusion_kto"])
 def test_a_killed_run_is_repeated_bit_for_bit(tmp_path: Path, sets: dict[str, Path], name: str, model: str):
@@ -97,8 +119,8 @@ def test_the_originals_full_fine_tuning(tmp_path: Path, sets: dict[str, Path], n
     outcome = call("train", *_arguments(folder, name, sets[name], *more))
     assert outcome.code == 0, outcome
     first, second = lines_of(folder)
-    assert first["margin"] == 0.0, "the reference is the model as it was"
-    assert second["margin"] != 0.0
+    assert abs(first["margin"]) < 1e-2, "the reference is the model as it was"
+    assert abs(second["margin"]) > 0.1
 
 
 def test_several_updates_and_whole_records(tmp_path: Path, sets: dict[str, Path]):
@@ -139,8 +161,13 @@ def test_a_changed_set_is_noticed(tmp_path: Path):
 
 def test_held_out_prompts_in_the_set_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     place = write_pairs(tmp_path / "set")
-    (tmp_path / "held_out.txt").write_text("\n".join(["a small red circle on a grey background", CAPTIONS[0]]))
-    more = ["prompts.train=scenes:train", f"prompts.held_out={tmp_path / 'held_out.txt'}", "evaluation.num_prompts=2"]
+    (tmp_path / "held_out.txt").write_text("\n".join(["a unicorn", CAPTIONS[0]]))
+    more = [
+        "reward.name=jpeg_compressibility",
+        "prompts.train=animals:train",
+        f"prompts.held_out={tmp_path / 'held_out.txt'}",
+        "evaluation.num_prompts=2",
+    ]
     assert call("train", *_arguments(tmp_path / "run", "diffusion_dpo", place, *more)).code == 0
     assert "1 of the 2 held-out prompts are in algorithm.preferences too" in caplog.text
     (tmp_path / "held_out.txt").write_text(CAPTIONS[0])
