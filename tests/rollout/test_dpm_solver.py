@@ -60,9 +60,10 @@ SAMPLERS: dict[str, Callable[[], tuple[Schedule, Any]]] = {
 }
 
 
-def _rollout(toy: Any, schedule: Schedule, guidance_scale: float = 1.0, batch: int = 4) -> Trajectory:
+def _rollout(toy: Any, schedule: Schedule, guidance_scale: float = 1.0, **options: Any) -> Trajectory:
     encoded, generator = EncodedPrompts.of(toy, PROMPTS), torch.Generator().manual_seed(3)
-    return rollout(toy, schedule, encoded, PROMPTS, guidance_scale=guidance_scale, generator=generator, batch=batch)
+    shared: dict[str, Any] = {"guidance_scale": guidance_scale, "generator": generator, "batch": 4} | options
+    return rollout(toy, schedule, encoded, PROMPTS, **shared)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
@@ -82,11 +83,13 @@ def test_the_latents_are_those_of_diffusers_scheduler(make_toy: Callable, name: 
         torch.testing.assert_close(trajectory.latents[:, step + 1].double(), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "squared_error"])
 @pytest.mark.parametrize("name", ["epsilon", "flow"])
-def test_every_table_is_filled_as_by_the_other_samplers(make_toy: Callable, name: str):
+def test_every_table_is_filled_as_by_the_other_samplers(make_toy: Callable, name: str, kind: Any):
+    """But for the log-probabilities, of whatever kind: there are none."""
     toy = make_toy()
     schedule, _ = SAMPLERS[name]()
-    trajectory = _rollout(toy, schedule)
+    trajectory = _rollout(toy, schedule, kind=kind)
     assert trajectory.log_prob.isnan().all()
     assert not schedule.trainable.any()
     for step in range(T):
