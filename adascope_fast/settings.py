@@ -42,6 +42,26 @@ def one_line(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def show(value: Any) -> str:
+    """`value` as TOML would spell it, in one line of at most 60 characters."""
+    if isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, str):
+        text = '"' + one_line(value[:100]) + '"'
+    elif isinstance(value, int):
+        text = str(value) if value.bit_length() < MOST_BITS else f"a whole number of {value.bit_length()} bits"
+    elif isinstance(value, list):
+        text = "[" + ", ".join(show(item) for item in value[:100]) + "]"
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{name} = {show(item)}" for name, item in value.items()) + "}"
+    else:
+        text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+MOST_BITS = sys.int_info.default_max_str_digits * 3  # Python refuses to write longer ones in decimal
+
+
 def _printable(text: str) -> str:
     if bad := unprintable(text):
         raise PydanticCustomError("unprintable", "control character", {"character": bad})

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from adascope_fast.config.sources import ConfigError, closest, number, show
+from adascope_fast.config.sources import ConfigError, closest, number
 from adascope_fast.config.tree import Config
-from adascope_fast.settings import OWN, Section, choices_of, fields_of, key_of
+from adascope_fast.settings import OWN, Section, choices_of, fields_of, key_of, show
 
 
 @dataclass(frozen=True)

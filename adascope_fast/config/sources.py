@@ -5,7 +5,6 @@ Works on any two-level pydantic model: sections of fields, some of them with a c
 
 import difflib
 import re
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from adascope_fast.settings import OWN, choices_of, fields_of, key_of, one_line
+from adascope_fast.settings import OWN, choices_of, fields_of, key_of, one_line, show
 
 EXAMPLE = "my_module:my_object"
 SENSED = ("adascope", "complement")
@@ -350,26 +349,6 @@ def _value(text: str, *, as_text: bool) -> Any:
     value = parsed["value"]
     bare = len(parsed) != 1 or _depth(value) > DEEPEST or (as_text and not isinstance(value, str))
     return text if bare else value
-
-
-def show(value: Any) -> str:
-    """`value` as TOML would spell it, in one line of at most 60 characters."""
-    if isinstance(value, bool):
-        text = str(value).lower()
-    elif isinstance(value, str):
-        text = '"' + one_line(value[:100]) + '"'
-    elif isinstance(value, int):
-        text = str(value) if value.bit_length() < MOST_BITS else f"a whole number of {value.bit_length()} bits"
-    elif isinstance(value, list):
-        text = "[" + ", ".join(show(item) for item in value[:100]) + "]"
-    elif isinstance(value, dict):
-        text = "{" + ", ".join(f"{name} = {show(item)}" for name, item in value.items()) + "}"
-    else:
-        text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-MOST_BITS = sys.int_info.default_max_str_digits * 3  # Python refuses to write longer ones in decimal
 
 
 def number(value: float) -> str:

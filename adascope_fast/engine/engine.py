@@ -165,12 +165,12 @@ class Engine:
                 assert isinstance(samples, Samples)
                 statistics = self._apply(collection.gradients, samples, context, schedule)
             values = dict(statistics.read())
-        rewards = samples.rewards if isinstance(samples, Samples) else None
+        rewards, parts = (samples.rewards, samples.parts) if isinstance(samples, Samples) else (None, {})
         values |= {
             "reward_mean": None if rewards is None else rewards.mean().item(),
             "reward_std": None if rewards is None else rewards.std(correction=0).item(),
             "fraction_trained": per_row * values["pairs_trained"] / (chosen.numel() * self.settings.inner_epochs),
-            **({"reward_parts": told} if (told := _means(samples.parts)) else {}),
+            **({"reward_parts": _means(parts)} if parts else {}),
             "samples_dropped": collection.num_dropped,
             "forwards_sampled": collection.num_forwards,
             "microbatch": self.microbatch,

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from adascope_fast.settings import Own, Section, Text, imported
+from adascope_fast.settings import Own, Section, Text, imported, show
 
 
 class SceneAttributes(Section):
@@ -59,11 +59,12 @@ class Mixed(Section):
     @field_validator("parts", mode="before")
     @classmethod
     def _are_numbers_by_name(cls, parts: Any) -> Any:
-        numbers = parts.values() if isinstance(parts, dict) else ["no table"]
+        numbers = parts.values() if isinstance(parts, dict) else [parts]
         wrong = [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float)]
-        if wrong:
+        if wrong or not isinstance(parts, dict):
+            value = show(wrong[0] if wrong else parts)
             raise ValueError(
-                f"reward.parts must be a table of rewards and their weights, got {wrong[0]!r:.80}; write for example "
+                f"reward.parts must be a table of rewards and their weights, got {value}; write for example "
                 f"reward.parts = {{jpeg_compressibility = 1.0, clip_similarity = 0.5}}"
             )
         return parts

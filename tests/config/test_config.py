@@ -196,7 +196,7 @@ def test_reading_a_configuration_loads_no_torch():
             "algorithm.name=dppo",
             "algorithm.name must be one of ddpo, reinforce, grpo, flow_grpo_fast, dance_grpo, mix_grpo, grpo_guard, "
             "dpok, tdpo, d3po, spo, diffusion_dpo, diffusion_kto, awm, diffusion_nft, module:object, "
-            'got "dppo"; set for example algorithm.name = "dpok"',
+            'got "dppo"; set for example algorithm.name = "tdpo"',
         ),
         (
             "train.mixed_precision=bfloat16",

@@ -173,9 +173,9 @@ def test_the_tail_of_a_rollout_is_the_solver_by_hand(make_toy: Callable):
 
 
 def test_steps_that_are_known_too_late_are_refused_with_what_to_change(make_toy: Callable):
-    engine = _engine(make_toy(), AdaScope(sensor=LatentSensor(every=2)), tail_share=0.4)
+    engine = _engine(make_toy(), AdaScope(), tail_share=1.0, update="one_pass")
     with pytest.raises(ValueError, match=r"selector\.mask_source = 'previous'"):
-        engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=1, seed=1)
+        engine.step(EncodedPrompts.of(engine.backbone, PROMPTS), PROMPTS, iteration=0, seed=1)
 
 
 def test_adascope_samples_in_full_when_it_senses_and_short_in_between(make_toy: Callable):
