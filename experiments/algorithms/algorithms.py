@@ -83,7 +83,7 @@ class Case:
 
     def settings(self, work: Path, *, is_quick: bool) -> list[str]:
         """All that it changes of it."""
-        changes = list(QUICK) if is_quick else []
+        changes: list[str] = [*QUICK] if is_quick else []
         if self.entry.preferences is not None:
             changes.append(f"algorithm.preferences={preferences_of(self.entry, work)}")
         if self.is_tuning:
@@ -180,7 +180,7 @@ def tuning_cases(entries: Sequence[Entry], chosen: argparse.Namespace) -> list[C
 def cases(entries: Sequence[Entry], chosen: argparse.Namespace) -> list[Case]:
     """The runs of the algorithms that are tuned, seed by seed: what is stopped early has every arm of some."""
     tuned = [(entry, rate) for entry in entries if (rate := rate_of(entry, chosen)) is not None]
-    return [Case(entry, arm, seed, rate) for (entry, rate), seed, arm in product(tuned, chosen.seeds, chosen.arms)]
+    return [Case(entry, arm, seed, rate) for entry, rate in tuned for seed, arm in product(chosen.seeds, chosen.arms)]
 
 
 def rate_of(entry: Entry, chosen: argparse.Namespace) -> float | None:

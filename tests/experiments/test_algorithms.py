@@ -118,11 +118,16 @@ def test_captions_that_tune_are_neither_trained_on_nor_reported(experiment: Any,
     tuning = load(experiment.TUNING_CAPTIONS)
     assert len(set(tuning)) == len(tuning) == experiment.NUM_TUNING_CAPTIONS
     for entry in experiment.ALGORITHMS.values():
-        case = experiment.Case(entry, "original", 0, 1e-3)
-        config = Config.load(case.config, case.settings(Path("runs"), is_quick=False))
-        assert config.prompts.train is not None
-        assert not set(tuning) & set(load(config.prompts.train))
-        assert not set(tuning) & set(load(config.prompts.held_out)[: config.evaluation.num_prompts])
+        tuned, reported = (
+            Config.load(case.config, case.settings(Path("runs"), is_quick=False))
+            for case in (
+                experiment.Case(entry, "original", 9, 1e-3, is_tuning=True),
+                experiment.Case(entry, "original", 0, 1e-3),
+            )
+        )
+        assert load(tuned.prompts.held_out)[: tuned.evaluation.num_prompts] == tuning
+        assert not set(tuning) & set(load(reported.prompts.held_out)[: reported.evaluation.num_prompts])
+        assert not set(tuning) & set(load(reported.prompts.train))
 
 
 def test_arms_differ_in_the_steps_alone_and_the_tuning_is_shorter(experiment: Any):
