@@ -49,7 +49,7 @@ NORMAL_95 = 1.959964
 NUM_TUNING_CAPTIONS = 32
 NUM_PAIRS = 240
 QUICK = (
-    "sampler.num_steps=4", "train.iterations=2", "train.prompts_per_iteration=1", "train.samples_per_prompt=2",
+    "sampler.num_steps=6", "train.iterations=2", "train.prompts_per_iteration=1", "train.samples_per_prompt=2",
     "evaluation.num_prompts=2",
 )  # fmt: skip
 QUICK_RATES, QUICK_PAIRS = 2, 4
@@ -83,22 +83,22 @@ class Case:
 
     def settings(self, work: Path, *, is_quick: bool) -> list[str]:
         """All that it changes of it."""
-        changes: list[str] = [*QUICK] if is_quick else []
-        if self.entry.preferences is not None:
-            changes.append(f"algorithm.preferences={preferences_of(self.entry, work)}")
-        if self.is_tuning:
-            iterations = Config.load(self.config, QUICK if is_quick else ()).train.iterations // 2
-            changes += [f"train.iterations={iterations}", f"prompts.held_out={TUNING_CAPTIONS}"]
-            changes += [] if is_quick else [f"evaluation.num_prompts={NUM_TUNING_CAPTIONS}"]
-        return [
+        settings = [
             f"run.folder={work / self.name}",
             f"run.seed={self.seed}",
             f"algorithm.name={self.entry.name}",
             *self.entry.settings,
             *self.selector,
             f"train.learning_rate={self.rate:g}",
-            *changes,
+            *(QUICK if is_quick else ()),
         ]
+        if self.entry.preferences is not None:
+            settings.append(f"algorithm.preferences={preferences_of(self.entry, work)}")
+        if self.is_tuning:
+            iterations = Config.load(self.config, settings).train.iterations // 2
+            settings += [f"train.iterations={iterations}", f"prompts.held_out={TUNING_CAPTIONS}"]
+            settings += [] if is_quick else [f"evaluation.num_prompts={NUM_TUNING_CAPTIONS}"]
+        return settings
 
 
 def main() -> None:
@@ -359,7 +359,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ", ".join(_with_interval(one["gain"]) for one in row["seeds"]),
             _with_interval(gain),
             {True: "yes", False: "no", None: "one seed"}[gain["is_beyond_noise"]],
-            f"{row['cpu_seconds']:.0f}",
+            f"{row['cpu_seconds']:.1f}",
             f"{row['rows_trained']:,.0f}",
             f"{row['forwards_sampled']:,.0f}",
             f"{row['fraction_trained']:.0%}",

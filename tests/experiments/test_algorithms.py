@@ -65,9 +65,9 @@ def test_two_algorithms_are_tuned_trained_and_shown_once(experiment: Any, run: A
         tuned = {one["learning_rate"]: one["after"] for one in values["tuning"] if one["algorithm"] == name}
         assert row["learning_rate"] == max(tuned, key=lambda rate: tuned[rate])
         assert row["gain"]["mean"] == pytest.approx(row["after"] - row["before"])
-        assert row["forwards_sampled"] == 2 * 2 * 4, "iterations, images, steps"
-    assert rows["reinforce", "original"]["rows_trained"] == 2 * 2 * 4
-    assert rows["reinforce", "adascope"]["rows_trained"] < 2 * 2 * 4
+        assert row["forwards_sampled"] == 2 * 2 * 6, "iterations, images, steps"
+    assert rows["reinforce", "original"]["rows_trained"] == 2 * 2 * 6
+    assert rows["reinforce", "adascope"]["rows_trained"] < 2 * 2 * 6
     assert rows["awm", "original"]["fraction_trained"] <= 1
     table = (tmp_path / "out.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("| `")]
@@ -82,7 +82,7 @@ def test_two_algorithms_are_tuned_trained_and_shown_once(experiment: Any, run: A
     code, started = run(*asked[1:])
     assert started == []
     assert str(code).startswith("error: a finished run is taken as it is only if its settings are those asked for")
-    assert "sampler.num_steps = 4 (asked for: 10)" in str(code)
+    assert "sampler.num_steps = 6 (asked for: 10)" in str(code)
 
 
 def test_runs_need_a_tuned_rate(run: Any):
