@@ -19,12 +19,8 @@ refused. Writes JSON with the machine, versions and date, a plot, and a table.
 import argparse
 import datetime
 import json
-import os
-import subprocess
 import sys
-import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, cycle, product
 from pathlib import Path
@@ -35,6 +31,9 @@ from adascope_fast.config import Config
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
+sys.path.insert(0, str(CHECKOUT))  # a script finds what lies beside it, and no more
+from experiments import runs  # noqa: E402
+
 REWARDS = ("scene_attributes", "jpeg_compressibility")
 ARMS = ("adascope", "every_step", "random_fraction", "complement")
 COLOURS = ("#c0392b", "#2c3e50", "#2980b9", "#7f8c8d", "#e67e22", "#8e44ad", "#16a085", "#f1c40f", "#d35400", "#27ae60")
@@ -57,6 +56,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "adascope")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
     chosen = parser.parse_args()
+    chosen.config, chosen.work = chosen.config.resolve(), chosen.work.resolve()
     if "random_fraction" in chosen.arms and "adascope" not in chosen.arms:
         parser.error("random_fraction trains as many steps as adascope, which --arms leaves out; add it")
     cases = list(product(chosen.rewards, chosen.seeds))
@@ -64,13 +64,13 @@ def main() -> None:
         check_found(cases, chosen)
         with ThreadPoolExecutor(chosen.jobs) as pool:
             rows = list(pool.map(lambda case: run_arms(*case, chosen), cases))
-    except ValueError as error:
+    except (ValueError, runs.RunFailedError) as error:
         sys.exit(f"error: {error}")
     summary = {reward: summarise([row for row in rows if row["reward"] == reward]) for reward in chosen.rewards}
     values = {
         "command": " ".join(["python experiments/interval/interval.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        **provenance([chosen.work / run_name(*case, arm) for case in cases for arm in arms_of(chosen)]),
+        **runs.provenance([chosen.work / run_name(*case, arm) for case in cases for arm in arms_of(chosen)]),
         "config": chosen.config.name,
         "iterations": chosen.iterations,
         "settings": chosen.set,
@@ -135,18 +135,8 @@ def settings_of(folder: Path, reward: str, seed: int, overrides: list[str], chos
 def run(folder: Path, reward: str, seed: int, overrides: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
     """Train once, unless it was done before with the same settings, and return what the run folder says."""
     settings = settings_of(folder, reward, seed, overrides, chosen)
-    if is_finished(folder):
-        check_same(folder, Config.load(chosen.config, settings))
-    else:
-        command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(chosen.config), *settings]
-        environment = os.environ | {"OMP_NUM_THREADS": str(chosen.threads)}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    runs.train(folder, chosen.config, settings, threads=chosen.threads)
     return read(folder)
-
-
-def is_finished(folder: Path) -> bool:
-    """The report is what a run writes last."""
-    return (folder / "report.html").is_file()
 
 
 def check_found(cases: list[tuple[str, int]], chosen: argparse.Namespace) -> None:
@@ -155,49 +145,14 @@ def check_found(cases: list[tuple[str, int]], chosen: argparse.Namespace) -> Non
     for (reward, seed), arm in product(cases, known):
         folder = chosen.work / run_name(reward, seed, arm)
         wanted = Config.load(chosen.config, settings_of(folder, reward, seed, overrides_of(arm, chosen), chosen))
-        if is_finished(folder):
-            check_same(folder, wanted)
-
-
-def check_same(folder: Path, wanted: Config) -> None:
-    """A ValueError that says what differs if a finished run was made with other settings than `wanted`."""
-    made = dict(_keys(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))))
-    asked = dict(_keys(tomllib.loads(wanted.to_toml())))
-    differing = [key for key in sorted(made.keys() | asked.keys()) if made.get(key) != asked.get(key)]
-    differences = [
-        f"{key} = {made.get(key, 'unset')} (asked for: {asked.get(key, 'unset')})"
-        for key in differing
-        if key != "run.folder"
-    ]
-    if differences:
-        raise ValueError(
-            f"a finished run is taken as it is only if its settings are those asked for, and {folder} has "
-            f"{', '.join(differences)}; remove it, or give another --work"
-        )
-
-
-def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def provenance(folders: list[Path]) -> dict[str, Any]:
-    """The commit, machine and versions of the runs; a list where they differ."""
-    facts = [json.loads((folder / "run.json").read_text()) for folder in folders]
-    found = {}
-    for here, there in (("commit", "commit"), ("machine", "device"), ("versions", "versions")):
-        distinct = [json.loads(text) for text in sorted({json.dumps(one[there]) for one in facts})]
-        found[here] = distinct[0] if len(distinct) == 1 else distinct
-    return found
+        if runs.is_finished(folder):
+            runs.check_same(folder, wanted)
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Held-out reward against trained pairs and CPU seconds, and what else a finished run's folder says."""
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    stats = runs.stats_of(folder)
     points = []
     for point in evaluation["history"]:
         done = stats[: point["iteration"]]

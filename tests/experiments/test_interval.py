@@ -168,7 +168,7 @@ def test_a_refusal_is_one_line_before_anything_is_trained(
     _finished(experiment, _chosen(tmp_path))
     asked = ["--config", CONFIG, "--rewards", "jpeg_compressibility", "--seeds", "0", "1", "--arms", "every_step"]
     asked += ["--every", "2", "--work", tmp_path, "--out", tmp_path / "out.json"]
-    monkeypatch.setattr(experiment.subprocess, "run", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(experiment.runs.subprocess, "run", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(sys, "argv", ["interval.py", *map(str, asked)])
     with pytest.raises(SystemExit) as stopped:
         experiment.main()
@@ -179,9 +179,9 @@ def test_a_refusal_is_one_line_before_anything_is_trained(
 
 def test_the_file_says_where_its_runs_were_made(experiment: Any, tmp_path: Path):
     folders = [_run(tmp_path / str(number), after=0.7, start=2.0) for number in range(2)]
-    assert experiment.provenance(folders) == {"commit": "abc", "machine": "a CPU", "versions": {"torch": "2"}}
+    assert experiment.runs.provenance(folders) == {"commit": "abc", "machine": "a CPU", "versions": {"torch": "2"}}
     (folders[1] / "run.json").write_text(json.dumps(MACHINE | {"commit": "def"}))
-    assert experiment.provenance(folders)["commit"] == ["abc", "def"]
+    assert experiment.runs.provenance(folders)["commit"] == ["abc", "def"]
 
 
 def test_pictures_before_and_after_are_side_by_side(tmp_path: Path):
