@@ -301,7 +301,8 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     from adascope_fast import backbones
     from adascope_fast.algorithms.algorithm import Context, Samples
     from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
-    from adascope_fast.engine.engine import Engine, _Collection
+    from adascope_fast.engine.collection import Collection
+    from adascope_fast.engine.engine import Engine
     from adascope_fast.engine.settings import Updates
     from adascope_fast.rollout import EncodedPrompts, Trajectory
     from adascope_fast.schedules.settings import Sampler
@@ -324,7 +325,7 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     is_one_pass = update == "one_pass"
     scoring: Any = SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
     pairs, generator = keep.nonzero().cuda(), torch.Generator("cuda").manual_seed(1)
-    collection = _Collection(engine, encoded, prompts, schedule, generator, 1)
+    collection = Collection(engine, encoded, prompts, schedule, generator, 1)
     with _no_waiting():
         ways: dict[str, Any] = {"tails": tails, "branching": None, "total": 24}
         trajectory = collection._rollout(prompts, scoring, keep if is_one_pass else None, **ways)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adascope_fast.commands.configuration import configured
-from adascope_fast.config import Config, ConfigError
 from adascope_fast.commands.signals import answered_by, interrupt
+from adascope_fast.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from adascope_fast.training.trainer import Result

@@ -45,6 +45,37 @@ ALGORITHMS = {
         Entry("dpok", DIFFUSION, settings=(BALANCED, "algorithm.clip_range=5e-3")),
         Entry("d3po", DIFFUSION, settings=(BALANCED,)),
         Entry("grpo", FLOW, settings=(BALANCED, "algorithm.clip_range=5e-3")),
-        Entry("awm", FLOW, settings=("sampler.kind=flow_ode",)),
+        Entry("flow_grpo_fast", FLOW, ("selector.name=fast_window", "selector.start=0", "selector.end=5"), (BALANCED,)),
+        Entry(
+            "dance_grpo",
+            FLOW,
+            ("selector.name=random_fraction", "selector.fraction=0.6"),
+            (BALANCED, "sampler.kind=dance_sde"),
+        ),
+        Entry(
+            "mix_grpo", FLOW, ("selector.name=window", "selector.window_size=2", "selector.shift_every=1"), (BALANCED,)
+        ),
+        Entry("grpo_guard", FLOW),
+        Entry("tdpo", DIFFUSION, settings=(BALANCED, "algorithm.min_count=8")),
+        Entry(
+            "spo",
+            DIFFUSION,
+            ("selector.name=late_start",),
+            ("train.prompts_per_iteration=4", "train.samples_per_prompt=4"),  # a step's pairs cost five forwards
+        ),
+        Entry(
+            "diffusion_dpo",
+            DIFFUSION,
+            settings=("train.prompts_per_iteration=48", "algorithm.num_draws=4", "train.iterations=12"),
+            preferences=(),
+        ),
+        Entry(
+            "diffusion_kto",
+            DIFFUSION,
+            settings=("train.prompts_per_iteration=96", "algorithm.num_draws=4", "train.iterations=12"),
+            preferences=("--labelled",),
+        ),
+        Entry("diffusion_nft", FLOW, settings=("sampler.kind=dpm_solver",)),
+        Entry("awm", FLOW, settings=("sampler.kind=dpm_solver",)),
     )
 }
