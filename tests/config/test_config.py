@@ -195,7 +195,7 @@ def test_reading_a_configuration_loads_no_torch():
         (
             "algorithm.name=dppo",
             "algorithm.name must be one of ddpo, reinforce, grpo, flow_grpo_fast, dance_grpo, mix_grpo, grpo_guard, "
-            'dpok, tdpo, d3po, awm, module:object, got "dppo"; set for example algorithm.name = "dpok"',
+            'dpok, tdpo, d3po, awm, module:object, got "dppo"; set for example algorithm.name = "tdpo"',
         ),
         (
             "train.mixed_precision=bfloat16",
