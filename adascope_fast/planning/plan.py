@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from adascope_fast import backbones
-from adascope_fast.algorithms.settings import Awm
+from adascope_fast.adascope.settings import AdaScope
+from adascope_fast.algorithms.settings import Awm, DiffusionDpo, DiffusionKto
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
@@ -79,7 +80,10 @@ def plan(config: Config) -> Plan:
     backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
-    images, prompts = train.prompts_per_iteration * train.samples_per_prompt, train.prompts_per_iteration
+    prompts = train.prompts_per_iteration
+    is_offline = isinstance(config.algorithm, DiffusionDpo | DiffusionKto)
+    images = prompts * (config.algorithm.pictures_of_a_record if is_offline else train.samples_per_prompt)
+    sampled = prompts * _share_sensed(config) if is_offline else images
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)
     autocast = torch.bfloat16 if train.mixed_precision == "bf16" else None
@@ -92,12 +96,14 @@ def plan(config: Config) -> Plan:
     inference_flops, backward_flops = inference[0].forward_flops, training[0].backward_flops
     once = guided * inference_flops
     pairs = fraction * images * steps
-    backward = guided * backward_flops
+    trained_rows = 1 if is_offline else guided
+    forward, backward = trained_rows * inference_flops, trained_rows * backward_flops
+    forwards = 2 if isinstance(config.algorithm, DiffusionKto) else 1  # k is known before the loss
     flops = {
-        "rollout": images * steps * once,
-        "update": pairs * (backward if train.update == "one_pass" else once + backward),
-        "reference policy": pairs * once if has_reference else 0.0,
-        "decoding": images * decode.forward_flops,
+        "rollout": sampled * steps * once,
+        "update": pairs * (backward if train.update == "one_pass" else forwards * forward + backward),
+        "reference policy": pairs * forward if has_reference else 0.0,
+        "decoding": 0.0 if is_offline else images * decode.forward_flops,
         "text": (prompts + 1) * _text_flops(backbone),
     }
     weights = weight_bytes(backbone, config)
@@ -108,7 +114,7 @@ def plan(config: Config) -> Plan:
     microbatch = train.usual_microbatch(config.sampler.guidance_scale)
 
     def update_peak(size: int) -> float:
-        return held + peak_of(training, guided * size) + 4.0 * size * trained * is_one_pass
+        return held + peak_of(training, trained_rows * size) + 4.0 * size * trained * is_one_pass
 
     return Plan(
         title=f"{config.model.name}: {type(backbone).__name__}, {backbone.resolution} pixels, "
@@ -118,7 +124,7 @@ def plan(config: Config) -> Plan:
         trained=trained,
         forward_flops=inference_flops,
         step_flops=once,
-        training_flops=once + backward,
+        training_flops=forward + backward,
         flops={name: value for name, value in flops.items() if value},
         fraction=fraction,
         weight_bytes=weights,
@@ -133,16 +139,24 @@ def plan(config: Config) -> Plan:
 def fraction_trained(config: Config) -> float:
     """Share of the (image, step) pairs that a plan takes to be trained: the selector's, as the algorithm credits it.
 
-    A selector of your own counts as every step; AWM trains `num_draws` noise levels of each image.
+    A selector of your own counts as every step; AWM and what learns from a set train `num_draws` noise levels of each
+    image.
     """
     algorithm, steps = config.algorithm, config.sampler.num_steps
-    if isinstance(algorithm, Awm):
+    if isinstance(algorithm, Awm | DiffusionDpo | DiffusionKto):
         return min(1.0, algorithm.num_draws / steps)
     backfill = getattr(algorithm, "backfill", "interval")
     if backfill != "interval":
         return 1.0 if backfill == "full" else 1 / steps
     share = getattr(config.selector, "share", None)
     return 1.0 if share is None else min(1.0, share(steps))
+
+
+def _share_sensed(config: Config) -> float:
+    """Rollouts that are made for AdaScope to see, for each record of an iteration that learns from a set."""
+    if config.sensing is None or not isinstance(config.selector, AdaScope) or not config.selector.is_sensed:
+        return 0.0
+    return 1 / config.sensing.every
 
 
 def denoiser_cost(

@@ -194,8 +194,8 @@ def test_reading_a_configuration_loads_no_torch():
         ("train.adam_beta1=1", "train.adam_beta1 must be below 1, got 1; set train.adam_beta1 to less than 1"),
         (
             "algorithm.name=dppo",
-            "algorithm.name must be one of ddpo, reinforce, grpo, dpok, d3po, awm, module:object, "
-            'got "dppo"; set for example algorithm.name = "dpok"',
+            "algorithm.name must be one of ddpo, reinforce, grpo, dpok, d3po, diffusion_dpo, diffusion_kto, awm, "
+            'module:object, got "dppo"; set for example algorithm.name = "dpok"',
         ),
         (
             "train.mixed_precision=bfloat16",
