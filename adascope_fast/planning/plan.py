@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from adascope_fast import backbones
-from adascope_fast.algorithms.settings import Noised
+from adascope_fast.adascope.settings import AdaScope
+from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
@@ -80,7 +81,10 @@ def plan(config: Config) -> Plan:
     backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
-    images, prompts = train.prompts_per_iteration * train.samples_per_prompt, train.prompts_per_iteration
+    prompts = train.prompts_per_iteration
+    is_offline = isinstance(config.algorithm, DiffusionDpo | DiffusionKto)
+    images = prompts * (config.algorithm.pictures_of_a_record if is_offline else train.samples_per_prompt)
+    sampled = prompts * _share_sensed(config) if is_offline else images
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)
     autocast = torch.bfloat16 if train.mixed_precision == "bf16" else None
@@ -93,14 +97,16 @@ def plan(config: Config) -> Plan:
     inference_flops, backward_flops = inference[0].forward_flops, training[0].backward_flops
     once = guided * inference_flops
     pairs = fraction * images * steps
-    told = 1 if isinstance(config.algorithm, Noised) else guided  # those train the conditional output alone
-    forward, backward = told * inference_flops, told * backward_flops
+    # Those that noise images anew train the conditional output alone.
+    trained_rows = 1 if is_offline or isinstance(config.algorithm, Noised) else guided
+    forward, backward = trained_rows * inference_flops, trained_rows * backward_flops
+    forwards = 2 if isinstance(config.algorithm, DiffusionKto) else 1  # k is known before the loss
     flops = {
-        "rollout": images * steps * once,
-        "update": pairs * (backward if train.update == "one_pass" else forward + backward),
+        "rollout": sampled * steps * once,
+        "update": pairs * (backward if train.update == "one_pass" else forwards * forward + backward),
         "reference policy": pairs * forward if has_reference else 0.0,
         "moving average": pairs * forward if has_average else 0.0,
-        "decoding": images * decode.forward_flops,
+        "decoding": 0.0 if is_offline else images * decode.forward_flops,
         "text": (prompts + 1) * _text_flops(backbone),
     }
     weights = weight_bytes(backbone, config)
@@ -111,7 +117,7 @@ def plan(config: Config) -> Plan:
     microbatch = train.usual_microbatch(config.sampler.guidance_scale)
 
     def update_peak(size: int) -> float:
-        return held + peak_of(training, told * size) + 4.0 * size * trained * is_one_pass
+        return held + peak_of(training, trained_rows * size) + 4.0 * size * trained * is_one_pass
 
     return Plan(
         title=f"{config.model.name}: {type(backbone).__name__}, {backbone.resolution} pixels, "
@@ -136,15 +142,25 @@ def plan(config: Config) -> Plan:
 def fraction_trained(config: Config) -> float:
     """Share of the (image, step) pairs that a plan takes to be trained: the selector's, as the algorithm credits it.
 
-    A selector of your own counts as every step; AWM and DiffusionNFT train `num_draws` noise levels of each image.
+    A selector of your own counts as every step. AWM and DiffusionNFT train `num_draws` noise levels of each image, and
+    so does what learns from a set, whatever the selector keeps.
     """
     algorithm, steps = config.algorithm, config.sampler.num_steps
+    if isinstance(algorithm, DiffusionDpo | DiffusionKto):
+        return min(1.0, algorithm.num_draws / steps)
     backfill = getattr(algorithm, "backfill", "interval")
     if backfill != "interval":
         return 1.0 if backfill == "full" else 1 / steps
     share = getattr(config.selector, "share", None)
     most = getattr(algorithm, "num_draws", None) or steps
     return min(1.0, most / steps, 1.0 if share is None else share(steps))
+
+
+def _share_sensed(config: Config) -> float:
+    """Rollouts that are made for AdaScope to see, for each record of an iteration that learns from a set."""
+    if config.sensing is None or not isinstance(config.selector, AdaScope) or not config.selector.is_sensed:
+        return 0.0
+    return 1 / config.sensing.every
 
 
 def denoiser_cost(

@@ -175,6 +175,22 @@ def test_what_noised_training_compares_with_is_counted():
     assert average - without == 4 * both.trained
 
 
+def test_what_learns_from_a_set_samples_for_the_selector_alone():
+    settings = ["sampler.guidance_scale=3.0", "sampler.num_steps=10", "train.prompts_per_iteration=6"]
+    settings += ["algorithm.name=diffusion_dpo", "algorithm.preferences=anywhere"]
+    result = plan(Config.load(None, [*settings, "sensing.every=3"]))
+    assert result.images == 12
+    assert result.flops["rollout"] == pytest.approx(2 * 10 * 2 * result.forward_flops), (
+        "a picture a prompt, every third"
+    )
+    assert result.flops["reference policy"] == pytest.approx(12 * result.forward_flops), "one level, without guidance"
+    assert "decoding" not in result.flops
+    kto = plan(Config.load(None, [*settings, "algorithm.name=diffusion_kto", "selector.name=every_step"]))
+    assert (kto.images, "rollout" in kto.flops) == (6, False)
+    backward = result.flops["update"] / 12 - result.forward_flops
+    assert kto.flops["update"] == pytest.approx(6 * (2 * kto.forward_flops + backward)), "k costs a forward"
+
+
 def test_the_parts_of_a_plan_add_up():
     settings = ["sampler.guidance_scale=3.0", "sampler.num_steps=10", "selector.name=static_range", "selector.start=2"]
     config = Config.load(None, [*settings, "selector.end=6", "train.microbatch=3"])

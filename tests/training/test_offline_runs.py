@@ -56,7 +56,8 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_every_selector_trains_a_set(tmp_path: Path, sets: dict[str, Path], name: str, selector: str):
     folder = tmp_path / "run"
-    outcome = call("train", *_arguments(folder, name, sets[name], *SELECTORS[selector]))
+    more = ["train.learning_rate=1e-4", *SELECTORS[selector]]
+    outcome = call("train", *_arguments(folder, name, sets[name], *more))
     assert outcome.code == 0, outcome
     records = lines_of(folder)
     images = 3 * (2 if name == "diffusion_dpo" else 1)
