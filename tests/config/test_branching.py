@@ -47,8 +47,8 @@ def test_the_defaults_are_the_published_ones():
         ),
         (
             ["selector.name=window", "selector.window_size=4"],
-            "spo trains steps from algorithm.branch_from = 4 on, got a selector whose first window ends at step 4; lower "
-            "algorithm.branch_from, or have the selector keep later steps",
+            "spo trains steps from algorithm.branch_from = 4 on, got a selector whose first window ends at step 4; "
+            "lower algorithm.branch_from, or have the selector keep later steps",
         ),
         (
             ["train.update=one_pass"],
@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused(overrides: list[str], line: str):
     ("key", "rule"),
     [
         ("num_candidates=1", "algorithm.num_candidates must be at least 2, got 1"),
-        ("margin=1.5", "algorithm.margin must be at most 1, got 1.5"),
+        ("margin=1", "algorithm.margin must be below 1, got 1"),
         ("temperature=0", "algorithm.temperature must be above 0, got 0"),
         ("branch_from=-1", "algorithm.branch_from must be at least 0, got -1"),
         ("beta=0", "algorithm.beta must be above 0, got 0"),
