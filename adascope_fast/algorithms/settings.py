@@ -13,7 +13,6 @@ from adascope_fast.settings import (
     PositiveOrZero,
     Section,
     Share,
-    ShareOrZero,
     Steps,
     Text,
     Width,
@@ -458,7 +457,7 @@ class Spo(_Preference):
     """Next states that are drawn at a step, k."""
     branch_from: CountOrZero | None = None
     """First step that is branched; absent: T / 5, step 4 of the paper's 20."""
-    margin: ShareOrZero = 0.3
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """What the probabilities of the better and the worse state (softmax of their scores) must differ by, more than."""
     preference_model: Text = "reward"
     """`reward`: the reward of the decoded guess from each candidate, at a forward each; or a folder that

@@ -15,7 +15,7 @@ def train_preference_model(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/preference_model"),
     prompts: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Training prompts to draw images of.")] = 128,
     samples: Annotated[int, typer.Option(min=2, max=1024, help="Images of each prompt.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Batches of 64 pairs.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Batches of 64 pairs.")] = 500,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
     """Train a step-aware preference model on images of the model that the reward ranks, and tell how well it ranks."""

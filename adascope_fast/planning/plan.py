@@ -14,7 +14,7 @@ from torch import nn
 
 from adascope_fast import backbones
 from adascope_fast.adascope.settings import AdaScope
-from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised
+from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised, Spo
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
@@ -109,8 +109,13 @@ def plan(config: Config) -> Plan:
         "decoding": 0.0 if is_offline else images * decode.forward_flops,
         "text": (prompts + 1) * _text_flops(backbone),
     }
+    branched = 0  # steps, at most: a selector that knows its own beforehand has no others branched
+    if isinstance(config.algorithm, Spo):
+        branched = steps - config.algorithm.first_step(steps)
+        judged = images * config.algorithm.num_candidates * (config.algorithm.preference_model == "reward")
+        flops["candidates"] = judged * ((branched - 1) * once + branched * decode.forward_flops)
     weights = weight_bytes(backbone, config)
-    latents = 4.0 * images * (2 * steps + 1) * torch.Size(backbone.latent_shape).numel()
+    latents = 4.0 * images * (2 * steps + 1 + 2 * branched) * torch.Size(backbone.latent_shape).numel()
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
     is_one_pass = train.update == "one_pass"
     held = weights + latents + 4.0 * images * trained * is_one_pass  # its gradients are kept sample by sample

@@ -26,7 +26,9 @@ from adascope_fast.rollout import Candidates
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 KIND = "step-aware preference model"
-WIDTH = 64
+WIDTH, NUM_BLOCKS = 48, 3
+SMALLEST_SIDE = 4
+"""Latents are halved behind each block as long as they are larger."""
 NUM_FREQUENCIES = 16
 MOST_WIDTH = 4096
 
@@ -61,8 +63,8 @@ class StepAwareModel(nn.Module):
         )
         self.enter = nn.Conv2d(latent_shape[0], width, 3, padding=1)
         side, blocks = min(latent_shape[1:]), []
-        for number in range(3):
-            is_halved = side > 4 and number > 0
+        for _ in range(NUM_BLOCKS):
+            is_halved = side > SMALLEST_SIDE
             blocks.append(_Block(width, 2 * width, stride=2 if is_halved else 1))
             side = -(-side // 2) if is_halved else side
         self.blocks = nn.ModuleList(blocks)

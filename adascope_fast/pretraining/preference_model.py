@@ -14,7 +14,7 @@ from adascope_fast.selectors.settings import EveryStep
 from adascope_fast.training.trainer import Trainer
 
 BATCH = 64
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Made:
     accuracy: list[float]
     """At each state that a step leads to, from noise to image."""
     num_pairs: int
-    num_trained_pairs: int
+    trained_on: str
     seconds: float
 
     def text(self) -> str:
         """Lines for people."""
         size = sum(parameter.numel() for parameter in self.model.parameters())
         lines = [
-            f"{size} parameters, {self.num_trained_pairs} pairs, {self.seconds:.0f} s; ranked as the reward ranks, of "
+            f"{size} parameters, trained on {self.trained_on}, {self.seconds:.0f} s; ranked as the reward ranks, of "
             f"{self.num_pairs} pairs of held-out prompts:"
         ]
         count = len(self.accuracy)
@@ -72,7 +72,9 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
         for timestep, share in zip(other.levels()[2].tolist(), accuracy, strict=True)
     ]
     model.told = {"reward": config.reward.name, "held_out": {"pairs": num_pairs, "levels": levels}}
-    return Made(model, accuracy, num_pairs, len(trained.pairs()), time.perf_counter() - started)
+    count = len(trained.clean)
+    trained_on = f"{len(trained.pairs())} pairs of {count} images of {count // num_samples} prompts"
+    return Made(model, accuracy, num_pairs, trained_on, time.perf_counter() - started)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused(overrides: list[str], line: str):
     ("key", "rule"),
     [
         ("num_candidates=1", "algorithm.num_candidates must be at least 2, got 1"),
-        ("margin=1.5", "algorithm.margin must be at most 1, got 1.5"),
+        ("margin=1", "algorithm.margin must be below 1, got 1"),
         ("temperature=0", "algorithm.temperature must be above 0, got 0"),
         ("branch_from=-1", "algorithm.branch_from must be at least 0, got -1"),
         ("beta=0", "algorithm.beta must be above 0, got 0"),

@@ -363,3 +363,17 @@ def test_memory_of_sd15_is_planned_within_a_tenth(more: list[str]):
     settings = [f"model.name={PUBLISHED / 'sd15'}", "model.dtype=bfloat16", "train.microbatch=4", *more]
     config = Config.load(None, settings)
     assert abs(measured_step(config, plan(config)).deviation) <= 0.1
+
+
+def test_branches_are_judged_by_forwards_and_decodings_or_by_a_model_of_their_own():
+    """Of 10 steps those from 2 on are branched: of 4 candidates each, the last is an image and needs no guess."""
+    common = ["model.name=scenes", "sampler.num_steps=10", "sampler.guidance_scale=3.0", "selector.name=every_step"]
+    plain = plan(Config.load(None, [*common, "algorithm.name=d3po"]))
+    judged = plan(Config.load(None, [*common, "algorithm.name=spo"]))
+    decoding = plain.flops["decoding"] / plain.images
+    want = 4 * plain.images * (7 * plain.step_flops + 8 * decoding)
+    assert judged.flops["candidates"] == pytest.approx(want)
+    latents = 4 * plain.images * 2 * 8 * torch.Size(backbones.outline("scenes").latent_shape).numel()
+    assert judged.held_bytes - plain.held_bytes == pytest.approx(latents)
+    apart = plan(Config.load(None, [*common, "algorithm.name=spo", "algorithm.preference_model=folder"]))
+    assert "candidates" not in apart.flops
