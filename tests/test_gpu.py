@@ -325,12 +325,12 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     is_one_pass = update == "one_pass"
     scoring: Any = SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
     pairs, generator = keep.nonzero().cuda(), torch.Generator("cuda").manual_seed(1)
-    collection = Collection(engine, encoded, prompts, schedule, generator, 1)
+    policy = engine.policy(encoded, schedule)
+    collection = Collection(engine, policy, encoded, prompts, schedule, generator, 1)
     with _no_waiting():
-        ways: dict[str, Any] = {"tails": tails, "branching": None, "total": 24}
-        trajectory = collection._rollout(prompts, scoring, keep if is_one_pass else None, **ways)
+        trajectory, _ = collection._rollout(prompts, scoring, keep if is_one_pass else None, total=24, tails=tails)
     assert isinstance(trajectory, Trajectory)
-    policy, advantages = engine.policy(encoded, schedule), torch.randn(4, device="cuda")
+    advantages = torch.randn(4, device="cuda")
     if collection.gradients is None:
         is_live = pairs[:, 0] != 3  # the last image's advantage is zero, as of a group that all got the same reward
         rows: Any = Pairs(trajectory, pairs, advantages[pairs[:, 0]] * is_live, is_live)
