@@ -82,8 +82,9 @@ def plan(config: Config) -> Plan:
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
     prompts = train.prompts_per_iteration
-    is_offline = isinstance(config.algorithm, DiffusionDpo | DiffusionKto)
-    images = prompts * (config.algorithm.pictures_of_a_record if is_offline else train.samples_per_prompt)
+    pictures_of_a_record = getattr(config.algorithm, "pictures_of_a_record", None)
+    is_offline = pictures_of_a_record is not None
+    images = prompts * (pictures_of_a_record or train.samples_per_prompt)
     sampled = prompts * _share_sensed(config) if is_offline else images
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)

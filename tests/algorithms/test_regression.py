@@ -311,7 +311,7 @@ def test_nft_draws_images_with_the_moving_average_and_compares_with_it():
     for decay, weight in ((0.0, 3.0), (0.003, 4.0), (0.006, 5.0)):  # 0.001 n before updates 0, 3 and 6
         with torch.no_grad():
             parameter.fill_(weight)
-        collector = _Collector(samples, policy, 3)  # three updates in each iteration
+        collector: Any = _Collector(samples, policy, 3)  # three updates in each iteration
         rows = algorithm.batch(
             algorithm.collect(collector), Context(policy, torch.ones(2, 5, dtype=torch.bool), _generator())
         )
@@ -389,7 +389,7 @@ def test_the_average_decays_as_published(kind: str, decays: dict[int, float]):
     for n, decay in decays.items():
         algorithm = diffusion_nft(ema_decay_type=kind)
         algorithm.load_tensors({"0": torch.tensor(1.0), "num_updates": torch.tensor(n)})
-        collector = _Collector(samples, _moving(parameter, samples.trajectory.schedule), 1)
+        collector: Any = _Collector(samples, _moving(parameter, samples.trajectory.schedule), 1)
         algorithm.collect(collector)
         assert collector.weight == pytest.approx(decay, abs=1e-6), n
         assert algorithm.tensors()["num_updates"] == n + 1

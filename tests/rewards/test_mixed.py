@@ -76,7 +76,7 @@ def test_the_whole_is_clipped_and_not_each_part():
 def test_an_algorithm_mixes_as_it_is_told(mixing: Any):
     algorithm = grpo(mixing=mixing, advantage_scale="group")
     trajectory: Any = type("Trajectory", (), {"num_steps": 2, "prompts": PROMPTS})()
-    samples = Samples(trajectory, ONE + 0.5 * TWO, {"one": ONE, "two": TWO}, {"two": 0.5})
+    samples = Samples(trajectory, ONE + 0.5 * TWO, parts={"one": ONE, "two": TWO}, weights={"two": 0.5})
     context: Any = None
     by_hand = {
         "rewards": lambda: _group(ONE + 0.5 * TWO, 0, 1e-4),
