@@ -29,7 +29,7 @@ class Entry:
     """Of the algorithm and its sampler, in both arms."""
     preferences: tuple[str, ...] | None = None
     """Arguments of `adascope-fast make-preferences`, for what is trained on a set of preferences; None: it is not."""
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     """Learning rates to choose from."""
 
 
