@@ -81,8 +81,9 @@ def plan(config: Config) -> Plan:
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
     prompts = train.prompts_per_iteration
-    is_offline = isinstance(config.algorithm, DiffusionDpo | DiffusionKto)
-    images = prompts * (config.algorithm.pictures_of_a_record if is_offline else train.samples_per_prompt)
+    learner = config.algorithm if isinstance(config.algorithm, DiffusionDpo | DiffusionKto) else None
+    is_offline = learner is not None
+    images = prompts * (train.samples_per_prompt if learner is None else learner.pictures_of_a_record)
     sampled = prompts * _share_sensed(config) if is_offline else images
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)

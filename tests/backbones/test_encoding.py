@@ -58,7 +58,8 @@ def test_a_tiny_autoencoder_encodes_too(tiny: Callable[[str], Path]):
     blocks: Any = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     model.vae = AutoencoderTiny(latent_channels=4, scaling_factor=0.5, **widths, **blocks).eval()
     pictures = _pictures(model)
-    want = 0.5 * model.vae.encode(2 * pictures - 1).latents
+    encoded: Any = model.vae.encode(2 * pictures - 1)
+    want = 0.5 * encoded.latents
     torch.testing.assert_close(model.encode_images(pictures), want, rtol=1e-5, atol=1e-6)
 
 
