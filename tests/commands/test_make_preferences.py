@@ -52,7 +52,7 @@ def test_a_written_picture_has_the_score_that_is_written(tmp_path: Path):
     from adascope_fast import rewards
     from adascope_fast.rewards.settings import JpegCompressibility
 
-    score = rewards.load(JpegCompressibility())
+    judge = rewards.load(JpegCompressibility())
 
     out = tmp_path / "set"
     call("make-preferences", TINY, *QUICK, "reward.name=jpeg_compressibility", "--pairs", "2", "--out", out)
@@ -60,7 +60,7 @@ def test_a_written_picture_has_the_score_that_is_written(tmp_path: Path):
     for record, line in zip(pairs.records, map(json.loads, pairs.text.splitlines()), strict=True):
         for picture, score in ((record.chosen, line["chosen_score"]), (record.rejected, line["rejected_score"])):
             pixels = from_numpy(picture.pixels(picture.width).copy()).permute(2, 0, 1)[None].float() / 255
-            assert score(pixels, [record.prompt]).item() == pytest.approx(score, rel=1e-6)
+            assert judge(pixels, [record.prompt]).item() == pytest.approx(score, rel=1e-6)
 
 
 def test_labels_are_above_and_below_the_mean_of_the_prompts_pictures(tmp_path: Path):
