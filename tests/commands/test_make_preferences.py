@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -50,15 +49,18 @@ def test_a_written_picture_has_the_score_that_is_written(tmp_path: Path):
     """Of the 8 bits that are there, and not of what they were rounded from."""
     from torch import from_numpy
 
+    from adascope_fast import rewards
     from adascope_fast.rewards.settings import JpegCompressibility
+
+    judge = rewards.load(JpegCompressibility())
 
     out = tmp_path / "set"
     call("make-preferences", TINY, *QUICK, "reward.name=jpeg_compressibility", "--pairs", "2", "--out", out)
-    pairs, reward = read_pairs(out), cast(Any, JpegCompressibility().build())
+    pairs = read_pairs(out)
     for record, line in zip(pairs.records, map(json.loads, pairs.text.splitlines()), strict=True):
         for picture, score in ((record.chosen, line["chosen_score"]), (record.rejected, line["rejected_score"])):
             pixels = from_numpy(picture.pixels(picture.width).copy()).permute(2, 0, 1)[None].float() / 255
-            assert reward(pixels, [record.prompt]).item() == pytest.approx(score, rel=1e-6)
+            assert judge(pixels, [record.prompt]).item() == pytest.approx(score, rel=1e-6)
 
 
 def test_labels_are_above_and_below_the_mean_of_the_prompts_pictures(tmp_path: Path):
