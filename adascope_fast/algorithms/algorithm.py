@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
-from adascope_fast.rollout import Branches, Picture, PreferenceModel, Stills, Trajectory
+from adascope_fast.rollout import Branches, PreferenceModel, Stills, StoredImage, Trajectory
 from adascope_fast.schedules import Schedule
 
 
@@ -76,7 +76,7 @@ class Collector(Protocol):
         """
         ...
 
-    def stills(self, pictures: Sequence[Picture], prompts: list[str], told: list[str]) -> Stills:
+    def stills(self, images: Sequence[StoredImage], prompts: list[str], told: list[str]) -> Stills:
         """Pictures of a set in place of a rollout's, with the prompt of each, and what the denoiser is told of it.
 
         Prompts and what is told are among `self.prompts`.

@@ -432,8 +432,8 @@ class DiffusionDpo(_Offline):
     def collect(self, collector: Collector) -> Stills:
         """The chosen pictures of the drawn pairs, then the rejected ones."""
         pairs = [self.pairs.records[number] for number in self._records]
-        pictures = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        return collector.stills(pictures, [pair.prompt for pair in pairs] * 2, self._told * 2)
+        images = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        return collector.stills(images, [pair.prompt for pair in pairs] * 2, self._told * 2)
 
     def batch(self, samples: Stills, context: Context) -> NoisedPairs:
         """`num_draws` noise levels of each pair, among the steps that are kept of its chosen picture."""
@@ -494,7 +494,7 @@ class DiffusionKto(_Offline):
     def collect(self, collector: Collector) -> Stills:
         """The drawn pictures."""
         records = [self.judged.records[number] for number in self._records]
-        return collector.stills([one.picture for one in records], [one.prompt for one in records], self._told)
+        return collector.stills([one.image for one in records], [one.prompt for one in records], self._told)
 
     def batch(self, samples: Stills, context: Context) -> NoisedJudged:
         """`num_draws` noise levels of each picture among its kept steps; its error before training, and k."""

@@ -376,7 +376,7 @@ class _Offline(_Algorithm):
 
     is_offline: ClassVar[bool] = True
     needs_log_prob: ClassVar[bool] = False
-    pictures_of_a_record: ClassVar[int] = 1
+    images_of_a_record: ClassVar[int] = 1
     train_guidance: ClassVar[str] = "conditional"
 
     preferences: Text | None = None
@@ -403,7 +403,7 @@ class DiffusionDpo(_Offline):
     """
 
     implementation: ClassVar[str] = "adascope_fast.algorithms.preference:diffusion_dpo_of"
-    pictures_of_a_record: ClassVar[int] = 2
+    images_of_a_record: ClassVar[int] = 2
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: Positive = 5000.0

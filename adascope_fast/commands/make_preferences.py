@@ -41,7 +41,7 @@ def make_preferences(
 
     making.refuse_filled(out, overwrite=overwrite)
     made = _made(config, out, pairs, images_per_prompt, seed, adapter, is_labelled=labelled, overwrite=overwrite)
-    what = f"{made.num_pictures} labelled pictures" if labelled else f"{made.num_pairs} pairs"
+    what = f"{made.num_images} labelled pictures" if labelled else f"{made.num_pairs} pairs"
     print(
         f"{what} of {made.num_drawn} pictures, {config.reward.name} {made.score:.3f} on average; "
         f"{'liked above disliked' if labelled else 'chosen above rejected'} by {made.margin:.3f}; "

@@ -26,10 +26,10 @@ from adascope_fast.rollout import (
     Branching,
     Denoising,
     EncodedPrompts,
-    Picture,
     PreferenceModel,
     SharedStart,
     Stills,
+    StoredImage,
     Trajectory,
     rollout,
 )
@@ -124,11 +124,11 @@ class Collection:
         weights = getattr(engine.score, "weights", {})
         return self._finite(Samples(trajectory, rewards, branches, parts, weights))
 
-    def stills(self, pictures: Sequence[Picture], prompts: list[str], told: list[str]) -> Stills:
+    def stills(self, images: Sequence[StoredImage], prompts: list[str], told: list[str]) -> Stills:
         """See `algorithms.Collector`."""
         device = self.schedule.coef.device
         with self._engine._part("rollout"):
-            latents = self._engine._pictures(pictures, device)
+            latents = self._engine._images(images, device)
         return Stills(latents, self.schedule, prompts, self._encoded.index(told, device))
 
     def sensed(self, prompts: list[str]) -> Trajectory:

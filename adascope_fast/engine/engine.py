@@ -34,7 +34,7 @@ from adascope_fast.engine.settings import Updates
 from adascope_fast.engine.statistics import UpdateStatistics, as_json
 from adascope_fast.rollout import (
     EncodedPrompts,
-    PictureCache,
+    ImageCache,
     Stills,
     Trajectory,
 )
@@ -107,7 +107,7 @@ class Engine:
         self.microbatch = settings.usual_microbatch(self.sampler.guidance_scale)
         self._autocast, self._progress = autocast, progress
         self._parameters = backbone.trainable_parameters()
-        self._pictures = PictureCache(backbone)
+        self._images = ImageCache(backbone)
         self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
         self._seconds: dict[str, float] = {}
 

@@ -82,9 +82,9 @@ def plan(config: Config) -> Plan:
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
     prompts = train.prompts_per_iteration
-    pictures_of_a_record = getattr(config.algorithm, "pictures_of_a_record", None)
-    is_offline = pictures_of_a_record is not None
-    images = prompts * (pictures_of_a_record or train.samples_per_prompt)
+    images_of_a_record = getattr(config.algorithm, "pictures_of_a_record", None)
+    is_offline = images_of_a_record is not None
+    images = prompts * (images_of_a_record or train.samples_per_prompt)
     sampled = prompts * _share_sensed(config) if is_offline else images
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)

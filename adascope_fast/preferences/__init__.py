@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adascope_fast.lazy import lazy
 
 if TYPE_CHECKING:
-    from adascope_fast.preferences.fitting import Judged as Judged
+    from adascope_fast.preferences.fitting import RatedImages as RatedImages
     from adascope_fast.preferences.fitting import fit as fit
     from adascope_fast.preferences.fitting import held_out_accuracy as held_out_accuracy
     from adascope_fast.preferences.model import StepAwareModel as StepAwareModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy(
     __name__,
     {
-        "Judged": "fitting",
+        "RatedImages": "fitting",
         "StepAwareModel": "model",
         "fit": "fitting",
         "held_out_accuracy": "fitting",

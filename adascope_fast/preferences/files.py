@@ -33,7 +33,7 @@ MAKE = "make one with: adascope-fast make-preferences CONFIG.toml --out FOLDER -
 
 
 @dataclass(frozen=True)
-class Picture:
+class StoredImage:
     """A picture of a set, as its header describes it."""
 
     path: Path
@@ -68,8 +68,8 @@ class Pair:
     """Two pictures of a prompt, one of them preferred."""
 
     prompt: str
-    chosen: Picture
-    rejected: Picture
+    chosen: StoredImage
+    rejected: StoredImage
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Judged:
     """A picture of a prompt, liked or not."""
 
     prompt: str
-    picture: Picture
+    image: StoredImage
     is_liked: bool
 
 
@@ -107,21 +107,21 @@ class PreferenceSet(Generic[Record]):
     @property
     def digest(self) -> str:
         """SHA-256 of the list and of the pictures' sizes."""
-        sizes = [[one.width, one.height, one.num_bytes] for one in self._pictures()]
+        sizes = [[one.width, one.height, one.num_bytes] for one in self._images()]
         return hashlib.sha256(json.dumps([self.text, sizes]).encode("utf-8", "surrogatepass")).hexdigest()
 
     def refuse_small(self, side: int) -> None:
         """ValueError where a picture is less than half as large as a model's, whose side is given in pixels."""
-        for picture in self._pictures():
-            if 2 * min(picture.width, picture.height) < side:
+        for image in self._images():
+            if 2 * min(image.width, image.height) < side:
                 raise ValueError(
-                    f"a picture's shorter side must be at least half of the model's {side} pixels, {picture.where} has "
-                    f"{picture.width} x {picture.height}; give a larger one, or lower model.resolution"
+                    f"a picture's shorter side must be at least half of the model's {side} pixels, {image.where} has "
+                    f"{image.width} x {image.height}; give a larger one, or lower model.resolution"
                 )
 
-    def _pictures(self) -> Iterator[Picture]:
+    def _images(self) -> Iterator[StoredImage]:
         for record in self.records:
-            yield from (record.chosen, record.rejected) if isinstance(record, Pair) else (record.picture,)
+            yield from (record.chosen, record.rejected) if isinstance(record, Pair) else (record.image,)
 
 
 def read_pairs(folder: str | Path | None) -> PreferenceSet[Pair]:
@@ -147,9 +147,9 @@ def read_judged(folder: str | Path | None) -> PreferenceSet[Judged]:
         )
     pairs = read_pairs(place)
     both = [
-        Judged(pair.prompt, picture, is_liked)
+        Judged(pair.prompt, image, is_liked)
         for pair in pairs.records
-        for picture, is_liked in ((pair.chosen, True), (pair.rejected, False))
+        for image, is_liked in ((pair.chosen, True), (pair.rejected, False))
     ]
     return PreferenceSet(place, both, pairs.text)
 
@@ -169,7 +169,7 @@ class _Lines:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.path, self._root = folder, folder / name, folder.resolve()
-        self._seen: dict[str, Picture] = {}
+        self._seen: dict[str, StoredImage] = {}
 
     def text(self) -> str:
         try:
@@ -207,7 +207,7 @@ class _Lines:
             )
         return float(given)
 
-    def picture(self, value: dict[str, Any], key: str, where: str) -> Picture:
+    def image(self, value: dict[str, Any], key: str, where: str) -> StoredImage:
         name = value.get(key)
         if not isinstance(name, str) or not name or "\0" in name:
             raise ValueError(f'{where} must have "{key}", the path of a picture, got {name!r:.60}; name one')
@@ -216,7 +216,7 @@ class _Lines:
             self._seen[name] = self._found(name, where)
         return self._seen[name]
 
-    def _found(self, name: str, where: str) -> Picture:
+    def _found(self, name: str, where: str) -> StoredImage:
         relative = PurePosixPath(name)
         path = self.folder / relative
         if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(self._root):
@@ -242,10 +242,10 @@ class _Lines:
                 f"a picture is at most {MOST_ASPECT:g} times as long as wide, since its middle square is trained on, "
                 f"{where} has {width} x {height}; cut it"
             )
-        picture = Picture(path, where, width, height, num_bytes)
+        found = StoredImage(path, where, width, height, num_bytes)
         if len(self._seen) < LOOKED_AT:
-            picture.pixels(1)
-        return picture
+            found.pixels(1)
+        return found
 
 
 def _read(folder: Path, name: str, of: Callable[[_Lines, dict[str, Any], str], Record]) -> tuple[str, list[Record]]:
@@ -261,7 +261,7 @@ def _read(folder: Path, name: str, of: Callable[[_Lines, dict[str, Any], str], R
 
 def _pair(lines: _Lines, value: dict[str, Any], where: str) -> Pair:
     prompt = lines.prompt(value, where)
-    chosen, rejected = (lines.picture(value, key, where) for key in ("chosen", "rejected"))
+    chosen, rejected = (lines.image(value, key, where) for key in ("chosen", "rejected"))
     if chosen.path == rejected.path:
         raise ValueError(f"a pair is of two pictures, {where} names {value['chosen']!r:.60} twice; remove the line")
     better, worse = (lines.score(value, f"{key}_score", where) for key in ("chosen", "rejected"))
@@ -274,11 +274,11 @@ def _pair(lines: _Lines, value: dict[str, Any], where: str) -> Pair:
 
 
 def _judged(lines: _Lines, value: dict[str, Any], where: str) -> Judged:
-    prompt, picture = lines.prompt(value, where), lines.picture(value, "image", where)
+    prompt, image = lines.prompt(value, where), lines.image(value, "image", where)
     lines.score(value, "score", where)
     if not isinstance(label := value.get("label"), bool):
         raise ValueError(f'{where} must have "label", true or false, got {label!r:.60}; write one of the two')
-    return Judged(prompt, picture, label)
+    return Judged(prompt, image, label)
 
 
 def _opened(path: Path) -> Any:

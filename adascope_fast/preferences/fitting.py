@@ -21,7 +21,7 @@ from adascope_fast.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class Judged:
+class RatedImages:
     """Images with their rewards, and the noise that the states of a rollout have."""
 
     clean: Float[Tensor, "b *latent"]
@@ -33,7 +33,7 @@ class Judged:
     @classmethod
     def of(
         cls, clean: Tensor, rewards: Tensor, prompts: list[str], encoded: EncodedPrompts, schedule: Schedule
-    ) -> "Judged":
+    ) -> "RatedImages":
         """Of images whose prompts are all encoded."""
         return cls(clean, rewards, encoded.index(prompts, clean.device), encoded.condition, schedule)
 
@@ -59,7 +59,7 @@ class Judged:
 
 def fit(
     model: StepAwareModel,
-    judged: Judged,
+    judged: RatedImages,
     *,
     num_steps: int,
     batch: int,
@@ -98,7 +98,7 @@ def fit(
 
 @torch.no_grad()
 def held_out_accuracy(
-    model: StepAwareModel, judged: Judged, *, batch: int, generator: torch.Generator
+    model: StepAwareModel, judged: RatedImages, *, batch: int, generator: torch.Generator
 ) -> tuple[list[float], int]:
     """(share of the pairs that are ranked as the reward does, at each state from noise to image; number of pairs)."""
     pairs, found = judged.pairs(), []

@@ -38,7 +38,7 @@ class Made:
     """What was made; `margin` is the mean difference of the rewards of a pair, or of liked and disliked pictures."""
 
     num_pairs: int
-    num_pictures: int
+    num_images: int
     num_drawn: int
     num_ties: int
     margin: float
@@ -113,7 +113,7 @@ def make(
         _drop_unnamed(partial, lines)
         made = Made(
             num_pairs=0 if is_labelled else len(lines),
-            num_pictures=len(lines) * (1 if is_labelled else 2),
+            num_images=len(lines) * (1 if is_labelled else 2),
             num_drawn=drawn,
             num_ties=ties,
             margin=sum(margins) / len(margins),

@@ -8,7 +8,7 @@ import torch
 from adascope_fast import rewards
 from adascope_fast.algorithms.settings import Ddpo
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.preferences import Judged, StepAwareModel, fit, held_out_accuracy
+from adascope_fast.preferences import RatedImages, StepAwareModel, fit, held_out_accuracy
 from adascope_fast.rollout import EncodedPrompts, rollout
 from adascope_fast.selectors.settings import EveryStep
 from adascope_fast.training.trainer import Trainer
@@ -78,7 +78,7 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
 
 
 @torch.no_grad()
-def _judged(trainer: Trainer, prompts: list[str], num_samples: int, generator: torch.Generator) -> Judged:
+def _judged(trainer: Trainer, prompts: list[str], num_samples: int, generator: torch.Generator) -> RatedImages:
     """Images of the model and their rewards, some prompts at a time: a trajectory holds every state."""
     config, backbone = trainer.config, trainer.backbone
     encoded, at_once = EncodedPrompts.of(backbone, prompts), max(1, config.train.rollout_batch // num_samples)
@@ -98,4 +98,4 @@ def _judged(trainer: Trainer, prompts: list[str], num_samples: int, generator: t
             )
         clean.append(trajectory.latents[:, -1].clone())
         scores.append(rewards.score(trainer.reward, backbone.decode(clean[-1]), texts))
-    return Judged.of(torch.cat(clean), torch.cat(scores), repeated, encoded, trainer.schedule)
+    return RatedImages.of(torch.cat(clean), torch.cat(scores), repeated, encoded, trainer.schedule)

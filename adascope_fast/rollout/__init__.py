@@ -14,9 +14,9 @@ from adascope_fast.rollout.prompts import EncodedPrompts as EncodedPrompts
 from adascope_fast.rollout.prompts import PromptCache as PromptCache
 from adascope_fast.rollout.sampling import rollout as rollout
 from adascope_fast.rollout.shared_start import SharedStart as SharedStart
-from adascope_fast.rollout.stills import Picture as Picture
-from adascope_fast.rollout.stills import PictureCache as PictureCache
+from adascope_fast.rollout.stills import ImageCache as ImageCache
 from adascope_fast.rollout.stills import Stills as Stills
+from adascope_fast.rollout.stills import StoredImage as StoredImage
 from adascope_fast.rollout.trajectory import StepBatch as StepBatch
 from adascope_fast.rollout.trajectory import Tables as Tables
 from adascope_fast.rollout.trajectory import Trajectory as Trajectory

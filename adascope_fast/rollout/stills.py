@@ -16,7 +16,7 @@ from adascope_fast.backbone import Backbone
 from adascope_fast.schedules import Schedule
 
 
-class Picture(Protocol):
+class StoredImage(Protocol):
     """A picture on disk."""
 
     @property
@@ -52,32 +52,32 @@ class Stills:
 
 
 @dataclass
-class PictureCache:
+class ImageCache:
     """Encodes pictures to latents, each once in the run, as long as `max_bytes` of memory on the CPU hold them."""
 
     backbone: Backbone
     max_bytes: int = 2**30
     _rows: OrderedDict[Hashable, Tensor] = field(default_factory=OrderedDict, init=False, repr=False)
 
-    def __call__(self, pictures: Sequence[Picture], device: torch.device) -> Float[Tensor, "n *latent"]:
+    def __call__(self, images: Sequence[StoredImage], device: torch.device) -> Float[Tensor, "n *latent"]:
         """The latents of the pictures. FloatingPointError where the VAE gives one that is not finite."""
-        found = [self._latents(picture, device) for picture in pictures]
+        found = [self._latents(image, device) for image in images]
         return torch.stack(found).to(device)
 
-    def _latents(self, picture: Picture, device: torch.device) -> Float[Tensor, "*latent"]:
+    def _latents(self, image: StoredImage, device: torch.device) -> Float[Tensor, "*latent"]:
         """One at a time: what is cached cannot depend on its neighbours, nor on a resume."""
-        if picture.path not in self._rows:
-            pixels = torch.from_numpy(picture.pixels(self.backbone.resolution).copy())
-            image = (pixels.permute(2, 0, 1).float() / 255)[None].to(device)
-            latents = self.backbone.encode_images(image)[0].cpu()
+        if image.path not in self._rows:
+            pixels = torch.from_numpy(image.pixels(self.backbone.resolution).copy())
+            whole = (pixels.permute(2, 0, 1).float() / 255)[None].to(device)
+            latents = self.backbone.encode_images(whole)[0].cpu()
             if not bool(latents.isfinite().all()):
                 raise FloatingPointError(
-                    f"latents must be finite, and those of {picture.where} are not: the VAE overflows in its type; try "
+                    f"latents must be finite, and those of {image.where} are not: the VAE overflows in its type; try "
                     f'model.dtype = "float32"'
                 )
-            self._rows[picture.path] = latents
-        self._rows.move_to_end(picture.path)
-        found = self._rows[picture.path]
+            self._rows[image.path] = latents
+        self._rows.move_to_end(image.path)
+        found = self._rows[image.path]
         while len(self._rows) > 1 and len(self._rows) * found.numel() * 4 > self.max_bytes:
             self._rows.popitem(last=False)
         return found

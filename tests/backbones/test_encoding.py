@@ -21,7 +21,7 @@ def _load(folder: Path) -> Any:
     return backbones.load(str(folder), lora_rank=2, **options)
 
 
-def _pictures(model: Any, count: int = 3) -> torch.Tensor:
+def _images(model: Any, count: int = 3) -> torch.Tensor:
     side = model.resolution
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
@@ -30,10 +30,10 @@ def _pictures(model: Any, count: int = 3) -> torch.Tensor:
 def test_latents_are_what_diffusers_encoding_gives(tiny: Callable[[str], Path], family: str):
     """The image-to-image pipelines' way: the processor, the posterior's mean, and the family's shift and scale."""
     model = _load(tiny(family))
-    pictures, config = _pictures(model), model.vae.config
-    mean = model.vae.encode(model.pipeline.image_processor.preprocess(pictures)).latent_dist.mean
+    images, config = _images(model), model.vae.config
+    mean = model.vae.encode(model.pipeline.image_processor.preprocess(images)).latent_dist.mean
     want = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-    got = model.encode_images(pictures)
+    got = model.encode_images(images)
     assert got.dtype == torch.float32
     assert tuple(got.shape[1:]) == model.latent_shape
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -44,11 +44,11 @@ def test_sdxl_takes_a_mean_and_deviation_for_each_channel(tiny: Callable[[str], 
     model = _load(tiny("sdxl"))
     mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.0, 1.5]
     model.vae.register_to_config(latents_mean=mean, latents_std=std)
-    pictures = _pictures(model)
-    posterior = model.vae.encode(2 * pictures - 1).latent_dist.mean
+    images = _images(model)
+    posterior = model.vae.encode(2 * images - 1).latent_dist.mean
     shift, width = (torch.tensor(value).view(1, 4, 1, 1) for value in (mean, std))
     want = (posterior - shift) * model.vae.config.scaling_factor / width  # as its image-to-image pipeline has it
-    torch.testing.assert_close(model.encode_images(pictures), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.encode_images(images), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_tiny_autoencoder_encodes_too(tiny: Callable[[str], Path]):
@@ -57,20 +57,20 @@ def test_a_tiny_autoencoder_encodes_too(tiny: Callable[[str], Path]):
     widths: Any = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
     blocks: Any = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     model.vae = AutoencoderTiny(latent_channels=4, scaling_factor=0.5, **widths, **blocks).eval()
-    pictures = _pictures(model)
-    encoded: Any = model.vae.encode(2 * pictures - 1)
+    images = _images(model)
+    encoded: Any = model.vae.encode(2 * images - 1)
     want = 0.5 * encoded.latents
-    torch.testing.assert_close(model.encode_images(pictures), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.encode_images(images), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["scenes", "scenes-flow"])
 def test_a_picture_survives_encoding_and_decoding(name: str):
     model = backbones.load(name, lora_rank=2)
-    pictures = draw(model, captions("held_out")[:4], [3], num_steps=8, guidance_scale=1.0)
-    back = model.decode(model.encode_images(pictures))
-    assert pictures.std() > 0.1
-    assert (back - pictures).abs().mean() < 0.03
-    assert (back - pictures.roll(1, 0)).abs().mean() > 0.1, "another picture is far away"
+    images = draw(model, captions("held_out")[:4], [3], num_steps=8, guidance_scale=1.0)
+    back = model.decode(model.encode_images(images))
+    assert images.std() > 0.1
+    assert (back - images).abs().mean() < 0.03
+    assert (back - images.roll(1, 0)).abs().mean() > 0.1, "another picture is far away"
 
 
 def test_pictures_of_another_size_are_refused():

@@ -58,8 +58,8 @@ def test_a_written_picture_has_the_score_that_is_written(tmp_path: Path):
     call("make-preferences", TINY, *QUICK, "reward.name=jpeg_compressibility", "--pairs", "2", "--out", out)
     pairs = read_pairs(out)
     for record, line in zip(pairs.records, map(json.loads, pairs.text.splitlines()), strict=True):
-        for picture, score in ((record.chosen, line["chosen_score"]), (record.rejected, line["rejected_score"])):
-            pixels = from_numpy(picture.pixels(picture.width).copy()).permute(2, 0, 1)[None].float() / 255
+        for image, score in ((record.chosen, line["chosen_score"]), (record.rejected, line["rejected_score"])):
+            pixels = from_numpy(image.pixels(image.width).copy()).permute(2, 0, 1)[None].float() / 255
             assert judge(pixels, [record.prompt]).item() == pytest.approx(score, rel=1e-6)
 
 

@@ -30,7 +30,7 @@ def test_labels_are_read_and_pairs_are_labels_too(tmp_path: Path):
     assert [one.is_liked for one in found.records] == [True, True, False, True]
     assert found.name == f"4 labelled pictures, {CAPTIONS[0]!r} first"
     pairs = read_judged(write_pairs(tmp_path / "pairs", 2))
-    told = [(one.prompt, one.picture.path.name, one.is_liked) for one in pairs.records]
+    told = [(one.prompt, one.image.path.name, one.is_liked) for one in pairs.records]
     assert told == [
         (CAPTIONS[0], "0a.png", True),
         (CAPTIONS[0], "0b.png", False),
@@ -45,9 +45,9 @@ def test_a_picture_is_its_middle_square_averaged(tmp_path: Path):
     Image.fromarray(pixels).save(tmp_path / "0.png")
     write_picture(tmp_path / "1.png", 1)
     write_lines(tmp_path / "preferences.jsonl", [{"prompt": CAPTIONS[0], "chosen": "0.png", "rejected": "1.png"}])
-    picture = read_pairs(tmp_path).records[0].chosen
-    assert np.array_equal(picture.pixels(4), pixels[2:6])
-    half = picture.pixels(2)
+    image = read_pairs(tmp_path).records[0].chosen
+    assert np.array_equal(image.pixels(4), pixels[2:6])
+    half = image.pixels(2)
     want = pixels[2:6].astype(float).reshape(2, 2, 2, 2, 3).mean((1, 3))
     assert np.abs(half - want).max() <= 4, "the filter is a triangle, a little wider than a mean of four"
     assert half.shape == (2, 2, 3)
@@ -64,8 +64,8 @@ def test_kinds_of_pictures_and_what_is_transparent(tmp_path: Path):
     write_lines(tmp_path / "preferences.jsonl", lines)
     found = read_pairs(tmp_path)
     assert (found.records[1].rejected.pixels(8) == 255).all(), "on white, and not the colour below"
-    for picture in (found.records[0].chosen, found.records[0].rejected, found.records[1].chosen):
-        assert picture.pixels(16).shape == (16, 16, 3)
+    for image in (found.records[0].chosen, found.records[0].rejected, found.records[1].chosen):
+        assert image.pixels(16).shape == (16, 16, 3)
 
 
 def _line(**changes: Any) -> str:

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from adascope_fast import schedules
-from adascope_fast.preferences import Judged, StepAwareModel, fit, held_out_accuracy
+from adascope_fast.preferences import RatedImages, StepAwareModel, fit, held_out_accuracy
 from adascope_fast.rollout import Candidates, EncodedPrompts
 
 T = 6
 
 
-def _judged(seed: int, rewards: Callable[[Tensor, Tensor], Tensor], count: int = 160) -> Judged:
+def _judged(seed: int, rewards: Callable[[Tensor, Tensor], Tensor], count: int = 160) -> RatedImages:
     """Random latents of four prompts, of which each is told by one number."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randn(count, 3, 5, 5, generator=generator)
     index = torch.arange(count) % 4
     condition = {"text": torch.eye(4).unsqueeze(1).repeat(1, 3, 1), "pooled": torch.eye(4)[:, :2]}
     schedule = schedules.flow_sde(torch.linspace(1, 0, T + 1), noise_level=0.7)
-    return Judged(clean, rewards(clean, index), index, condition, schedule)
+    return RatedImages(clean, rewards(clean, index), index, condition, schedule)
 
 
 def _model(**keys: Any) -> StepAwareModel:
@@ -159,6 +159,6 @@ def test_judged_of_images_knows_their_prompts(make_toy: Callable):
     toy: Any = make_toy()
     prompts = ["see", "a red one", "see"]
     encoded = EncodedPrompts.of(toy, ["a red one", "see"])
-    judged = Judged.of(torch.zeros(3, 2, 3, 3), torch.zeros(3), prompts, encoded, toy.schedule(T))
+    judged = RatedImages.of(torch.zeros(3, 2, 3, 3), torch.zeros(3), prompts, encoded, toy.schedule(T))
     assert judged.prompt_index.tolist() == [1, 0, 1]
     assert SimpleNamespace(**judged.condition).text.equal(toy.encode(["a red one", "see"])["text"])

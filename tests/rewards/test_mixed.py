@@ -172,7 +172,7 @@ def test_a_part_that_is_another_is_told_on_resume(tmp_path: Path):
         (["reward.name=mixed"], "mixed needs reward.parts, got none"),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0}"], "two rewards or more, got 1"),
         (["reward.name=mixed", "reward.parts=[1]"], "must be a table of rewards and their weights, got [1]"),
-        (["reward.name=mixed", 'reward.parts={jpeg_compressibility="a", b=1}'], "and their weights, got \"a\""),
+        (["reward.name=mixed", 'reward.parts={jpeg_compressibility="a", b=1}'], 'and their weights, got "a"'),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0, nope=2}"], "or module:object, got 'nope'"),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0, clip_similarity=0}"], "must not be 0"),
         (["algorithm.name=grpo", "algorithm.mixing=gdpo"], "mixes several rewards, got one, scene_attributes"),
