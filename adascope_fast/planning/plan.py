@@ -82,7 +82,7 @@ def plan(config: Config) -> Plan:
     for parameter in backbone.trainable_parameters():
         parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
     prompts = train.prompts_per_iteration
-    images_of_a_record = getattr(config.algorithm, "pictures_of_a_record", None)
+    images_of_a_record = getattr(config.algorithm, "images_of_a_record", None)
     is_offline = images_of_a_record is not None
     images = prompts * (images_of_a_record or train.samples_per_prompt)
     sampled = prompts * _share_sensed(config) if is_offline else images

@@ -42,7 +42,7 @@ def test_training_evaluation_and_drawing_have_it(tmp_path: Path, monkeypatch: py
 
     for module in (draw, evaluation):
         monkeypatch.setattr(module, "rollout", watched)
-    monkeypatch.setattr("adascope_fast.engine.engine.rollout", watched)
+    monkeypatch.setattr("adascope_fast.engine.collection.rollout", watched)
     monkeypatch.setattr("adascope_fast.planning.calibration.rollout", watched)
     run, shift = tmp_path / "run", "sampler.shift=3.0"
     assert call("train", TINY, *SMALLEST, shift, f"run.folder={run}", "train.iterations=1").code == 0
