@@ -4,7 +4,7 @@
         [--stages tune run] [--jobs J] [--quick]
 
 Every algorithm of `entries.py` is tuned, then trained in both arms on the same prompts, noise seeds and settings:
-- tune: the learning rate, out of three, in the arm `original`, on a seed that is not reported, with half of the
+- tune: the learning rate, out of two, in the arm `original`, on a seed that is not reported, with half of the
   iterations; the one with the highest reward on captions of `tuning_captions.txt`, which are neither trained on nor
   reported. Both arms get it, so what favour there is goes to the original.
 - run: three seeds an arm, judged before and after on the first held-out captions, on the same noise.

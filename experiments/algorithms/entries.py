@@ -29,7 +29,7 @@ class Entry:
     """Of the algorithm and its sampler, in both arms."""
     preferences: tuple[str, ...] | None = None
     """Arguments of `adascope-fast make-preferences`, for what is trained on a set of preferences; None: it is not."""
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2)
     """Learning rates to choose from."""
 
 
@@ -44,7 +44,6 @@ ALGORITHMS = {
     entry.name: entry
     for entry in (
         Entry("ddpo", DIFFUSION, settings=(BALANCED, "algorithm.clip_range=5e-3", "algorithm.min_count=8")),
-        Entry("reinforce", DIFFUSION, settings=(BALANCED, "algorithm.min_count=8")),
         Entry("dpok", DIFFUSION, settings=(BALANCED, "algorithm.clip_range=5e-3")),
         Entry("d3po", DIFFUSION, settings=(BALANCED,)),
         Entry("grpo", FLOW, settings=(BALANCED, "algorithm.clip_range=5e-3")),
@@ -70,5 +69,6 @@ ALGORITHMS = {
         Entry("diffusion_kto", ON_A_SET, settings=(*OF_A_SET, "algorithm.beta=100"), preferences=("--labelled",)),
         Entry("diffusion_nft", FLOW, settings=("sampler.kind=dpm_solver",)),
         Entry("awm", FLOW, settings=("sampler.kind=dpm_solver",)),
+        Entry("reinforce", DIFFUSION, settings=(BALANCED, "algorithm.min_count=8")),
     )
 }
