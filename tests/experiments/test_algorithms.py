@@ -55,7 +55,7 @@ def run(experiment: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
 
 def test_two_algorithms_are_tuned_trained_and_shown_once(experiment: Any, run: Any, tmp_path: Path):
     asked = ["--quick", "--algorithms", "reinforce", "awm", "--seeds", "3"]
-    names = ["reinforce-tune-0.001", "reinforce-tune-0.003", "awm-tune-0.001", "awm-tune-0.003"]
+    names = ["reinforce-tune-0.003", "reinforce-tune-0.01", "awm-tune-0.003", "awm-tune-0.01"]
     names += ["reinforce-original-3", "reinforce-adascope-3", "awm-original-3", "awm-adascope-3"]
     assert run(*asked) == (0, names)
     values = json.loads((tmp_path / "out.json").read_text())
@@ -101,7 +101,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     code, _ = run("--quick", "--algorithms", "ddpo")
     assert code == 1
     assert capsys.readouterr().err.splitlines() == [
-        f"ddpo-tune-{rate}: exit code 2: ddpo-tune-{rate}" for rate in ("0.001", "0.003")
+        f"ddpo-tune-{rate}: exit code 2: ddpo-tune-{rate}" for rate in ("0.003", "0.01")
     ]
 
 
@@ -136,7 +136,7 @@ def test_arms_differ_in_the_steps_alone_and_the_tuning_is_shorter(experiment: An
             arm: experiment.Case(entry, arm, 0, 1e-3).settings(Path("runs"), is_quick=False) for arm in experiment.ARMS
         }
         original, adascope = (
-            [item for item in settings[arm] if not item.startswith(("selector.", "run.folder="))]
+            [item for item in settings[arm] if not item.startswith(("selector.", "sensing.", "run.folder="))]
             for arm in experiment.ARMS
         )
         assert original == adascope

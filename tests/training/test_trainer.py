@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from graph_emulation import Emulation
 from PIL import Image
+from preference_sets import write_judged, write_pairs
 from safetensors.torch import load_file
 from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
 from torch import Tensor
@@ -295,13 +296,15 @@ def _has_scalars(path: Path) -> bool:
     return b"reward_mean" in path.read_bytes()
 
 
-def test_every_algorithm_and_selector_of_the_configuration_exists():
+def test_every_algorithm_and_selector_of_the_configuration_exists(tmp_path: Path):
     def names(section: str) -> list[str]:
         return [name for name in choices_of(Config.model_fields[section].annotation) if name != OWN]
 
-    assert len(names("algorithm")) == 6
+    assert len(names("algorithm")) == 15
+    sets = {"diffusion_dpo": write_pairs(tmp_path / "pairs"), "diffusion_kto": write_judged(tmp_path / "judged")}
     for name in names("algorithm"):
-        assert algorithm_of(Config.load(None, [f"algorithm.name={name}"])).name == name
+        overrides = [f"algorithm.name={name}", *([f"algorithm.preferences={sets[name]}"] if name in sets else [])]
+        assert algorithm_of(Config.load(None, overrides)).name == name
     settings = ["algorithm.backfill=full", "algorithm.attribution=discount", "algorithm.gamma=0.5"]
     made: Any = algorithm_of(Config.load(None, settings))
     assert made.attribution == Attribution(backfill="full", attribution="discount", gamma=0.5)
