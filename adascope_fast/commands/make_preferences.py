@@ -86,8 +86,7 @@ def _made(
                 f"{config.model.name!r}; set model.name to that"
             )
     backbone.to(accelerator.device)
-    noise = {"eta": sampler.eta, "noise_level": sampler.noise_level}
-    schedule = backbone.schedule(sampler.num_steps, kind=sampler.kind, **noise)
+    schedule = backbone.schedule(sampler.num_steps, **sampler.table)
     about = {
         "model": config.model.name,
         "adapter": None if adapter is None else str(adapter),

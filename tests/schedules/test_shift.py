@@ -44,12 +44,16 @@ def test_training_evaluation_and_drawing_have_it(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(module, "rollout", watched)
     monkeypatch.setattr("adascope_fast.engine.collection.rollout", watched)
     monkeypatch.setattr("adascope_fast.planning.calibration.rollout", watched)
+    monkeypatch.setattr("adascope_fast.preferences.making.rollout", watched)
     run, shift = tmp_path / "run", "sampler.shift=3.0"
     assert call("train", TINY, *SMALLEST, shift, f"run.folder={run}", "train.iterations=1").code == 0
     assert call("sample", run, "--prompt", "a small red circle", "--num", "1").code == 0
     outcome = call("calibrate", TINY, *SMALLEST, shift, "--prompts", "2", "--out", tmp_path / "calibration")
     assert outcome.code == 0, outcome
-    assert len(seen) == 6, "evaluation, iteration, evaluation, two drawings, calibration"
+    judged = "reward.name=jpeg_compressibility"
+    outcome = call("make-preferences", TINY, *SMALLEST, shift, judged, "--pairs", "1", "--out", tmp_path / "set")
+    assert outcome.code == 0, outcome
+    assert len(seen) >= 7, "evaluation, iteration, evaluation, two drawings, calibration, preferences"
     for timesteps in seen:
         assert timesteps == pytest.approx([1000, 900, 750, 500])
     trainer = Trainer(Config.load(run / "config.toml"), quiet=True)
