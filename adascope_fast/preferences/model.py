@@ -166,3 +166,12 @@ def _waves(timestep: Float[Tensor, " n"]) -> Float32[Tensor, "n f"]:
 
 def _mean(values: Float[Tensor, "n *tokens e"]) -> Float[Tensor, "n e"]:
     return values.flatten(1, -2).mean(1) if values.dim() > 2 else values
+
+
+def is_made_here(folder: Path) -> bool:
+    """Whether `folder` has what says that `StepAwareModel.save` wrote it."""
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and described.get("kind") == KIND

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from adascope_fast import rewards
-from adascope_fast.algorithms.settings import Ddpo
+from adascope_fast.algorithms.settings import Awm
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.preferences import RatedImages, StepAwareModel, fit, held_out_accuracy
 from adascope_fast.rollout import EncodedPrompts, rollout
@@ -48,7 +48,8 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
     selector matters.
     """
     started = time.perf_counter()
-    sections = {"algorithm": Ddpo(), "selector": EveryStep(), "sensing": None}
+    plain = Awm(kl_weight=0.0, ema_kl_weight=0.0)  # one that any sampler will do for, and that keeps no reference
+    sections = {"algorithm": plain, "selector": EveryStep(), "sensing": None}
     trainer = Trainer(config.model_copy(update=sections))
     trainer.prepare()
     generator = torch.Generator(trainer.schedule.coef.device).manual_seed(config.run.seed)

@@ -128,6 +128,12 @@ def test_a_preference_model_of_something_else_is_refused(tmp_path: Path, made: P
 def test_the_command_refuses_in_a_line(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch):
     before = (made / "config.json").read_text()
     assert "exists and is not replaced; give --overwrite" in refused("train-preference-model", TINY, "--out", made)
+    other = tmp_path / "another model"
+    other.mkdir()
+    (other / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    line = refused("train-preference-model", TINY, "--out", other, "--overwrite")
+    assert line.endswith("another model' is none; choose another --out")
+    assert "UNet2DConditionModel" in (other / "config.json").read_text()
     assert "needs a configuration file first" in refused("train-preference-model", "train.iterations=1")
     assert (made / "config.json").read_text() == before
     tiny = ["--prompts", "1", "--samples", "2", "--steps", "1", "--out", tmp_path / "new"]
