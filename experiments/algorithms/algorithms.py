@@ -1,7 +1,7 @@
 """Does each algorithm learn, from the steps that its paper trains and from AdaScope's interval?
 
     python experiments/algorithms/algorithms.py [--algorithms A ...] [--arms original adascope] [--seeds 0 1 2]
-        [--stages tune run] [--jobs J] [--quick]
+        [--stages tune run] [--rate R] [--jobs J] [--quick]
 
 Every algorithm of `entries.py` is tuned, then trained in both arms on the same prompts, noise seeds and settings:
 - tune: the learning rate, out of two, in the arm `original`, on a seed that is not reported, with half of the
@@ -64,11 +64,14 @@ class Case:
     seed: int
     rate: float
     is_tuning: bool = False
+    is_tuned: bool = True
+    """Whether its rate is the one that was tuned."""
 
     @property
     def name(self) -> str:
         """Its folder within --work."""
         last = f"tune-{self.rate:g}" if self.is_tuning else f"{self.arm}-{self.seed}"
+        last += "" if self.is_tuned else f"-{self.rate:g}"
         return f"{self.entry.name}-{last}"
 
     @property
@@ -108,6 +111,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--rate", type=float, help="learning rate of the runs in place of the tuned one")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="everything as small as it can be: it learns nothing")
     parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "algorithms")
@@ -141,7 +145,7 @@ def train_all(chosen: argparse.Namespace) -> dict[str, str]:
     if "tune" in chosen.stages:
         in_parallel(lambda case: train(case, chosen), tuning_cases(entries, chosen), chosen.jobs, failed)
     if "run" in chosen.stages:
-        untuned = [entry.name for entry in entries if rate_of(entry, chosen) is None]
+        untuned = [entry.name for entry in entries if chosen.rate is None and rate_of(entry, chosen) is None]
         if untuned and "tune" not in chosen.stages:
             raise ValueError(
                 f"runs take the learning rate that was tuned, and {', '.join(untuned)} has none in {chosen.work}; "
@@ -179,8 +183,12 @@ def tuning_cases(entries: Sequence[Entry], chosen: argparse.Namespace) -> list[C
 
 def cases(entries: Sequence[Entry], chosen: argparse.Namespace) -> list[Case]:
     """The runs of the algorithms that are tuned, seed by seed: what is stopped early has every arm of some."""
-    tuned = [(entry, rate) for entry in entries if (rate := rate_of(entry, chosen)) is not None]
-    return [Case(entry, arm, seed, rate) for entry, rate in tuned for seed, arm in product(chosen.seeds, chosen.arms)]
+    known = [(entry, rate) for entry in entries if (rate := chosen.rate or rate_of(entry, chosen)) is not None]
+    return [
+        Case(entry, arm, seed, rate, is_tuned=chosen.rate is None)
+        for entry, rate in known
+        for seed, arm in product(chosen.seeds, chosen.arms)
+    ]
 
 
 def rate_of(entry: Entry, chosen: argparse.Namespace) -> float | None:

@@ -85,6 +85,14 @@ def test_two_algorithms_are_tuned_trained_and_shown_once(experiment: Any, run: A
     assert "sampler.num_steps = 6 (asked for: 10)" in str(code)
 
 
+def test_a_rate_of_ones_own_has_runs_of_its_own(experiment: Any, run: Any, tmp_path: Path):
+    asked = ["--quick", "--algorithms", "reinforce", "--arms", "adascope", "--seeds", "3", "--stages", "run"]
+    assert run(*asked, "--rate", "2e-3") == (0, ["reinforce-adascope-3-0.002"])
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["learning_rate"] == 0.002
+    assert "train.learning_rate=0.002" in row["seeds"][0]["command"]
+
+
 def test_runs_need_a_tuned_rate(run: Any):
     code, started = run("--quick", "--algorithms", "ddpo", "--stages", "run")
     assert started == []
