@@ -51,7 +51,7 @@ BELOW: dict[str, set[str]] = {
     "theory": {"ops", "rollout", "schedules"},
     "selectors": _LATENTS | {"theory"},
     "adascope": _LATENTS | {"distributed", "loading", "selectors", "theory"},
-    "preferences": _LATENTS | {"loading", "prompts"},
+    "preferences": _LATENTS | {"loading", "prompts", "reference"},
     "algorithms": _LATENTS | {"loading", "preferences", "reference"},
     "backbones": {"backbone", "loading", "ops", "schedules"},
     "rewards": {"backbone", "loading", "prompts"},

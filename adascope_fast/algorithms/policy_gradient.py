@@ -20,6 +20,7 @@ from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy,
 from adascope_fast.algorithms.attribution import Attribution, similarity_gains
 from adascope_fast.algorithms.objectives import Clipped, Objective, score_function
 from adascope_fast.reference import Kind
+from adascope_fast.reference.rows import per_row
 from adascope_fast.rollout import StepBatch, Trajectory
 from adascope_fast.schedules import Schedule
 
@@ -280,7 +281,8 @@ class GrpoGuard(PolicyGradient):
         log_prob = ops.transition_log_prob(sample, output, pairs.prev_sample, coef)
         old_log_prob, old_output = log_prob.detach(), output.detach()
         if not is_on_policy:
-            of_x, of_output = policy.schedule.x0_coef[pairs.step_index].view(-1, 2, *[1] * (sample.dim() - 1)).unbind(1)
+            x0_coef = policy.schedule.x0_coef[pairs.step_index]
+            of_x, of_output = (per_row(part, sample) for part in x0_coef.unbind(1))
             old_log_prob, old_output = pairs.old_log_prob, (guess - of_x * sample) / of_output
         bias = ops.gaussian_kl(output, old_output, coef)
         log_ratio = (log_prob - old_log_prob + bias) * coef[:, 2]

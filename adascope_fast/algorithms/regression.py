@@ -17,6 +17,7 @@ from adascope_fast.algorithms import settings
 from adascope_fast.algorithms.advantages import GroupRelative
 from adascope_fast.algorithms.algorithm import Algorithm, Collector, Context, Loss, Policy, Samples
 from adascope_fast.backbone import Ema
+from adascope_fast.reference.rows import per_row
 from adascope_fast.schedules import Schedule
 
 
@@ -52,7 +53,7 @@ class Noised:
         x0, noise = self.x0[sample].float(), self.noise[rows if self.place is None else self.place[rows]]
         signal, sigma = (level.to(x0.device, torch.float32)[step] for level in self.schedule.levels())
         return NoisedBatch(
-            sample=_columns(signal, x0) * x0 + _columns(sigma, x0) * noise,
+            sample=per_row(signal, x0) * x0 + per_row(sigma, x0) * noise,
             x0=x0,
             x0_coef=self.schedule.x0_coef[step],
             timestep=self.schedule.timesteps[step],
@@ -81,7 +82,7 @@ class NoisedBatch:
     @property
     def target(self) -> Float32[Tensor, "n *latent"]:
         """What the model should have said: the output whose guess is x0."""
-        of_x, of_output = (_columns(part, self.x0) for part in self.x0_coef.unbind(1))
+        of_x, of_output = (per_row(part, self.x0) for part in self.x0_coef.unbind(1))
         return (self.x0 - of_x * self.sample) / of_output
 
     @property
@@ -294,7 +295,7 @@ def negative_aware_loss(
         x0_coef: weights of (sample, output) in the guess of x0.
         optimality: r in [0, 1].
     """
-    of_x, of_output = (_columns(part, x0) for part in x0_coef.unbind(1))
+    of_x, of_output = (per_row(part, x0) for part in x0_coef.unbind(1))
     guess = of_x * sample + of_output * old_output.detach()
     change = beta * of_output * (output - old_output.detach())
 
@@ -303,11 +304,6 @@ def negative_aware_loss(
         return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)
 
     return (optimality * distance(guess + change) + (1 - optimality) * distance(guess - change)) / beta
-
-
-def _columns(values: Float[Tensor, " n"], like: Float[Tensor, "n *latent"]) -> Tensor:
-    """A number for each row, as it multiplies latents."""
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def mean_square(difference: Float[Tensor, "n *latent"]) -> Float32[Tensor, " n"]:

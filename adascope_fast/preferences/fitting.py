@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adascope_fast.backbone import Condition, take
 from adascope_fast.preferences.model import StepAwareModel
+from adascope_fast.reference.rows import per_row
 from adascope_fast.rollout import Candidates, EncodedPrompts
 from adascope_fast.schedules import Schedule
 
@@ -52,8 +53,8 @@ class RatedImages:
     def noised(self, images: Int64[Tensor, " n"], state: Int64[Tensor, " n"], noise: Tensor) -> Candidates:
         """Some images as noisy as these states."""
         signal, sigma, timestep = (level[state] for level in self.levels())
-        ones = [1] * (self.clean.dim() - 1)
-        sample = signal.view(-1, *ones) * self.clean[images].float() + sigma.view(-1, *ones) * noise
+        clean = self.clean[images].float()
+        sample = per_row(signal, clean) * clean + per_row(sigma, clean) * noise
         return Candidates(sample, timestep, take(self.condition, self.prompt_index[images]), [], lambda: sample)
 
 

@@ -1,6 +1,5 @@
 """Every published setting in configs/paper: it loads, says what it is, and trains once it is made small."""
 
-import importlib.util
 import tomllib
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from command_line import call
 from small_runs import lines_of
 
 from adascope_fast.config import Config
+from adascope_fast.settings import OWN, choices_of
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.toml"))
 FLOWS = ("stable-diffusion-3", "FLUX")
@@ -33,6 +33,11 @@ PAIRS = {"diffusion_dpo": [], "diffusion_kto": ["--labelled"]}
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
+def test_every_algorithm_has_one():
+    names = choices_of(Config.model_fields["algorithm"].annotation).keys() - {OWN}
+    assert {Config.load(file).algorithm.name for file in FILES} == names
+
+
 @each
 def test_it_names_its_algorithm_and_says_what_it_is(file: Path):
     text = file.read_text(encoding="utf-8")
@@ -48,8 +53,6 @@ def test_it_trains_once_it_is_small(file: Path, tmp_path: Path):
     published, folder = Config.load(file), tmp_path / "run"
     small = [*SMALL, *_smaller(published), f"run.folder={folder}"]
     if (name := published.algorithm.name) in PAIRS:
-        if importlib.util.find_spec("adascope_fast.commands.make_preferences") is None:
-            pytest.skip("adascope-fast has no make-preferences")
         pairs = tmp_path / "pairs"
         made = call("make-preferences", file, *small, "--out", pairs, "--pairs", "4", *PAIRS[name])
         assert made.code == 0, made

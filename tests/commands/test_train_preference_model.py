@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import SMALLEST, TINY, call, refused
 from safetensors.torch import load_file
+from small_runs import lines_of
 
 from adascope_fast.preferences import StepAwareModel
 
@@ -34,10 +34,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-
-
 def test_the_folder_holds_what_was_printed(made: Path):
     assert sorted(path.name for path in made.iterdir()) == ["config.json", "model.safetensors"]
     described = json.loads((made / "config.json").read_text())
@@ -63,7 +59,7 @@ def test_a_run_with_either_preference_model(tmp_path: Path, made: Path, preferen
     folder = tmp_path / "run"
     outcome = call("train", TINY, *SMALLEST, *options, f"run.folder={folder}")
     assert outcome.code == 0, outcome
-    (line,) = _lines(folder)
+    (line,) = lines_of(folder)
     # Two images of 4 steps; step 1 to 3 are branched, and after 1 and 2 each of 4 candidates may cost a guess.
     assert line["forwards_sampled"] == 8 + (2 * 4 * 2 if preference == "reward" else 0)
     assert line["ratio_max_deviation"] == 0, "before the first update the policy is the reference"
@@ -86,10 +82,10 @@ def test_a_stopped_run_repeats_bit_for_bit(
     options = [*SMALLEST, *SPO, f"algorithm.preference_model={name}", "train.learning_rate=0.01"]
     alone = call("train", TINY, *options, f"reward.name={module}:redness", "run.folder=alone")
     assert alone.code == 0, alone
-    assert all(line["pairs_trained"] > 0 for line in _lines(tmp_path / "alone"))
+    assert all(line["pairs_trained"] > 0 for line in lines_of(tmp_path / "alone"))
     killed = call("train", TINY, *options, f"reward.name={module}:stopped", "run.folder=killed")
     assert killed.code == 130, killed
-    assert len(_lines(tmp_path / "killed")) == 1
+    assert len(lines_of(tmp_path / "killed")) == 1
     resumed = call("train", "--resume", "killed")
     assert resumed.code == 0, resumed
     want, got = (load_file(f"{run}/checkpoints/000002/state.safetensors") for run in ("alone", "killed"))
@@ -101,7 +97,7 @@ def test_the_whole_model_can_be_trained(tmp_path: Path, made: Path):
     options = [*SPO, f"algorithm.preference_model={made}", "model.train=full", "train.iterations=2"]
     outcome = call("train", TINY, *SMALLEST, *options, "train.learning_rate=1e-4", f"run.folder={tmp_path / 'run'}")
     assert outcome.code == 0, outcome
-    first, second = _lines(tmp_path / "run")
+    first, second = lines_of(tmp_path / "run")
     assert first["ratio_max_deviation"] < 1e-6, "the copy rounds otherwise"
     assert second["ratio_max_deviation"] > 1e-5
 

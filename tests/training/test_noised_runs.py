@@ -1,6 +1,5 @@
 """AWM and DiffusionNFT from the command line: every selector, the second-order solver, and what follows a run."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from command_line import call, refused
 from safetensors.torch import load_file
+from small_runs import lines_of
 
 from adascope_fast import schedules
 from adascope_fast.config import Config
@@ -30,7 +30,7 @@ NFT, AWM = "algorithm.name=diffusion_nft", "algorithm.name=awm"
 def _trained(folder: Path, *overrides: str) -> list[dict]:
     outcome = call("train", TINY, *SMALLEST, *overrides, f"run.folder={folder}")
     assert outcome.code == 0, outcome
-    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    return lines_of(folder)
 
 
 @pytest.mark.parametrize("algorithm", [NFT, AWM])
