@@ -32,6 +32,8 @@ AttributionName = Literal["uniform", "discount", "gain", "similarity"]
 
 class _Algorithm(Section):
     needs_log_prob: ClassVar[bool] = True
+    weighs_whole_samples: ClassVar[bool] = False
+    """Whether one advantage holds for all steps of a sample, as `one_pass` needs it."""
     """Whether steps are trained by their log-probability, which a sampler without noise has not."""
 
     def build(self, **context: Any) -> Any:
@@ -58,6 +60,8 @@ class _Credited(_Algorithm, Attribution):
 
 class _PolicyGradient(_Credited):
     """What every policy gradient has."""
+
+    weighs_whole_samples: ClassVar[bool] = True
 
     step_weight: StepWeight = "none"
     """`balanced`: each step's advantage is divided by the sensitivity of its log-probability, |b| / std."""
@@ -274,6 +278,7 @@ class Dpok(_Clipped):
     """
 
     implementation: ClassVar[str] = "adascope_fast.algorithms.critic:dpok_of"
+    weighs_whole_samples: ClassVar[bool] = False
     train_guidance: ClassVar[str] = "both"
 
     name: Literal["dpok"] = "dpok"
@@ -307,6 +312,7 @@ class Tdpo(_Tracked, _Clipped):
     """
 
     implementation: ClassVar[str] = "adascope_fast.algorithms.critic:tdpo_of"
+    weighs_whole_samples: ClassVar[bool] = False
     train_guidance: ClassVar[str] = "both"
 
     name: Literal["tdpo"] = "tdpo"

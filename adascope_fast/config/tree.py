@@ -297,7 +297,7 @@ class Config(Section):
                 "one_pass is for the plain likelihood ratio, and grpo_guard has its own; set train.update = "
                 '"replay", or algorithm.name = "grpo"'
             )
-        if name in ("dpok", "tdpo", "d3po", "spo", "awm", "diffusion_nft", "diffusion_dpo", "diffusion_kto"):
+        if _of(self.algorithm, "weighs_whole_samples") is False:
             raise ValueError(
                 f"one_pass is for advantages that weigh a whole sample, and {name} has none; "
                 f'set train.update = "replay"'
