@@ -32,7 +32,7 @@ _ITERATION = _LATENTS | {
     "selectors",
     "theory",
 }
-_TRAINING = _ITERATION | {"config", "loading", "metrics", "preferences", "prompts", "reporting"}
+_TRAINING = _ITERATION | {"config", "loading", "metrics", "preferences", "prompts", "reporting", "weights"}
 # What each room may import from the package, in any line of any of its files. Everyone may import what is in GROUND.
 GROUND = {"lazy", "settings"}
 BELOW: dict[str, set[str]] = {
@@ -54,14 +54,20 @@ BELOW: dict[str, set[str]] = {
     "preferences": _LATENTS | {"loading", "prompts", "reference"},
     "algorithms": _LATENTS | {"loading", "preferences", "reference"},
     "backbones": {"backbone", "loading", "ops", "schedules"},
-    "rewards": {"backbone", "loading", "prompts"},
-    "metrics": {"prompts", "rewards"},
+    "weights": {"loading"},
+    "serving": set(),
+    "images": set(),
+    "judging": {"images", "reporting", "serving"},
+    "rewards": {"backbone", "judging", "loading", "prompts", "serving", "weights"},
+    "metrics": {"loading", "prompts", "rewards", "weights"},
+    "comparison": _TRAINING | {"images", "training"},
     "engine": _LATENTS | {"adascope", "algorithms", "backbones", "distributed", "selectors", "theory"},
     "config": set(),
     "training": _TRAINING,
     "planning": _TRAINING | {"training"},
     "pretraining": _TRAINING | {"preferences", "training"},
-    "commands": _TRAINING | {"planning", "preferences", "pretraining", "training"},
+    "commands": _TRAINING
+    | {"comparison", "images", "judging", "planning", "preferences", "pretraining", "serving", "training"},
     "cli": {"commands"},
     "__init__": _TRAINING | {"training"},
 }

@@ -1,0 +1,205 @@
+"""What every server here has in common: a token, a limit on what is sent, and loopback unless told otherwise.
+
+A request has the token as `Authorization: Bearer TOKEN`. A page is opened with `?token=TOKEN`, which answers with a
+cookie (HttpOnly, SameSite=Strict) and the address without it. A request whose Host is not the server's is refused, so
+that no page elsewhere reaches a loopback server by a name of its own.
+"""
+
+import hmac
+import ipaddress
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import SimpleCookie
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+COOKIE = "adascope_token"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SHORTEST_TOKEN = 16
+
+
+def new_token() -> str:
+    """A token that nobody guesses: 32 characters of 24 random bytes."""
+    return secrets.token_urlsafe(24)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class Guard:
+    """An ASGI application that only asks the one within what may be asked.
+
+    Args:
+        app: the application.
+        token: what a request must have.
+        most_bytes: the longest body of a request.
+        hosts: names in a request's Host that are this server's, besides those of loopback; empty: any.
+    """
+
+    def __init__(self, app: Any, *, token: str, most_bytes: int, hosts: tuple[str, ...] = ()) -> None:
+        if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+            raise ValueError(
+                f"a token must have at least {SHORTEST_TOKEN} printable ASCII characters without spaces, got "
+                f"{len(token)}; use a longer one, or leave it out and take the one that is printed"
+            )
+        self.app, self.token, self.most_bytes, self.hosts = app, token, most_bytes, hosts
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        if not self._is_for_us(headers.get("host", "")):
+            await _answer(send, 421, "this server has another name; ask it by the address that it printed")
+        elif scope["method"] == "GET" and self._is_token(query.get("token", "")):
+            await self._welcome(scope, query, send)
+        elif not self._is_token(_bearer(headers)) and not self._is_token(_cookie(headers)):
+            await _answer(send, 401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
+        elif _length(headers) > self.most_bytes:
+            await self._refuse_size(send)
+        else:
+            await self._ask(scope, receive, send)
+
+    async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        taken, has_begun = 0, False
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.most_bytes:
+                raise _TooLargeError
+            return message
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, limited, watched)
+        except _TooLargeError:
+            if not has_begun:
+                await self._refuse_size(send)
+
+    async def _refuse_size(self, send: Send) -> None:
+        await _answer(send, 413, f"a request has at most {self.most_bytes} bytes; send fewer images at once")
+
+    async def _welcome(self, scope: MutableMapping[str, Any], query: dict[str, str], send: Send) -> None:
+        """A cookie, and the same address without the token, which would stay in the browser's history."""
+        rest = urlencode({name: value for name, value in query.items() if name != "token"})
+        place = (scope["path"] + (f"?{rest}" if rest else "")).encode("latin-1", "replace")
+        cookie = f"{COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict".encode()
+        headers = [(b"location", b"/" + place.lstrip(b"/")), (b"set-cookie", cookie), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 303, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    def _is_token(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
+    def _is_for_us(self, host: str) -> bool:
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        return not self.hosts or name.strip("[]").lower() in (*LOOPBACK, *self.hosts)
+
+
+def serve(
+    app: Any,
+    *,
+    host: str,
+    port: int,
+    token: str,
+    most_bytes: int,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve `app` behind a `Guard` until the process is interrupted.
+
+    Args:
+        host: 127.0.0.1, or an address of this machine that others reach.
+        port: 0 takes a free one.
+        ready: told the address once requests are answered.
+
+    Raises:
+        ValueError: the address is none of this machine, or is taken; FastAPI or uvicorn is not installed.
+    """
+    try:
+        import uvicorn
+    except ImportError:
+        raise ValueError(NOT_INSTALLED) from None
+    listening = _listen(host, port)
+    port = listening.getsockname()[1]
+    hosts = () if _is_any(host) else (host,)
+    guard = Guard(app, token=token, most_bytes=most_bytes, hosts=hosts)
+    # A page's script may hold a request open; an answer is waited for, a connection without one is not.
+    settings = uvicorn.Config(guard, log_level="warning", lifespan="off", timeout_graceful_shutdown=3)
+    server = _Server(settings, lambda: ready(f"http://{f'[{host}]' if ':' in host else host}:{port}"))
+    server.run(sockets=[listening])
+
+
+NOT_INSTALLED = "a server needs fastapi and uvicorn, which are not installed; pip install 'adascope-fast[serve]'"
+
+
+def _Server(settings: Any, ready: Callable[[], None]) -> Any:  # noqa: N802 - a class that needs an optional package
+    import uvicorn
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets=sockets)
+            ready()
+
+    return Announced(settings)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"a server listens at an address of this machine and a free port, got {host}:{port} "
+            f"({error.strerror or error}); set --host and --port to others"
+        ) from None
+    return listening
+
+
+def _is_any(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _bearer(headers: dict[str, str]) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _cookie(headers: dict[str, str]) -> str:
+    try:
+        found = SimpleCookie(headers.get("cookie", ""))
+    except Exception:  # of another site's making
+        return ""
+    return found[COOKIE].value if COOKIE in found else ""
+
+
+def _length(headers: dict[str, str]) -> int:
+    """What a request says of its body's length; what it does not say is counted as it comes."""
+    told = headers.get("content-length", "")
+    return int(told) if told.isdecimal() and len(told) < 20 else 0
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
