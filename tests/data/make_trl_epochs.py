@@ -1,4 +1,4 @@
-"""Record four epochs of TRL 0.23.1's DDPOTrainer on the embedded `scenes`: what `tests/compat/test_trl_epochs.py` follows.
+"""Record four epochs of TRL 0.23.1's DDPOTrainer on the embedded `scenes`, for `tests/compat/test_trl_epochs.py`.
 
     .venv-trl/bin/python tests/data/make_trl_epochs.py        (`make .venv-trl/.installed` makes that environment)
 
@@ -6,10 +6,12 @@ Writes `trl_epochs.json` (versions, what the trainer logged, and the rewards) an
 the change of every LoRA weight over the four epochs, in float16, which moves a cosine by about 1e-7).
 """
 
+import inspect
 import itertools
 import json
 import shutil
 import tempfile
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,13 @@ SETTINGS: dict[str, Any] = {
     "mixed_precision": "no",
     "accelerator_kwargs": {"cpu": True},
     "save_freq": 1000,
-    "sample_num_steps": 5,
+    "sample_num_steps": 4,
     "sample_batch_size": 4,
     "sample_num_batches_per_epoch": 2,
     "train_batch_size": 2,
+    # Larger than the defaults: of a ratio within float32's rounding of the clip range either side is right.
+    "train_learning_rate": 1e-3,
+    "train_clip_range": 2e-3,
     "per_prompt_stat_tracking_buffer_size": 8,
     "per_prompt_stat_tracking_min_count": 3,
 }
@@ -93,6 +98,30 @@ def run(trl: Any, folder: Path, choices: dict[str, Any]) -> tuple[list[dict[str,
     return kept.rows, {name: value - before[name] for name, value in lora(pipeline.unet).items()}
 
 
+def interface(trl: Any) -> dict[str, Any]:
+    """Fields of the configuration with their defaults, and the arguments of what is called."""
+    called = {
+        "DDPOTrainer": ("__init__", "calculate_loss", "compute_rewards", "create_model_card", "loss", "step", "train"),
+        "DefaultDDPOStableDiffusionPipeline": ("__init__",),
+    }
+    signatures = {
+        f"{owner}.{name}": arguments(getattr(getattr(trl, owner), name))
+        for owner, names in called.items()
+        for name in names
+    }
+    from trl.models.modeling_sd_base import pipeline_step, scheduler_step  # pyright: ignore[reportMissingImports]
+
+    signatures |= {"pipeline_step": arguments(pipeline_step), "scheduler_step": arguments(scheduler_step)}
+    default = trl.DDPOConfig(exp_name="")
+    return {"fields": {one.name: getattr(default, one.name) for one in fields(default)}, "signatures": signatures}
+
+
+def arguments(called: Any) -> list[list[str]]:
+    """Name, kind and default of each argument."""
+    found = inspect.signature(called).parameters.values()
+    return [[one.name, one.kind.name, "" if one.default is one.empty else repr(one.default)] for one in found]
+
+
 def for_transformers_4(folder: Path) -> Path:
     """`scenes` with the names of the text encoder's weights that transformers 4 knows; it draws them anew otherwise."""
     shutil.copytree(SCENES, folder, dirs_exist_ok=True)
@@ -104,7 +133,7 @@ def for_transformers_4(folder: Path) -> Path:
 
 def main() -> None:
     """Record them all."""
-    import trl
+    import trl  # pyright: ignore[reportMissingImports]
 
     PartialState(cpu=True)  # TRL's logger needs one before the pipeline is loaded
     torch.set_num_threads(1)
@@ -117,6 +146,7 @@ def main() -> None:
             print(name, logged[name][-1])
     versions = {name: version(name) for name in ("trl", "torch", "diffusers", "transformers", "peft", "accelerate")}
     told = {"versions": versions, "settings": SETTINGS, "prompts": PROMPTS, "epochs": EPOCHS, "logged": logged}
+    told |= interface(trl)
     (HERE / "trl_epochs.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     save_file(tensors, HERE / "trl_epochs.safetensors")
 

@@ -1,4 +1,4 @@
-"""The fields of TRL 0.23.1's `DDPOConfig`, in its order and with its defaults, so that its command line is the same too.
+"""The fields of TRL 0.23.1's `DDPOConfig`, in its order and with its defaults, so its command line is the same too.
 
 docs/migrating.md says how each is honoured. Three that TRL has and never reads are honoured here: `logdir` and
 `num_checkpoint_limit` where `project_kwargs` does not decide, and `run_name` in the model card.
@@ -15,10 +15,6 @@ def _told(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-def _dict(text: str) -> Any:
-    return field(default_factory=dict, metadata={"help": text})
-
-
 @dataclass
 class DDPOConfig:
     """Settings of a `DDPOTrainer`; transformers' HfArgumentParser makes command-line arguments of them."""
@@ -29,9 +25,16 @@ class DDPOConfig:
     log_with: Optional[str] = _told(  # noqa: UP045 - HfArgumentParser's `choices` want this spelling
         None, "Tracker: wandb, tensorboard, or another that accelerate knows.", choices=["wandb", "tensorboard"]
     )
-    tracker_kwargs: dict = _dict("What the tracker is started with, by its name.")
-    accelerator_kwargs: dict = _dict("Further arguments of accelerate's Accelerator.")
-    project_kwargs: dict = _dict("Arguments of accelerate's ProjectConfiguration: where checkpoints and logs go.")
+    tracker_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "What the tracker is started with, by its name."}
+    )
+    accelerator_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "Further arguments of accelerate's Accelerator."}
+    )
+    project_kwargs: dict = field(
+        default_factory=dict,
+        metadata={"help": "Arguments of accelerate's ProjectConfiguration: where checkpoints and logs go."},
+    )
     tracker_project_name: str = _told("trl", "Name of the project for the tracker.")
     logdir: str = _told("logs", "Folder of checkpoints and logs where project_kwargs names none.")
     num_epochs: int = _told(100, "Epochs to train.")

@@ -5,7 +5,7 @@ steps in it, a rollout's all batches of an epoch; the LoRA is folded in while no
 encoded once, and no step waits for the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +119,7 @@ class Pairs:
     negative: Condition
 
     @classmethod
-    def of(cls, batches: list[Mapping[str, Tensor]], num_steps: int) -> "Pairs":
+    def of(cls, batches: Sequence[dict[str, Tensor]], num_steps: int) -> "Pairs":
         """Those of the first `num_steps` columns, less those that a selector has left out (`keep`)."""
         whole = {name: torch.cat([one[name] for one in batches]) for name in batches[0]}
         count = len(whole["advantages"])

@@ -276,15 +276,13 @@ class DefaultDDPOStableDiffusionPipeline(_DiffusersPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         guidance_rescale: float = 0.0,
     ) -> DDPOPipelineOutput:
-        """Sample as the diffusers pipeline of these arguments does, with noise `eta`; latents and log-probabilities too.
+        """Sample as the diffusers pipeline of these arguments does, with noise `eta`; keep latents, log-probabilities.
 
         `return_dict` changes nothing, as in TRL.
         """
         pipe, scale = self.sd_pipeline, guidance_scale
         height, width = _sides(pipe, height, width)
-        pipe.check_inputs(
-            prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds
-        )
+        pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
         with torch.no_grad():
             told, untold = pipe.encode_prompt(
                 prompt, pipe._execution_device, num_images_per_prompt, scale > 1, negative_prompt,
@@ -369,8 +367,10 @@ def _denoised(
     device, is_guided = embeds.device, guidance_scale > 1
     pipe.scheduler.set_timesteps(num_steps, device=device)
     count, channels = len(embeds) // (2 if is_guided else 1), pipe.unet.config.in_channels
-    latents = pipe.prepare_latents(count, channels, height, width, embeds.dtype, device, generator, latents)
-    states, log_probs = [latents], []
+    states: list[Tensor] = [
+        pipe.prepare_latents(count, channels, height, width, embeds.dtype, device, generator, latents)
+    ]
+    log_probs: list[Tensor] = []
     with pipe.progress_bar(total=num_steps) as bar:
         for number, timestep in enumerate(pipe.scheduler.timesteps):
             output = pipe.unet(

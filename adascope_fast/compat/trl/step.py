@@ -69,14 +69,15 @@ def scheduler_step(
     if use_clipped_model_output:
         noise = (sample - signal * guess) / sigma
     mean = next_alpha.sqrt() * guess + (1 - next_alpha - std.square()).sqrt() * noise
+    drawn = torch.zeros(())
     if prev_sample is None:
         drawn = randn_tensor(
             tuple(model_output.shape), generator=generator, device=model_output.device, dtype=model_output.dtype
         )
-        prev_sample = mean + std * drawn
-    z = (prev_sample.detach() - mean) / std
+    led = mean + std * drawn if prev_sample is None else prev_sample
+    z = (led.detach() - mean) / std
     log_prob = -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
-    return DDPOSchedulerOutput(prev_sample.type(sample.dtype), log_prob.flatten(1).mean(1))
+    return DDPOSchedulerOutput(led.to(sample.dtype), log_prob.flatten(1).mean(1))
 
 
 def is_affine(scheduler: Any) -> bool:

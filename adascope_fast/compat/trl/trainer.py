@@ -11,7 +11,6 @@ that is one; `explain()` says which.
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -147,7 +146,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         if isinstance(pipeline, _DiffusersPipeline) and "text_encoder_2" in pipeline.sd_pipeline.components:
             encoders.append(pipeline.sd_pipeline.text_encoder_2)
         for model in (pipeline.vae, *encoders, pipeline.unet):
-            model.to(device, dtype=self._dtype)
+            model.to(device, *([] if model.dtype == self._dtype else [self._dtype]))
         if config.allow_tf32 and torch.cuda.is_available():
             acceleration = acceleration.model_copy(update={"matmul_precision": "high"})
         self._backbone: Any = None
@@ -234,7 +233,8 @@ class DDPOTrainer(PyTorchModelHubMixin):
             )
         if "rollout" in self._slow:
             raise ValueError(
-                f'a selector looks at a rollout of this engine, and {self._slow["rollout"]}; leave selector = "every_step"'
+                f"a selector looks at a rollout of this engine, and {self._slow['rollout']}; leave selector at "
+                f'"every_step"'
             )
         return AdaScope().build(sensor=LatentSensor()) if isinstance(selector, str) else selector
 
@@ -250,7 +250,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             train_scale=self._train_scale,
             clip_range=config.train_clip_range,
             advantage_clip=config.train_adv_clip_max,
-            autocast=self.accelerator.autocast,
+            autocast=lambda: self.accelerator.autocast(),
         )
 
     def _setup_optimizer(self, trainable_layers_parameters: Any) -> torch.optim.Optimizer:
@@ -280,9 +280,9 @@ class DDPOTrainer(PyTorchModelHubMixin):
             )
         if samples % of_update:
             return False, (
-                f"the images of an epoch (sample_batch_size * sample_num_batches_per_epoch) must be a multiple of those "
-                f"of an update (train_batch_size * train_gradient_accumulation_steps), got {samples} and {of_update}; "
-                f"change one of the four"
+                f"the images of an epoch (sample_batch_size * sample_num_batches_per_epoch) must be a multiple of "
+                f"those of an update (train_batch_size * train_gradient_accumulation_steps), got {samples} and "
+                f"{of_update}; change one of the four"
             )
         return True, ""
 
@@ -389,7 +389,9 @@ class DDPOTrainer(PyTorchModelHubMixin):
             prompts, metadata = zip(*[self.prompt_fn() for _ in range(batch_size)], strict=True)
             chosen.append(([str(prompt) for prompt in prompts], prompts, metadata))
             start = torch.randn(size, device=device, dtype=backbone.dtype).float()
-            noise.append(torch.stack([start, *(torch.randn(size, device=device) for _ in range(schedule.num_steps))], 1))
+            noise.append(
+                torch.stack([start, *(torch.randn(size, device=device) for _ in range(schedule.num_steps))], 1)
+            )
         texts = [text for one, _, _ in chosen for text in one]
         encoded = self._cache(texts)
 
@@ -489,10 +491,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         size = self.config.train_gradient_accumulation_steps
         for start in range(0, len(batched_samples), size):
             group = batched_samples[start : start + size]
-            if self._update is None:
-                told = self._gradient_through_calculate_loss(group)
-            else:
-                told = self._gradient(group)
+            told = self._gradient_through_calculate_loss(group) if self._update is None else self._gradient(group)
             self._optimizer_step()
             told |= {"epoch": epoch, "inner_epoch": inner_epoch}
             if self.accelerator.trackers:
@@ -505,8 +504,8 @@ class DDPOTrainer(PyTorchModelHubMixin):
         assert self._update is not None
         pairs, update = Pairs.of(self._with_keep(group), self.num_train_timesteps), self._update
         # The rollout has the training's outputs if both are guided alike, no weight has moved, and nothing is dropped.
-        is_on_policy = not self._has_moved and self._train_scale == self._rollout_scale and not _drops(
-            self.sd_pipeline.unet
+        is_on_policy = (
+            not self._has_moved and self._train_scale == self._rollout_scale and not _drops(self.sd_pipeline.unet)
         )
 
         def attempt(microbatch: int) -> dict[str, Tensor]:
@@ -533,7 +532,10 @@ class DDPOTrainer(PyTorchModelHubMixin):
         for (sample, at, column), size in zip(rows, sizes, strict=True):
             own = {name: value[at] for name, value in sample.items() if "embeds" in name or "time_ids" in name}
             values = self.calculate_loss(
-                *(sample[name][at, column] for name in ("latents", "timesteps", "next_latents", "log_probs")),
+                sample["latents"][at, column],
+                sample["timesteps"][at, column],
+                sample["next_latents"][at, column],
+                sample["log_probs"][at, column],
                 sample["advantages"][at],
                 self._embeds(own),
             )
@@ -624,7 +626,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any
     ) -> str:
-        """Save and upload the model, see huggingface_hub; without `repo_id` it is the run's or the experiment's name."""
+        """Save and upload the model, see huggingface_hub; `repo_id` None: the name of the run or the experiment."""
         self._card_told = {"dataset_name": dataset_name}
         name = repo_id or self.config.run_name or self.config.exp_name
         if not name:
