@@ -41,6 +41,15 @@ class _GivenLayers:
         train = "lora" if self.wrapper.use_lora else "full"
         refuse_state(self.pipeline, self.denoiser_name, train=train, adapted=self.denoiser_name)
 
+    def _refuse_parts_and_settings(self) -> None:
+        """A scheduler that clips is none of the engine's, but `Update` has a way for it."""
+        given = self.pipeline.scheduler
+        self.pipeline.scheduler = type(given).from_config(given.config, clip_sample=False, thresholding=False)
+        try:
+            super()._refuse_parts_and_settings()  # type: ignore[misc]
+        finally:
+            self.pipeline.scheduler = given
+
     def _make_weights(self) -> Any:
         self.trained = trained_layers(self.wrapper)
         inside = {id(parameter) for parameter in self.denoiser.parameters()}

@@ -193,10 +193,10 @@ class DDPOTrainer(PyTorchModelHubMixin):
         for part, names in {"rollout": ("__call__", "scheduler_step"), "update": ("scheduler_step",)}.items():
             for name in names:
                 if _is_overridden(pipeline, name):
-                    self._slow[part] = f"{type(pipeline).__name__} overrides {name}"
-        for name in ("calculate_loss", "loss"):
-            if getattr(type(self), name) is not getattr(DDPOTrainer, name):
-                self._slow["update"] = f"{type(self).__name__} overrides {name}"
+                    self._slow.setdefault(part, f"{type(pipeline).__name__} overrides {name}")
+        own = [name for name in ("calculate_loss", "loss") if getattr(type(self), name) is not vars(DDPOTrainer)[name]]
+        if own:
+            self._slow["update"] = f"{type(self).__name__} overrides {' and '.join(own)}"
         self._schedule: Schedule | None = None
         if backbone is not None and not is_affine(pipeline.scheduler):
             self._slow.setdefault("rollout", "the scheduler clips or thresholds its guess")
