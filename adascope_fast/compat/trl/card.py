@@ -25,9 +25,8 @@ def model_card(
     data: Any = ModelCardData(
         base_model=on_hub,
         library_name="diffusers",
-        model_name=model_name,
         tags=sorted({*given, *tag_names}),
-        datasets=dataset_name,
+        datasets=[dataset_name] if dataset_name else None,
     )
     title = model_name or "A diffusion model trained with DDPO"
     lines = [

@@ -121,6 +121,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         usual = Updates(rollout_batch=self._rollout_batch).usual_microbatch(self._train_scale)
         self._microbatch = max(microbatch or usual, 1 if microbatch else config.train_batch_size)
         self._has_moved, self._trajectory = False, None
+        self._card_told: dict[str, Any] = {}
         self.first_epoch, self._first_global_step = 0, 0
         if resumed is not None:
             self.first_epoch, self._first_global_step = checkpoints.restore(self, resumed)
@@ -641,7 +642,8 @@ class DDPOTrainer(PyTorchModelHubMixin):
         self._write_card(Path(self.config.output_dir))
 
     def _write_card(self, folder: Path) -> None:
-        told = {"model_name": self.config.run_name or None} | getattr(self, "_card_told", {})
+        given = {name: value for name, value in self._card_told.items() if value is not None}
+        told: dict[str, Any] = {"model_name": self.config.run_name or None} | given
         base = getattr(self.sd_pipeline, "pretrained_model", None)
         folder.mkdir(parents=True, exist_ok=True)
         card = model_card(self.config, tag_names=self._tag_names, base_model=base, **told)
