@@ -96,7 +96,7 @@ def test_a_checkpoint_of_other_layers_or_settings_is_refused(make_trainer: Make)
         make_trainer(**choices | {"per_prompt_stat_tracking": False})
     for name in ("state.safetensors", "state.json"):
         (Path("save/checkpoints/checkpoint_0") / name).unlink()
-    with pytest.raises(ValueError, match="whole checkpoint of this trainer.*only the LoRA"):
+    with pytest.raises(ValueError, match=r"whole checkpoint of this trainer.*only the LoRA"):
         make_trainer(**choices)
 
 
