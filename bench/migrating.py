@@ -4,8 +4,8 @@
 
 The script below is the same for both but for the module it takes its names from. Each variant is a process, their
 epochs take turns, and what is compared is CPU time (user + system) of an epoch, the median over the repeats after a
-first one that does not count. The embedded model, T = 50, guidance 5, LoRA of rank 4, float32, one thread, how red an image is as
-the reward, in two settings: batches of 8 images, and the defaults of `DDPOConfig`, which are batches of one.
+first one that does not count. The embedded model, T = 50, guidance 5, LoRA of rank 4, float32, one thread, how red an
+image is as the reward, in two settings: batches of 8 images, and the defaults of `DDPOConfig`, batches of one.
 """
 
 import argparse

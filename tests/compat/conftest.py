@@ -70,6 +70,8 @@ def make_trainer(
         use_lora: bool = True,
         hook: Callable[..., Any] | None = None,
         selector: Any = "every_step",
+        rollout_batch: int | None = None,
+        microbatch: int | None = None,
         **fields: Any,
     ) -> DDPOTrainer:
         texts = itertools.cycle(PROMPTS)
@@ -84,6 +86,8 @@ def make_trainer(
             pipeline,
             hook,
             selector=selector,
+            rollout_batch=rollout_batch,
+            microbatch=microbatch,
         )
         pipeline.set_progress_bar_config(disable=True)
         return made

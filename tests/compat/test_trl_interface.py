@@ -87,6 +87,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train_batch_size": 3}, "sample_batch_size must be a multiple of train_batch_size, got 2 and 3"),
     ({"train_gradient_accumulation_steps": 3}, "images of an epoch.*must be a multiple.*got 4 and 6"),
     ({"resume_from": "."}, "resume_from must be a checkpoint or a folder with some"),
+    ({"rollout_batch": 0}, "rollout_batch must be at least 1, got 0"),
+    ({"microbatch": -1}, "microbatch must be at least 1, got -1"),
     ({"selector": "adascop"}, 'selector must be "every_step", "adascope" or a selector'),
     ({"selector": "adascope", "train_timestep_fraction": 0.7}, "train_timestep_fraction draws them, got 0.7"),
 ]

@@ -63,7 +63,9 @@ def test_step_and_log_prob_are_those_of_the_formulas(prediction_type: str, clips
     step.log_probs.sum().backward()
     assert output.grad is not None
     assert doubled.grad is not None
-    torch.testing.assert_close(output.grad.double(), doubled.grad, rtol=1e-3, atol=1e-4 * doubled.grad.abs().max().item())
+    torch.testing.assert_close(
+        output.grad.double(), doubled.grad, rtol=1e-3, atol=1e-4 * doubled.grad.abs().max().item()
+    )
 
 
 def test_a_drawn_step_is_the_mean_and_its_noise():

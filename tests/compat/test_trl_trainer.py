@@ -18,6 +18,7 @@ from adascope_fast.compat.trl import (
     PerPromptStatTracker,
 )
 from adascope_fast.selectors.simple import StaticRange
+from adascope_fast.selectors.windows import FastWindow
 
 Make = Callable[..., Any]
 
@@ -83,6 +84,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "every weight": {"use_lora": False},
     "sdxl": {"model": "sdxl"},
     "some of the steps": {"selector": StaticRange(start=1, end=3)},
+    "noise in a window alone": {"selector": FastWindow(window_size=2), "sample_num_steps": 4},
 }  # fmt: skip
 
 
@@ -92,11 +94,35 @@ def test_an_overridden_loss_is_used_and_the_fast_way_has_its_numbers(make_traine
     slow = make_trainer(trainer=OwnLoss, **CHOICES[name])
     assert "update: TRL's way: OwnLoss overrides calculate_loss and loss" in slow.explain()
     want = _change(slow)
-    share = {"a share of the steps": 2, "some of the steps": 2}.get(name, 3)
+    share = 2 if "steps" in name or "window" in name else 3
     assert OwnLoss.calls == 2 * 2 * share * CHOICES[name].get("train_num_inner_epochs", 1)
     fast = make_trainer(**CHOICES[name])
     assert "TRL's way" not in fast.explain()
     _alike(_change(fast), want)
+
+
+def test_batches_change_no_result(make_trainer: Make):
+    want = _change(make_trainer(train_gradient_accumulation_steps=1))
+    parts = make_trainer(train_gradient_accumulation_steps=1, rollout_batch=3, microbatch=4)
+    assert "rollout: up to 3 images" in parts.explain()
+    assert "update: up to 4 (image, step) pairs" in parts.explain()
+    _alike(_change(parts), want)
+
+
+def test_where_memory_runs_out_batches_are_halved(make_trainer: Make, monkeypatch: pytest.MonkeyPatch):
+    want = _change(make_trainer())
+    trainer = make_trainer()
+    whole = trainer._backbone.predict
+
+    def predict(sample: Tensor, *told: Any) -> Tensor:
+        if len(sample) > 6:
+            raise torch.OutOfMemoryError("too large")
+        return whole(sample, *told)
+
+    monkeypatch.setattr(trainer._backbone, "predict", predict)
+    _alike(_change(trainer), want)
+    assert "rollout: up to 2 images" in trainer.explain()
+    assert "update: up to 2 (image, step) pairs" in trainer.explain()
 
 
 def test_a_loss_alone_may_be_overridden(make_trainer: Make):

@@ -38,7 +38,6 @@ from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import PromptCache, Trajectory
 from adascope_fast.schedules import Schedule
 from adascope_fast.selectors.protocol import TimestepSelector
-from adascope_fast.selectors.simple import EveryStep
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             one for each sampling batch, the global step, and the first tracker.
         selector: steps to train: "every_step", as TRL, "adascope", or one of `adascope_fast.selectors`.
         acceleration: see `adascope_fast.engine.settings.Acceleration`; None: its defaults.
-        rollout_batch: images denoised at once, whatever the sampling batches; halved where memory runs out.
+        rollout_batch: images denoised at once; None: 16, or a sampling batch; halved where memory runs out.
         microbatch: (image, step) pairs of a training forward; None: what pays; halved where memory runs out.
 
     Raises:
@@ -76,7 +75,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         *,
         selector: str | TimestepSelector = "every_step",
         acceleration: Acceleration | None = None,
-        rollout_batch: int = 16,
+        rollout_batch: int | None = None,
         microbatch: int | None = None,
     ) -> None:
         if image_samples_hook is None:
@@ -117,9 +116,12 @@ class DDPOTrainer(PyTorchModelHubMixin):
         if config.async_reward_computation:
             self.executor = futures.ThreadPoolExecutor(max_workers=config.max_workers)
         self._prepare_steps(selector)
-        self._rollout_batch = max(rollout_batch, config.sample_batch_size)
+        for name, size in (("rollout_batch", rollout_batch), ("microbatch", microbatch)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}; leave it out for the usual size")
+        self._rollout_batch = rollout_batch or max(16, config.sample_batch_size)
         usual = Updates(rollout_batch=self._rollout_batch).usual_microbatch(self._train_scale)
-        self._microbatch = max(microbatch or usual, 1 if microbatch else config.train_batch_size)
+        self._microbatch = microbatch or max(usual, config.train_batch_size)
         self._has_moved, self._trajectory = False, None
         self._card_told: dict[str, Any] = {}
         self.first_epoch, self._first_global_step = 0, 0
@@ -204,6 +206,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         elif backbone is not None:
             self._schedule = backbone.schedule(config.sample_num_steps, kind="ddim", eta=config.sample_eta)
         self._trainable = torch.ones(config.sample_num_steps, dtype=torch.bool, device=self.accelerator.device)
+        self._current = self._schedule
         if self._schedule is not None:
             self._trainable = self._schedule.trainable
             self._index = torch.zeros(pipeline.scheduler.config.num_train_timesteps, dtype=torch.int64)
@@ -220,7 +223,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         self._update = self._update_of()
 
     def _selector_of(self, selector: str | TimestepSelector) -> TimestepSelector | None:
-        if selector == "every_step" or isinstance(selector, EveryStep):
+        if isinstance(selector, str) and selector == "every_step":
             return None
         if isinstance(selector, str) and selector != "adascope":
             raise ValueError(
@@ -242,17 +245,21 @@ class DDPOTrainer(PyTorchModelHubMixin):
     def _update_of(self) -> Update | None:
         if "update" in self._slow:
             return None
-        config, schedule = self.config, self._schedule
+        config = self.config
         return Update(
             self._backbone,
             self.sd_pipeline.scheduler,
-            None if schedule is None else lambda timesteps: schedule.coef[self._index[timesteps]],
+            None if self._schedule is None else self._coef_of,
             eta=config.sample_eta,
             train_scale=self._train_scale,
             clip_range=config.train_clip_range,
             advantage_clip=config.train_adv_clip_max,
             autocast=lambda: self.accelerator.autocast(),
         )
+
+    def _coef_of(self, timesteps: Tensor) -> Tensor:
+        assert self._current is not None
+        return self._current.coef[self._index[timesteps]]
 
     def _setup_optimizer(self, trainable_layers_parameters: Any) -> torch.optim.Optimizer:
         """AdamW of the trained parameters; a subclass may give another."""
@@ -314,6 +321,8 @@ class DDPOTrainer(PyTorchModelHubMixin):
     def step(self, epoch: int, global_step: int) -> int:
         """One epoch: sample, score, call the hook, update, save if it is time; the next global step."""
         config, device = self.config, self.accelerator.device
+        if self._selector is not None and self._schedule is not None:
+            self._current = self._selector.sampler(self._schedule, epoch)
         batches, prompt_image_data = self._generate_samples(
             iterations=config.sample_num_batches_per_epoch, batch_size=config.sample_batch_size
         )
@@ -382,14 +391,14 @@ class DDPOTrainer(PyTorchModelHubMixin):
         self._has_moved, self._trajectory = False, None
         if "rollout" in self._slow:
             return self._generate_through_the_pipeline(iterations, batch_size)
-        backbone, schedule, device = self._backbone, self._schedule, self.accelerator.device
+        backbone, schedule, device = self._backbone, self._current, self.accelerator.device
         assert schedule is not None
         assert self._cache is not None
         size, chosen, noise = (batch_size, *backbone.latent_shape), [], []
         for _ in range(iterations):
             prompts, metadata = zip(*[self.prompt_fn() for _ in range(batch_size)], strict=True)
             chosen.append(([str(prompt) for prompt in prompts], prompts, metadata))
-            start = torch.randn(size, device=device, dtype=backbone.dtype).float()
+            start = torch.randn(size, device=device, dtype=self._dtype).float()
             noise.append(
                 torch.stack([start, *(torch.randn(size, device=device) for _ in range(schedule.num_steps))], 1)
             )
