@@ -72,6 +72,7 @@ def make_trainer(
         selector: Any = "every_step",
         rollout_batch: int | None = None,
         microbatch: int | None = None,
+        acceleration: Any = None,
         **fields: Any,
     ) -> DDPOTrainer:
         texts = itertools.cycle(PROMPTS)
@@ -88,6 +89,7 @@ def make_trainer(
             selector=selector,
             rollout_batch=rollout_batch,
             microbatch=microbatch,
+            acceleration=acceleration,
         )
         pipeline.set_progress_bar_config(disable=True)
         return made

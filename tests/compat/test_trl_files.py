@@ -12,7 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from adascope_fast.compat.trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from adascope_fast.compat.trl import (
+    DDPOTrainer,
+    DefaultDDPOStableDiffusionPipeline,
+    DefaultDDPOStableDiffusionXLPipeline,
+)
 
 Make = Callable[..., Any]
 PROJECT = {"project_dir": "save", "automatic_checkpoint_naming": True}
@@ -115,11 +119,14 @@ def test_a_saved_model_is_what_diffusers_loads(make_trainer: Make, use_lora: boo
         torch.testing.assert_close(plain.unet(*given).sample, unet(*given).sample, rtol=1e-4, atol=1e-5)
 
 
-def test_training_goes_on_from_the_lora_beside_the_model(make_trainer: Make):
-    first = make_trainer()
+@pytest.mark.parametrize(
+    ("model", "kind"), [("sd", DefaultDDPOStableDiffusionPipeline), ("sdxl", DefaultDDPOStableDiffusionXLPipeline)]
+)
+def test_training_goes_on_from_the_lora_beside_the_model(make_trainer: Make, model: str, kind: Any):
+    first = make_trainer(model=model)
     first.train(epochs=1)
     first.save_pretrained("saved")
-    again = DefaultDDPOStableDiffusionPipeline("saved", use_lora=False)
+    again = kind("saved", use_lora=False)
     assert again.use_lora
     second = make_trainer(pipeline=again)
     assert torch.equal(_weights(second), _weights(first))

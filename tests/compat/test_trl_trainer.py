@@ -15,8 +15,10 @@ from adascope_fast.compat.trl import (
     DDPOStableDiffusionPipeline,
     DDPOTrainer,
     DefaultDDPOStableDiffusionPipeline,
+    DefaultDDPOStableDiffusionXLPipeline,
     PerPromptStatTracker,
 )
+from adascope_fast.engine.settings import Acceleration
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.selectors.windows import FastWindow
 
@@ -99,6 +101,35 @@ def test_an_overridden_loss_is_used_and_the_fast_way_has_its_numbers(make_traine
     fast = make_trainer(**CHOICES[name])
     assert "TRL's way" not in fast.explain()
     _alike(_change(fast), want)
+
+
+def test_a_loss_that_is_replaced_on_the_trainer_is_used(make_trainer: Make):
+    trainer = make_trainer(train_adam_weight_decay=0.0)
+    trainer.loss = lambda advantages, clip_range, ratio: 0 * ratio.mean()
+    assert "update: TRL's way: DDPOTrainer overrides loss" in trainer.explain()
+    assert _change(trainer, epochs=1).abs().max() == 0
+
+
+def test_an_update_without_steps_is_refused(make_trainer: Make):
+    class First(StaticRange):
+        def __call__(self, trajectory: Any, iteration: int) -> Tensor:
+            keep = super().__call__(trajectory, iteration).clone()
+            keep[1:] = False
+            return keep
+
+    trainer = make_trainer(selector=First(start=0, end=1), train_gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="an update needs at least one"):
+        trainer.train(epochs=1)
+
+
+def test_accelerations_are_honoured_or_refused(make_trainer: Make):
+    plain = make_trainer(acceleration=Acceleration(fold_adapter="off", fused_optimizer="off", channels_last="off"))
+    assert "folded in" not in plain.explain()
+    assert not plain.optimizer.defaults["fused"]
+    got = _change(plain)
+    _alike(got, _change(make_trainer()))
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        make_trainer(acceleration=Acceleration(cuda_graphs="on"))
 
 
 def test_batches_change_no_result(make_trainer: Make):
@@ -337,8 +368,11 @@ def test_advantages_are_clipped(make_trainer: Make):
     assert kept.rows[-1]["loss"] == 0
 
 
-def test_images_of_the_pipeline_are_those_of_diffusers(tiny_folder: Callable[[str], Path]):
-    pipeline = DefaultDDPOStableDiffusionPipeline(str(tiny_folder("sd")))
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sd", DefaultDDPOStableDiffusionPipeline), ("sdxl", DefaultDDPOStableDiffusionXLPipeline)]
+)
+def test_images_of_the_pipeline_are_those_of_diffusers(tiny_folder: Callable[[str], Path], name: str, kind: Any):
+    pipeline = kind(str(tiny_folder(name)))
     pipeline.set_progress_bar_config(disable=True)
     settings: dict[str, Any] = dict(num_inference_steps=4, guidance_scale=3.0, negative_prompt="blue", output_type="pt")
     ours = pipeline("a red circle", generator=torch.Generator().manual_seed(1), **settings)

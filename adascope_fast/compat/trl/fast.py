@@ -98,13 +98,14 @@ def sampled(
     *,
     guidance_scale: float,
     batch: int,
+    folds: bool,
     on_step: Callable[[], object],
 ) -> Trajectory:
     """The trajectories of prompts [b] from the noise [b, t + 1, ...] of their start and of every step."""
     index = encoded.index(prompts, schedule.coef.device)
     tables = Tables.of(noise, backbone.denoiser)
     denoising = Denoising(backbone, schedule, encoded, guidance_scale)
-    with Folding(backbone.denoiser):
+    with folded(backbone if folds else None):
         for start in range(0, len(prompts), batch):
             rows = slice(start, min(start + batch, len(prompts)))
             for step in range(schedule.num_steps):

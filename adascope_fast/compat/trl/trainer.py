@@ -143,6 +143,10 @@ class DDPOTrainer(PyTorchModelHubMixin):
 
     def _prepare_models(self, acceleration: Acceleration) -> None:
         config, pipeline, device = self.config, self.sd_pipeline, self.accelerator.device
+        if acceleration.cuda_graphs == "on":
+            raise ValueError(
+                'acceleration.cuda_graphs = "on" is of adascope_fast.Trainer, and a DDPOTrainer has none; leave it out'
+            )
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
         self._dtype = dtypes.get(self.accelerator.mixed_precision, torch.float32)
         encoders = [pipeline.text_encoder]
@@ -168,7 +172,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             desc="Timestep",
             dynamic_ncols=True,
         )
-        self._is_fused = acceleration.is_fused
+        self._is_fused, self._folds = acceleration.is_fused, acceleration.folds
         self.trainable_layers: list[nn.Parameter] = trained
         self.optimizer = self._setup_optimizer(self.trainable_layers)
 
@@ -197,9 +201,6 @@ class DDPOTrainer(PyTorchModelHubMixin):
             for name in names:
                 if _is_overridden(pipeline, name):
                     self._slow.setdefault(part, f"{type(pipeline).__name__} overrides {name}")
-        own = [name for name in ("calculate_loss", "loss") if getattr(type(self), name) is not vars(DDPOTrainer)[name]]
-        if own:
-            self._slow["update"] = f"{type(self).__name__} overrides {' and '.join(own)}"
         self._schedule: Schedule | None = None
         if backbone is not None and not is_affine(pipeline.scheduler):
             self._slow.setdefault("rollout", "the scheduler clips or thresholds its guess")
@@ -294,14 +295,26 @@ class DDPOTrainer(PyTorchModelHubMixin):
             )
         return True, ""
 
+    def _why_slow(self) -> dict[str, str]:
+        """What goes TRL's way, and why; a method may be replaced on the instance too, at any time."""
+        own = [
+            name
+            for name in ("calculate_loss", "loss")
+            if getattr(getattr(self, name), "__func__", None) is not vars(DDPOTrainer)[name]
+        ]
+        why = {"update": f"{type(self).__name__} overrides {' and '.join(own)}"} if own else {}
+        return self._slow | why
+
     def explain(self) -> str:
         """What runs on this engine's fast way and what does not, and why, line by line."""
-        slow = {part: f"TRL's way: {why}" for part, why in self._slow.items()}
+        slow = {part: f"TRL's way: {why}" for part, why in self._why_slow().items()}
         batch, pairs = self._rollout_batch, self._microbatch
         fast = {
-            "rollout": f"up to {batch} images in a forward, LoRA folded in where weights are float32",
+            "rollout": f"up to {batch} images in a forward",
             "update": f"up to {pairs} (image, step) pairs in a forward",
         }
+        if self._folds:
+            fast["rollout"] += ", LoRA folded in where weights are float32"
         if self._schedule is None and "update" not in slow:
             fast["update"] += "; the step in plain PyTorch, as the scheduler clips or thresholds its guess"
         steps = "every step" if self._selector is None else type(self._selector).__name__
@@ -410,7 +423,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             with self.sd_pipeline.sd_pipeline.progress_bar(total=total) as bar, self.accelerator.autocast():
                 return sampled(
                     backbone, schedule, encoded, texts, torch.cat(noise), guidance_scale=self._rollout_scale,
-                    batch=batch, on_step=bar.update,
+                    batch=batch, folds=self._folds, on_step=bar.update,
                 )  # fmt: skip
 
         trajectory, self._rollout_batch = halving(attempt, self._rollout_batch, "rollout_batch")
@@ -449,7 +462,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
                 told = {CONDITION[name]: value[index] for name, value in encoded.condition.items()}
             told |= self._negative_of(batch_size)
             given = {name: value for name, value in told.items() if "time_ids" not in name}
-            with self.accelerator.autocast(), folded(self._backbone):
+            with self.accelerator.autocast(), folded(self._backbone if self._folds else None):
                 output = self.sd_pipeline(
                     **given,
                     num_inference_steps=config.sample_num_steps,
@@ -498,10 +511,10 @@ class DDPOTrainer(PyTorchModelHubMixin):
         self, inner_epoch: int, epoch: int, global_step: int, batched_samples: list[Samples]
     ) -> int:
         """The optimiser updates of an inner epoch, each told to the trackers; the next global step."""
-        size = self.config.train_gradient_accumulation_steps
+        size, is_slow = self.config.train_gradient_accumulation_steps, "update" in self._why_slow()
         for start in range(0, len(batched_samples), size):
-            group = batched_samples[start : start + size]
-            told = self._gradient_through_calculate_loss(group) if self._update is None else self._gradient(group)
+            group = self._with_keep(batched_samples[start : start + size])
+            told = self._gradient_through_calculate_loss(group) if is_slow else self._gradient(group)
             self._optimizer_step()
             told |= {"epoch": epoch, "inner_epoch": inner_epoch}
             if self.accelerator.trackers:
@@ -512,7 +525,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
 
     def _gradient(self, group: list[Samples]) -> dict[str, Any]:
         assert self._update is not None
-        pairs, update = Pairs.of(self._with_keep(group), self.num_train_timesteps), self._update
+        pairs, update = Pairs.of(group, self.num_train_timesteps), self._update
         # The rollout has the training's outputs if both are guided alike, no weight has moved, and nothing is dropped.
         is_on_policy = (
             not self._has_moved and self._train_scale == self._rollout_scale and not _drops(self.sd_pipeline.unet)
@@ -528,7 +541,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
     def _gradient_through_calculate_loss(self, group: list[Samples]) -> dict[str, Any]:
         """TRL's way: one call for each step of each training batch, or, of chosen steps, for as many pairs."""
         self.optimizer.zero_grad(set_to_none=True)
-        group, rows = self._with_keep(group), []
+        rows = []
         for sample in group:
             keep = sample["keep"][:, : self.num_train_timesteps]
             if bool(keep.all()):
@@ -556,11 +569,17 @@ class DDPOTrainer(PyTorchModelHubMixin):
         return {name: torch.stack(values).sum() for name, values in told.items()}
 
     def _with_keep(self, group: list[Samples]) -> list[Samples]:
-        """Samples of a subclass that generates them without `keep` have all of their steps trained."""
-        return [
+        """The same; samples without `keep` have all of their steps trained. ValueError where there are none."""
+        group = [
             sample if "keep" in sample else sample | {"keep": torch.ones_like(sample["timesteps"], dtype=torch.bool)}
             for sample in group
         ]
+        if not any(bool(sample["keep"][:, : self.num_train_timesteps].any()) for sample in group):
+            raise ValueError(
+                "an update needs at least one (image, step) pair, got none of its images' steps; keep more with the "
+                "selector, or raise train_gradient_accumulation_steps"
+            )
+        return group
 
     def _embeds(self, sample: Mapping[str, Tensor]) -> Any:
         """What `calculate_loss` is given of the prompts: a tensor, and of SDXL a dict of them."""
