@@ -136,7 +136,6 @@ def script(told: dict[str, Any]) -> None:
         mixed_precision="no",
         accelerator_kwargs={"cpu": True},
         sample_num_steps=told["num_steps"],
-        train_gradient_accumulation_steps=1 if told["settings"]["train_batch_size"] > 1 else 2,
         save_freq=10**6,
         **told["settings"],
     )
