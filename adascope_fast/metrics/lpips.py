@@ -114,6 +114,10 @@ class Diversity(Metric):
         with _Closed(self):
             return super().bootstrap(seed)
 
+    def spread(self) -> float:
+        with _Closed(self):
+            return super().spread()
+
     def check_enough(self) -> None:
         if not self._rows:
             raise ValueError(f"{self.name} needs at least 2 images of a prompt, got none; draw some")

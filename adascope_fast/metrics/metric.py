@@ -88,6 +88,12 @@ class Metric(ABC):
             drawn.append(_or_nan(number, index, names))
         return torch.tensor(drawn, dtype=torch.float64)
 
+    def spread(self) -> float:
+        """Standard deviation over prompts of the number of each one's images; NaN where a prompt alone has none."""
+        number = self.choice(torch.cat(self._rows))
+        values = [_or_nan(number, group, [""] * len(group)) for group in self._groups()]
+        return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else math.nan
+
     def choice(self, rows: Tensor) -> Choice:
         """The number of any choice of the rows [n, k]; here what is the same for all choices is computed once."""
         return lambda index, names: self.value(rows[index], names)
