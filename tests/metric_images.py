@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
+PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+"""Of a person, 512 x 606, in the public domain; it comes with matplotlib."""
 
 
 def known(name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Features of five layers are scaled to unit length at each place; the squared difference is weighed by channel, averaged
 over places, and summed over layers. It is not LPIPS 0.1: trunk and weights are those of the shift-tolerant variant,
-whose values are smaller and do not compare. It has convolutions of stride 1, and blurs, with reflected edges, before
+whose values do not compare. It has convolutions of stride 1, and blurs, with reflected edges, before
 it drops every other value.
 
 Axes: `n` images, `p` pairs, `d` all values of the five layers.

@@ -184,7 +184,7 @@ class Sources:
             found = clip.model.get_image_features(pixel_values=pixels)
             return found if isinstance(found, Tensor) else found.pooler_output  # transformers 5 wraps it
 
-        named = self.clip_name or f"{PUBLISHED['clip']} or what the folder clip holds"
+        named = self.clip_name or ("clip" if self.weights is not None else PUBLISHED["clip"])
         return self._as_features("clip", embeddings, {"network": "CLIP", "weights": named})
 
     def _vgg16(self, needs: str) -> Features:

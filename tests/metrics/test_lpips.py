@@ -9,8 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from matplotlib.cbook import get_sample_data
-from metric_images import images, known
+from metric_images import PHOTOGRAPH, images, known
 from torch import Tensor
 
 from adascope_fast.metrics import lpips
@@ -33,8 +32,7 @@ def test_the_distance_is_that_of_the_package(trunk: st_lpips.Trunk):
 
 
 def test_a_photograph_is_near_its_jpeg_and_far_from_another_image(alex: Distance):
-    with get_sample_data("grace_hopper.jpg") as file:  # which comes with matplotlib
-        photograph = PIL.Image.open(file).convert("RGB").resize((256, 256))
+    photograph = PIL.Image.open(PHOTOGRAPH).convert("RGB").resize((256, 256))
     file = io.BytesIO()
     photograph.save(file, "jpeg", quality=20)
     one, other = (

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -10,8 +11,7 @@ import scipy.fft
 import scipy.ndimage
 import scipy.special
 import torch
-from matplotlib.cbook import get_sample_data
-from metric_images import images, known, scattered, vector
+from metric_images import PHOTOGRAPH, images, known, scattered, vector
 from torch import Tensor
 
 from adascope_fast.metrics.entropy import BlockEntropy, SpectralEntropy
@@ -31,9 +31,8 @@ def as_image(levels: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    """Grey levels [272, 224]; the photograph comes with matplotlib."""
-    with get_sample_data("grace_hopper.jpg") as file:
-        image = PIL.Image.open(file).convert("L").resize((224, 272), PIL.Image.Resampling.LANCZOS)
+    """Grey levels [272, 224]."""
+    image = PIL.Image.open(PHOTOGRAPH).convert("L").resize((224, 272), PIL.Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(image).copy()).double()
 
 
@@ -172,7 +171,8 @@ def test_the_entropy_of_blocks_is_that_of_scipys_cosine_transform():
     found = []
     for top in (0, 8, 16):
         for left in (0, 8):
-            power = scipy.fft.dctn(levels[top : top + 8, left : left + 8], norm="ortho").ravel()[1:] ** 2
+            transform: Any = scipy.fft.dctn(levels[top : top + 8, left : left + 8], norm="ortho")
+            power = transform.ravel()[1:] ** 2
             share = power / power.sum()
             found.append(-(share * np.log2(share)).sum())
     assert BlockEntropy().rows(given, ["a"]).item() == pytest.approx(np.mean(found), rel=1e-9)

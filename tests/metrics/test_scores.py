@@ -61,6 +61,16 @@ def test_the_clip_score_is_the_similarity_that_rewards_know():
     assert len(set(want.tolist())) == 3
 
 
+def test_embeddings_are_not_normalised():
+    given, sources = images(3, 64, 64), Sources(clip="scenes-clip")
+    found, clip = sources.features("clip")(given), sources.clip()
+    with torch.no_grad():
+        seen = clip.model.vision_model(pixel_values=(given - 0.5) / 0.5)
+        want = clip.model.visual_projection(seen.pooler_output)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found.norm(dim=1), torch.ones(3), rtol=0.05)
+
+
 def test_a_built_in_reward_is_a_metric():
     metric = ScoreOf(jpeg_compressibility, "JPEG")
     metric.update(images(2, 16, 16), ["a", "b"])

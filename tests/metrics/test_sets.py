@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def test_the_frechet_distance_is_that_of_covariance_matrices_for_any_sizes(count
     first, second = np.cov(one.T), np.cov(other.T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # singular matrices
-        root = scipy.linalg.sqrtm(first @ second).real
-    want = ((one.mean(0) - other.mean(0)) ** 2).sum().item() + np.trace(first + second - 2 * root)
+        root: Any = scipy.linalg.sqrtm(first @ second)
+    want = ((one.mean(0) - other.mean(0)) ** 2).sum().item() + np.trace(first + second - 2 * root.real)
     assert of(Frechet(Pixels(width)), one, other) == pytest.approx(want, rel=1e-5)
 
 
@@ -206,6 +207,10 @@ def test_a_set_is_compared_with_one_of_its_own_kind_that_is_large_enough():
         one.compute()
     with pytest.raises(ValueError, match="metric of its own kind and features, got KID"):
         one.against(other)
+    elsewhere = Frechet(Pixels(), "FID")
+    elsewhere.features.facts = {"network": "another"}
+    with pytest.raises(ValueError, match="metric of its own kind and features, got FID"):
+        one.against(elsewhere)
     small.update(rows[:49], ["a"] * 49)
     with pytest.raises(ValueError, match="the reference set is too small: FID needs at least 50 images, got 49"):
         one.against(small)

@@ -104,6 +104,7 @@ def test_every_metric_refuses_an_empty_set_and_what_is_no_image(
         (torch.rand(1, 1, 200, 200), ["a"], "of floats in"),
         (torch.randint(255, (1, 3, 200, 200)).byte(), ["a"], "got .* of uint8; convert them"),
         (torch.rand(2, 3, 200, 200), ["a"], "needs a prompt an image, got 1 of 2"),
+        (torch.rand(1, 3, 200, 200) - 0.1, ["a"], r"must be in \[0, 1\], got values from -.*; scale them"),
         (torch.rand(1, 3, 200, 200) * 255, ["a"], r"must be in \[0, 1\], got values from .*; scale them"),
         (torch.full((1, 3, 200, 200), torch.nan), ["a"], "must be finite"),
     ):
