@@ -8,15 +8,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.fft
+import scipy.linalg
 import scipy.ndimage
 import scipy.special
 import torch
 from metric_images import PHOTOGRAPH, images, known, scattered, vector
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adascope_fast.metrics.entropy import BlockEntropy, SpectralEntropy
 from adascope_fast.metrics.metric import Metric, grey
-from adascope_fast.metrics.naturalness import Brisque, Niqe, _fit, _parameters, halved
+from adascope_fast.metrics.naturalness import ASSETS, Brisque, Niqe, _fit, _parameters, halved
 
 
 def drawn() -> Tensor:
@@ -50,6 +52,16 @@ def test_niqe_is_that_of_scikit_video():
     features = Niqe().features(drawn()).mean(0)
     torch.testing.assert_close(features, torch.tensor(case["features"], dtype=torch.float64), rtol=1e-3, atol=1e-3)
     assert Niqe().rows(as_image(drawn()), ["a"]).item() == pytest.approx(case["score"], rel=1e-4)
+
+
+def test_niqe_is_the_distance_of_two_gaussians_with_features_that_are_there_twice(photograph: Tensor):
+    features, model = Niqe().features(photograph).numpy(), load_file(ASSETS / "niqe.safetensors")
+    assert features.shape == (4, 36)
+    apart = features.mean(0) - model["mean"].numpy()
+    between = (np.cov(features.T) + model["covariance"].numpy()) / 2
+    want = np.sqrt(apart @ scipy.linalg.pinv(between, rtol=1e-12) @ apart)
+    assert np.linalg.matrix_rank(between, tol=1e-12) == 32
+    assert Niqe().rows(as_image(photograph), ["a"]).item() == pytest.approx(want, rel=1e-6)
 
 
 def test_brisques_features_are_those_of_the_package():
