@@ -44,7 +44,8 @@ class InceptionScore(Metric):
 
     def rows(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Probabilities [n, c]."""
-        return (self.features(images).double() @ self.weight.double().T.to(images.device)).softmax(1)
+        found = self.features(images).double()
+        return (found @ self.weight.to(found).T).softmax(1)
 
     def value(self, rows: Tensor, prompts: Sequence[str]) -> float:
         scores = []
@@ -61,8 +62,8 @@ class InceptionScore(Metric):
 class TruncatedEntropy(Metric):
     """(K/2) ln(2 pi e) + (1/2) sum of ln of the K largest eigenvalues of the embeddings' covariance, in nats.
 
-    (Ibarrola and Grace 2024), of embeddings that are not normalised. Minus infinity where the images vary in fewer
-    than K directions.
+    (Ibarrola and Grace 2024), of embeddings that are not normalised. Images that vary in fewer than K directions
+    have none.
 
     Args:
         features: images to embeddings, with `name`, `least` and `facts`.
@@ -129,7 +130,7 @@ class SpectralEntropy(MeanScore):
         spectrum = torch.fft.fft2(levels.double()).abs().flatten(1)
         spectrum[:, 0] = 0
         # What is left of a flat image by rounding has no entropy.
-        spectrum[spectrum.amax(1) < 1e-9 * levels[0].numel()] = 0
+        spectrum[spectrum.amax(1) < 1e-12 * levels[0].numel()] = 0
         entropy = _entropy(spectrum.square() if self.kind == "power" else spectrum)
         return entropy / math.log(2) if self.base == "bits" else entropy
 

@@ -107,9 +107,10 @@ class Sources:
             raise Unavailable(f"{needs} needs the folder {place}, which is not there; {how}")
         cached = _cached(published) if published else None
         if cached is None:
-            how = f", or {published} in the Hugging Face cache" if published else ""
+            nor = f", nor is {published} in the Hugging Face cache" if published else ""
             raise Unavailable(
-                f"{needs} needs the weights of {name}, got no folder of weights; name the one that has {name}{how}"
+                f"{needs} needs the weights of {name}, and no folder of weights is named{nor}; name the one that has "
+                f"{name} in it"
             )
         return cached
 
@@ -121,8 +122,7 @@ class Sources:
             folder: of its weights.
             folders: of others that it needs, by key.
         """
-        keys = {key: str(self.folder(name, needs)) for key, name in folders.items()}
-        keys["model"] = str(self.folder(folder, needs))
+        keys = {key: str(self.folder(name, needs)) for key, name in ({"model": folder} | folders).items()}
         settings = imported(f"adascope_fast.rewards.settings:{section}")
         return settings(**keys, dtype=self.dtype, device=str(self.device), batch=self.batch).build()
 
@@ -184,7 +184,7 @@ class Sources:
             found = clip.model.get_image_features(pixel_values=pixels)
             return found if isinstance(found, Tensor) else found.pooler_output  # transformers 5 wraps it
 
-        named = self.clip_name or f"{PUBLISHED['clip']} or what the folder clip holds"
+        named = self.clip_name or ("clip" if self.weights is not None else PUBLISHED["clip"])
         return self._as_features("clip", embeddings, {"network": "CLIP", "weights": named})
 
     def _vgg16(self, needs: str) -> Features:

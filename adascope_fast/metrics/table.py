@@ -48,11 +48,11 @@ class Row:
         return self.maker(sources)
 
 
-def _preference(key: str, name: str, title: str, section: str, weights: str, **folders: str) -> Row:
+def _preference(key: str, name: str, title: str, section: str, **folders: str) -> Row:
     """A preference model; `folders` are those of other networks that it needs, by key of its section."""
 
     def make(sources: Sources) -> Metric:
-        return ScoreOf(sources.reward(section, key, name, **folders), name, {"weights": weights})
+        return ScoreOf(sources.reward(section, key, name, **folders), name, {"weights": key})
 
     return Row(key, name, title, "preference", True, make)
 
@@ -80,10 +80,10 @@ def _inception_score(sources: Sources) -> Metric:
 
 
 ROWS: tuple[Row, ...] = (
-    _preference("pick_score", "PS", "PickScore", "PickScore", "PickScore_v1"),
-    _preference("aesthetic", "AES", "LAION aesthetic V2", "Aesthetic", "sac+logos+ava1-l14-linearMSE", clip="clip"),
-    _preference("image_reward", "IR", "ImageReward", "ImageReward", "ImageReward 1.0"),
-    _preference("hpsv2", "HPSv2", "Human Preference Score v2", "Hpsv2", "HPS v2.0"),
+    _preference("pick_score", "PS", "PickScore", "PickScore"),
+    _preference("aesthetic", "AES", "LAION aesthetic V2", "Aesthetic", clip="clip"),
+    _preference("image_reward", "IR", "ImageReward", "ImageReward"),
+    _preference("hpsv2", "HPSv2", "Human Preference Score v2", "Hpsv2"),
     _frechet("fid", "FID", "Fréchet Inception distance", "inception"),
     Row("clip_score", "CLIP", "CLIP score", "fidelity", True, _clip_score),
     _neighbours("ifs", "iFS", "F1 of improved precision and recall", neighbours.f1),

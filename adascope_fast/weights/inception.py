@@ -20,5 +20,8 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"the weights of FID's Inception-v3 must have {name} of shape {list(shape)}, got {got}; download "
                 f"pt_inception-2015-12-05-6726825d.pth"
             )
-    unused = ("AuxLogits.", "fc.bias")
-    return {name: value.float().contiguous() for name, value in state_dict.items() if not name.startswith(unused)}
+    return {name: value.float().contiguous() for name, value in state_dict.items() if not _is_unused(name)}
+
+
+def _is_unused(name: str) -> bool:
+    return name.startswith("AuxLogits.") or name == "fc.bias" or name.endswith("num_batches_tracked")
