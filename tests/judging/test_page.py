@@ -189,7 +189,7 @@ def test_what_could_not_be_saved_is_said_and_can_be_answered_again(two: tuple[st
         _at(page, "0 of 4")
         page.route("**/api/pairs", lambda route: route.abort())
         page.click("#choose-left")
-        page.wait_for_function("document.getElementById('alert').textContent.startsWith('Not saved')")
+        page.wait_for_function("() => document.getElementById('alert').textContent.startsWith('Not saved')")
         assert not _choices(out)
         page.unroute("**/api/pairs")
         page.click("#choose-left")

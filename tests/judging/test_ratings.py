@@ -189,7 +189,7 @@ def test_people_rate_with_keys_and_clicks_and_wait_for_the_next(tmp_path: Path):
         page.wait_for_selector("[data-ready]")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("2")
-        page.wait_for_function("document.getElementById('count').textContent.includes('1 to')")
+        page.wait_for_function("() => document.getElementById('count').textContent.includes('1 to')")
         page.click("[aria-label='Image 1: 3 of 5 stars']")
         assert asking.done() == [4, 1, None, 3, 2]
         page.wait_for_selector("text=Waiting for the next images")
