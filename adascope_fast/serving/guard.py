@@ -26,7 +26,8 @@ Send = Callable[[Message], Awaitable[None]]
 COOKIE = "adascope_token"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHORTEST_TOKEN = 16
-MOST_DROPPED, MOST_DROPPED_S = 2**20, 2.0  # bytes of a refused request that are read, and for how long
+LINGER_S = 5.0
+"""For which the body of a refused request is taken and dropped: who sends it reads no answer before its end."""
 
 
 def new_token() -> str:
@@ -38,24 +39,10 @@ class _TooLargeError(Exception):
     pass
 
 
-class _Body:
-    """What a request sends: as it comes, or thrown away."""
+class _HasSeen:
+    """How much of a request's body has come, whether that was all, and whether its answer has begun."""
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive, self._has_more = receive, True
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._has_more = bool(message.get("more_body"))
-        return message
-
-    async def drop(self) -> None:
-        """Read the rest, as far as that is little: who is cut off while sending never reads why."""
-        dropped = 0
-        with suppress(TimeoutError):
-            async with asyncio.timeout(MOST_DROPPED_S):
-                while self._has_more and dropped < MOST_DROPPED:
-                    dropped += len((await self()).get("body", b""))
+    num_bytes, is_whole, is_answered = 0, False, False
 
 
 class Guard:
@@ -86,43 +73,49 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        rest = None if headers.get("expect") else receive  # who expects to be told to go on has sent nothing yet
         query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
-        body = _Body(receive)
         if not self._is_for_us(headers.get("host", "")):
-            await _answer(body, send, 421, "this server has another name; ask it by the address that it printed")
+            await _refuse(rest, send, 421, "this server has another name; ask it by the address that it printed")
         elif scope["method"] == "GET" and self._is_token(query.get("token", "")):
             await self._welcome(scope, query, send)
         elif not self._is_token(_bearer(headers)) and not self._is_token(_cookie(headers, self._cookie)):
-            await _answer(body, send, 401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
+            text = "the token is missing or wrong; send it as Authorization: Bearer TOKEN"
+            await _refuse(rest, send, 401, text)
         elif _length(headers) > self.most_bytes:
-            await self._refuse_size(body, send)
+            await self._refuse_size(rest, send)
         else:
-            await self._ask(scope, body, send)
+            await self._ask(scope, receive, send)
 
-    async def _ask(self, scope: MutableMapping[str, Any], body: _Body, send: Send) -> None:
-        taken, has_begun = 0, False
+    async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        seen = _HasSeen()
+
+        def is_over() -> bool:
+            return seen.num_bytes > self.most_bytes and not seen.is_answered
 
         async def limited() -> Message:
-            nonlocal taken
-            message = await body()
-            taken += len(message.get("body", b""))
-            if taken > self.most_bytes:
+            message = await receive()
+            seen.num_bytes += len(message.get("body", b""))
+            seen.is_whole = not message.get("more_body", False)
+            if seen.num_bytes > self.most_bytes:
                 raise _TooLargeError
             return message
 
         async def watched(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+            if not is_over():  # else the application answers that it failed, since a limit is no error that it knows
+                seen.is_answered = True
+                await send(message)
 
         try:
             await self.app(scope, limited, watched)
-        except _TooLargeError:
-            if not has_begun:
-                await self._refuse_size(body, send)
+        except Exception:
+            if seen.num_bytes <= self.most_bytes:
+                raise
+        if is_over():
+            await self._refuse_size(None if seen.is_whole else receive, send)
 
-    async def _refuse_size(self, body: _Body, send: Send) -> None:
-        await _answer(body, send, 413, f"a request has at most {self.most_bytes} bytes; send fewer images at once")
+    async def _refuse_size(self, receive: Receive | None, send: Send) -> None:
+        await _refuse(receive, send, 413, f"a request has at most {self.most_bytes} bytes; send fewer images at once")
 
     async def _welcome(self, scope: MutableMapping[str, Any], query: dict[str, str], send: Send) -> None:
         """A cookie, and the same address without the token, which would stay in the browser's history."""
@@ -149,6 +142,7 @@ def serve(
     token: str,
     most_bytes: int,
     ready: Callable[[str], None],
+    grace: int = 3,
 ) -> None:
     """Serve `app` behind a `Guard` until the process is interrupted.
 
@@ -156,11 +150,13 @@ def serve(
         host: 127.0.0.1, or an address of this machine that others reach.
         port: 0 takes a free one.
         ready: told the address once requests are answered.
+        grace: seconds for which requests in work are answered after an interruption; a second one ends at once.
 
     Raises:
         ValueError: the address is none of this machine, or is taken; FastAPI or uvicorn is not installed.
     """
-    server, listening, _ = _made(app, host=host, port=port, token=token, most_bytes=most_bytes, ready=ready)
+    keys: dict[str, Any] = {"host": host, "port": port, "token": token, "most_bytes": most_bytes}
+    server, listening, _ = _made(app, **keys, ready=ready, grace=grace)
     server.run(sockets=[listening])
 
 
@@ -169,9 +165,8 @@ class Aside:
 
     def __init__(self, app: Any, *, host: str, port: int, token: str, most_bytes: int) -> None:
         begun = threading.Event()
-        self._server, listening, self.address = _made(
-            app, host=host, port=port, token=token, most_bytes=most_bytes, ready=lambda _: begun.set()
-        )
+        keys: dict[str, Any] = {"host": host, "port": port, "token": token, "most_bytes": most_bytes}
+        self._server, listening, self.address = _made(app, **keys, ready=lambda _: begun.set(), grace=3)
         self._thread = threading.Thread(target=self._server.run, args=([listening],), name="server", daemon=True)
         self._thread.start()
         while not begun.wait(0.1):
@@ -185,7 +180,7 @@ class Aside:
 
 
 def _made(
-    app: Any, *, host: str, port: int, token: str, most_bytes: int, ready: Callable[[str], None]
+    app: Any, *, host: str, port: int, token: str, most_bytes: int, ready: Callable[[str], None], grace: int
 ) -> tuple[Any, socket.socket, str]:
     """The server, what it listens at, and its address."""
     require()
@@ -196,7 +191,7 @@ def _made(
     listening = _listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     # A page's script may hold a request open; an answer is waited for, a connection without one is not.
-    settings = uvicorn.Config(guard, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=3)
+    settings = uvicorn.Config(guard, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=grace)
     return _Server(settings, lambda: ready(address)), listening, address
 
 
@@ -263,8 +258,16 @@ def _length(headers: dict[str, str]) -> int:
     return int(told) if told.isdecimal() and len(told) < 20 else 0
 
 
-async def _answer(body: _Body, send: Send, status: int, text: str) -> None:
-    await body.drop()
+async def _refuse(receive: Receive | None, send: Send, status: int, text: str) -> None:
+    """Answer in one line and end the connection, once the rest of the body has come, if any is awaited."""
+    if receive is not None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_dropped(receive), LINGER_S)
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode()})
+
+
+async def _dropped(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass
