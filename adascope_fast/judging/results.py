@@ -125,9 +125,8 @@ def _by_question(comparison: Comparison, answers: Sequence[Vote]) -> dict[str, A
         told: dict[str, Any] = {"arms": _rates(comparison.arms, ours), "ties": _share_of_ties(ours)}
         if len(comparison.arms) > 2:
             told["pairs"] = [
-                {"arms": [one, other], **rates[one]}
+                {"arms": [one, other], **_rates([one], _between(ours, {one, other})).get(one, {})}
                 for one, other in itertools.combinations(comparison.arms, 2)
-                if (rates := _rates([one], [(pair, vote) for pair, vote in ours if _arms(pair) == {one, other}]))
             ]
         found[key] = told
     return found
@@ -148,6 +147,10 @@ def _rates(arms: Sequence[str], votes: Sequence[tuple[Pair, Vote]]) -> dict[str,
             counts = {"wins": scores.count(1.0), "ties": scores.count(0.5), "losses": scores.count(0.0)}
             found[arm] = {"rate": rate, "low": low, "high": high, "num_prompts": len(by_prompt), **counts}
     return found
+
+
+def _between(votes: Sequence[tuple[Pair, Vote]], arms: set[str]) -> list[tuple[Pair, Vote]]:
+    return [(pair, vote) for pair, vote in votes if _arms(pair) == arms]
 
 
 def _arms(pair: Pair) -> set[str]:

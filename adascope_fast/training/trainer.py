@@ -251,12 +251,14 @@ class Trainer:
             raise
         finally:
             self._progress.close()
-            rewards.training_ends(self.reward)
             self.accelerator.end_training()
-            # Where a full disk stopped the run, it is what is told, and not that no more can be written.
-            with nullcontext() if status == "finished" else suppress(OSError):
-                self._describe(folder, status, **({"reason": why} if why else {}))
-                report = reporting.write_report(folder.path)
+            try:
+                # Where a full disk stopped the run, it is what is told, and not that no more can be written.
+                with nullcontext() if status == "finished" else suppress(OSError):
+                    self._describe(folder, status, **({"reason": why} if why else {}))
+                    report = reporting.write_report(folder.path)
+            finally:
+                rewards.training_ends(self.reward)
         return self._result(folder, report)
 
     def _images_ahead(self, folder: RunFolder, first: int) -> dict[str, int]:
