@@ -62,7 +62,7 @@ class VisionModel:
             OSError: it did not answer, or was busy, in each of several tries.
             ValueError: it refused the request, which no second try would change.
         """
-        body = {"model": self.name, "messages": list(messages), "temperature": 0, "max_tokens": 1000}
+        body = {"model": self.name, "messages": list(messages), "temperature": 0}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
         why = ""

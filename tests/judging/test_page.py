@@ -192,6 +192,11 @@ def test_what_could_not_be_saved_is_said_and_can_be_answered_again(two: tuple[st
         page.wait_for_function("() => document.getElementById('alert').textContent.startsWith('Not saved')")
         assert not _choices(out)
         page.unroute("**/api/pairs")
+        page.route("**/api/pairs*", lambda route: route.fulfill(status=401, body="no"))
+        page.click("#choose-left")
+        page.wait_for_function("() => document.getElementById('alert').textContent.includes('address that it printed')")
+        assert not _choices(out)
+        page.unroute("**/api/pairs*")
         page.click("#choose-left")
         _at(page, "1 of 4")
         assert page.inner_text("#alert") == ""
