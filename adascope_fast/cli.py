@@ -20,6 +20,7 @@ import typer
 
 from adascope_fast.commands.calibrate import calibrate
 from adascope_fast.commands.config import config
+from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
 from adascope_fast.commands.judge import judge
 from adascope_fast.commands.make_preferences import make_preferences
@@ -46,6 +47,7 @@ for command in (
     make_preferences,
     train_preference_model,
     sample,
+    evaluate,
     merge,
     pretrain,
     plan,

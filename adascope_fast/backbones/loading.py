@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
 
 from adascope_fast.backbones.base import Options, PipelineBackbone
 from adascope_fast.backbones.sources import ASSETS as ASSETS
 from adascope_fast.backbones.sources import EMBEDDED as EMBEDDED
 from adascope_fast.backbones.sources import Source, locate
+from adascope_fast.loading import quiet
 
 FAMILIES = {
     "StableDiffusionPipeline": ("sd", "StableDiffusion"),
@@ -71,6 +74,7 @@ def load(
     variant: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     quantize: Literal["none", "nf4", "int8"] = "none",
+    adapter: Path | None = None,
     **options: Any,
 ) -> PipelineBackbone:
     """The model, ready to be trained. Only safetensors are read, and no code beside them runs.
@@ -83,6 +87,7 @@ def load(
         variant: of the weights' files, such as "fp16".
         dtype: of the frozen weights; trained ones are float32.
         quantize: bitsandbytes' 4-bit or 8-bit base weights of the denoiser.
+        adapter: a LoRA in diffusers' format that is added to the weights of a `source` on disk first.
         options: fields of `backbones.base.Options`: `train`, `lora_rank`, `lora_targets`, `resolution`, `seed`, ...
     """
     made = Options(**options)
@@ -93,7 +98,51 @@ def load(
     family = family_of(found.class_name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     tokenizers = _examine(found, family, made, wanted)
-    return _silenced(family(found.open(family, wanted, quantize, tokenizers), source, made))
+    pipeline = found.open(family, wanted, quantize, tokenizers)
+    if adapter is not None:
+        add_adapter(pipeline, adapter)
+    return _silenced(family(pipeline, source, made))
+
+
+def add_adapter(pipeline: Any, folder: Path) -> None:
+    """Add a LoRA's weights, all of them, to those of the pipeline's models.
+
+    Raises:
+        ValueError: the folder holds none in safetensors, or one that is not of these models.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        raise ValueError(
+            f"an adapter is a LoRA's .safetensors file, or a folder that holds one, got {str(folder)!r}"
+            f"{f' with {len(files)} of them' if folder.is_dir() else ''}; name the file"
+        )
+    try:
+        with quiet():
+            pipeline.load_lora_weights(
+                files[0].parent, weight_name=files[0].name, use_safetensors=True, adapter_name="added"
+            )
+            named = [name for name in load_file(files[0]) if name.endswith(_FIRST_MATRICES)]
+    except Exception as error:  # of diffusers and peft, whatever does not fit
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"the adapter {str(folder)!r} could not be read: {why}; save it again with pipe.save_lora_weights"
+        ) from None
+    found = sum(
+        "added" in getattr(module, "lora_A", {})
+        for part in pipeline.components.values()
+        if isinstance(part, nn.Module)
+        for module in part.modules()
+    )
+    if found != len(named) or not named:
+        raise ValueError(
+            f"the adapter {str(folder)!r} must be one of this model, and of its {len(named)} layers {found} are found "
+            f"in it; name the model that it was trained on"
+        )
+    pipeline.fuse_lora(adapter_names=["added"])
+    pipeline.unload_lora_weights()
+
+
+_FIRST_MATRICES = ("lora_A.weight", "lora_down.weight", "lora.down.weight")
 
 
 def _examine(source: Source, family: type[PipelineBackbone], options: Options, dtype: torch.dtype) -> dict[str, Any]:

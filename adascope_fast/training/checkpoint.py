@@ -47,6 +47,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     log: str
+    digest: str = ""
+    """SHA-256 of the file of its tensors."""
 
     @property
     def next_iteration(self) -> int:
@@ -100,7 +102,7 @@ def load(folder: Path) -> Checkpoint:
     if name := not_finite(tensors):
         raise ValueError(f"{TENSORS} has numbers that are not finite, in {name}")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(tensors, state, (folder / LOG).read_text(encoding="utf-8"))
+    return Checkpoint(tensors, state, (folder / LOG).read_text(encoding="utf-8"), sums[TENSORS])
 
 
 def newest(folder: Path) -> Checkpoint | None:

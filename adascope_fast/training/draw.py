@@ -34,7 +34,29 @@ def draw(
     shift: float | None = None,
     batch: int = 16,
 ) -> Float[Tensor, "n 3 h w"]:
-    """One image of every (prompt, seed), prompt by prompt, with the model's own deterministic sampler.
+    """One image of every (prompt, seed), prompt by prompt, as `draw_each` has them."""
+    return draw_each(
+        backbone,
+        [prompt for prompt in prompts for _ in seeds],
+        [seed for _ in prompts for seed in seeds],
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        shift=shift,
+        batch=batch,
+    )
+
+
+def draw_each(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    shift: float | None = None,
+    batch: int = 16,
+) -> Float[Tensor, "n 3 h w"]:
+    """An image of each prompt on its seed, with the model's own deterministic sampler, on the CPU.
 
     `shift` replaces a flow's noise levels as `sampler.shift` does.
 
@@ -45,12 +67,12 @@ def draw(
     trajectory = rollout(
         backbone,
         schedule,
-        EncodedPrompts.of(backbone, prompts),
-        [prompt for prompt in prompts for _ in seeds],
+        EncodedPrompts.of(backbone, list(dict.fromkeys(prompts))),
+        prompts,
         guidance_scale=guidance_scale,
         generator=torch.Generator(device).manual_seed(0),
         batch=batch,
-        initial=initial_latents(backbone, seeds).repeat(len(prompts), 1, 1, 1).to(device),
+        initial=initial_latents(backbone, seeds).to(device),
     )
     images = decoded_whole(backbone, trajectory.latents[:, -1]).cpu()
     count = int((~images.flatten(1).isfinite().all(1)).sum())

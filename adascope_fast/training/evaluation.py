@@ -7,7 +7,7 @@ An image that is not finite is shown to no reward: its score is NaN, the means l
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class HeldOutScores:
     diversity: float | None
     contrast: float
     clip_score: float | None = None
+    spread: dict[str, float] = field(default_factory=dict)
+    """Standard deviation over prompts of diversity, contrast and CLIP score: what a change of them is measured by."""
 
     @property
     def num_not_finite(self) -> int:
@@ -43,7 +45,7 @@ class HeldOutScores:
         parts = {"attributes": self.breakdown} if self.breakdown else {}
         variety = {"diversity": self.diversity, "contrast": self.contrast}
         variety |= {} if self.clip_score is None else {"clip_score": self.clip_score}
-        counts = {"num_images": self.scores.numel(), "num_not_finite": self.num_not_finite}
+        counts = {"num_images": self.scores.numel(), "num_not_finite": self.num_not_finite, "spread": self.spread}
         return {**interval(self.scores), **counts, **variety, **parts}
 
 
@@ -61,17 +63,30 @@ def diversity(images: Float[Tensor, "p s 3 h w"]) -> float | None:
 
     0: all images of a prompt are alike; black against white is 1. None with a single image a prompt.
     """
+    return None if (values := _diversities(images)) is None else values.nanmean().item()
+
+
+def contrast(images: Float[Tensor, "n 3 h w"]) -> float:
+    """Standard deviation of an image's values, mean over images; 0 is an image of one grey, 0.5 the most."""
+    return _contrasts(images).nanmean().item()
+
+
+def _diversities(images: Float[Tensor, "p s 3 h w"]) -> Float[Tensor, "p pairs"] | None:
     num = images.shape[1]
     if num < 2:
         return None
     rows = images.flatten(2).float()
     pairs = [rows[:, i + 1 :] - rows[:, i : i + 1] for i in range(num - 1)]  # [p, s - 1 - i, d] each
-    return torch.cat([pair.square().mean(2).sqrt() for pair in pairs], 1).nanmean().item()
+    return torch.cat([pair.square().mean(2).sqrt() for pair in pairs], 1)
 
 
-def contrast(images: Float[Tensor, "n 3 h w"]) -> float:
-    """Standard deviation of an image's values, mean over images; 0 is an image of one grey, 0.5 the most."""
-    return images.flatten(1).float().std(1, correction=0).nanmean().item()
+def _contrasts(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    return images.flatten(1).float().std(1, correction=0)
+
+
+def _spread(values: Float[Tensor, "p s"]) -> float:
+    means = values.double().nanmean(1)
+    return means[means.isfinite()].std().item() if int(means.isfinite().sum()) > 1 else float("nan")
 
 
 def evaluate(
@@ -115,11 +130,21 @@ def evaluate(
     if not len(rows):
         raise FloatingPointError(f"none of the {len(images)} held-out images is finite")
     whole, named = images[rows.to(images.device)], [repeated[row] for row in rows.tolist()]
+    shape = len(prompts), samples_per_prompt
+    of_pairs, by_clip = _diversities(images.unflatten(0, shape)), None
+    spread = {"contrast": _spread(_contrasts(images).view(shape))}
+    spread |= {} if of_pairs is None else {"diversity": _spread(of_pairs)}
+    if similarity is not None:
+        by_clip = similarity(whole, named).double()
+        spread["clip_score"] = _spread(
+            torch.full((len(images),), torch.nan).double().index_copy(0, rows, by_clip.cpu()).view(shape)
+        )
     return HeldOutScores(
-        scores.view(len(prompts), samples_per_prompt),
+        scores.view(shape),
         images[: num_shown * samples_per_prompt].cpu(),
         breakdown(whole, named) if breakdown else {},
-        diversity(images.unflatten(0, (len(prompts), samples_per_prompt))),
+        None if of_pairs is None else of_pairs.nanmean().item(),
         contrast(images),
-        None if similarity is None else similarity(whole, named).double().mean().item(),
+        None if by_clip is None else by_clip.mean().item(),
+        spread,
     )

@@ -469,8 +469,8 @@ class Trainer:
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self._reward_name(), "history": []}
         summary = evaluation.summary()
-        shown = ("mean", "low", "high", "diversity", "contrast", "num_not_finite")
-        point = {"iteration": iteration, **{key: summary[key] for key in shown}}
+        shown = ("mean", "low", "high", "diversity", "contrast", "clip_score", "num_not_finite")
+        point = {"iteration": iteration, **{key: summary[key] for key in shown if key in summary}}
         values["history"] = [*(old for old in values["history"] if old["iteration"] < iteration), point]
         if name is not None:
             values[name] = summary | {"scores": evaluation.scores.tolist()}

@@ -79,6 +79,17 @@ def test_the_summary_tells_how_varied_the_pictures_are(make_toy: Callable):
     assert summary["diversity"] != summary["contrast"]
 
 
+def test_the_spread_is_over_prompts(make_toy: Callable):
+    evaluation = _evaluate(make_toy())
+    assert evaluation.summary()["spread"] == evaluation.spread
+    assert evaluation.spread["clip_score"] == pytest.approx(statistics.stdev([0.1, 0.3, 0.2]))
+    shown = evaluation.shown.view(2, 2, 3, 3, 3)
+    for name, of in (("contrast", contrast), ("diversity", lambda images: diversity(images[None]))):
+        told = [of(images) for images in shown]
+        told.append(3 * evaluation.summary()[name] - sum(told))  # the third prompt's, which is not shown
+        assert evaluation.spread[name] == pytest.approx(statistics.stdev(told), rel=1e-3)
+
+
 def test_another_policy_meets_the_same_noise(make_toy: Callable):
     def noise_of(toy, seed: int) -> Tensor:
         seen, predict = [], toy.predict
