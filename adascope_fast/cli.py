@@ -22,6 +22,7 @@ from adascope_fast.commands.calibrate import calibrate
 from adascope_fast.commands.config import config
 from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
+from adascope_fast.commands.judge import judge
 from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
@@ -54,6 +55,7 @@ for command in (
     config,
     report,
     explain,
+    judge,
 ):
     app.command()(command)
 

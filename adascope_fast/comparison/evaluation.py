@@ -27,7 +27,7 @@ from adascope_fast.images import Folder
 from adascope_fast.metrics.scores import ScoreOf
 from adascope_fast.metrics.sources import Sources
 from adascope_fast.metrics.table import BESIDES, ROWS, Row
-from adascope_fast.rewards.settings import OwnReward
+from adascope_fast.rewards.settings import OwnReward, asks_people
 from adascope_fast.settings import Section
 from adascope_fast.training.run_folder import write_whole
 
@@ -177,6 +177,9 @@ def _rewards(arms: Sequence[Arm], options: Options) -> tuple[dict[str, Section],
         if arm.kind != "run" or arm.config is None:
             continue
         section = arm.config.reward
+        if asks_people(section):
+            notes.append(f"{arm.name} was trained on people's votes, who are not asked again; see adascope-fast judge")
+            continue
         if isinstance(section, OwnReward):
             named = [key for key, one in found.items() if one == section]
             if not named:

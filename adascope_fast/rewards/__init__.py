@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.clip import ClipSimilarity as ClipSimilarity
     from adascope_fast.rewards.jpeg import jpeg_compressibility as jpeg_compressibility
     from adascope_fast.rewards.jpeg import jpeg_incompressibility as jpeg_incompressibility
+    from adascope_fast.rewards.judged import Judged as Judged
     from adascope_fast.rewards.mixed import Mixed as Mixed
     from adascope_fast.rewards.reward import Reward as Reward
     from adascope_fast.rewards.reward import Scorer as Scorer
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.reward import load as load
     from adascope_fast.rewards.reward import score as score
     from adascope_fast.rewards.reward import score_guesses as score_guesses
+    from adascope_fast.rewards.reward import training_begins as training_begins
+    from adascope_fast.rewards.reward import training_ends as training_ends
+    from adascope_fast.rewards.reward import training_stage as training_stage
     from adascope_fast.rewards.scene_attributes import SceneAttributes as SceneAttributes
 
 __getattr__ = lazy(
     __name__,
     {
         "ClipSimilarity": "clip",
+        "Judged": "judged",
         "Mixed": "mixed",
         "Reward": "reward",
         "SceneAttributes": "scene_attributes",
@@ -39,5 +44,8 @@ __getattr__ = lazy(
         "load": "reward",
         "score": "reward",
         "score_guesses": "reward",
+        "training_begins": "reward",
+        "training_ends": "reward",
+        "training_stage": "reward",
     },
 )

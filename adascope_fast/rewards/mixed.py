@@ -1,10 +1,20 @@
 """Several rewards as one: their weighted sum, and each of them by name."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
-from adascope_fast.rewards.reward import Reward, check_prompts, given, score_guesses, weighed
+from adascope_fast.rewards.reward import (
+    Reward,
+    check_prompts,
+    given,
+    score_guesses,
+    training_begins,
+    training_ends,
+    training_stage,
+    weighed,
+)
 from adascope_fast.rewards.settings import reward_named
 
 
@@ -45,3 +55,18 @@ class Mixed:
         """ValueError where one of the rewards cannot judge a prompt."""
         for reward in self.rewards.values():
             check_prompts(reward, prompts, where)
+
+    def training_begins(self, folder: Path, images: Mapping[str, int]) -> str | None:
+        """What the rewards say of a training that begins."""
+        said = [training_begins(reward, folder, images=images) for reward in self.rewards.values()]
+        return "\n".join(filter(None, said)) or None
+
+    def training_stage(self, words: str) -> None:
+        """Tell the rewards what the next images are of."""
+        for reward in self.rewards.values():
+            training_stage(reward, words)
+
+    def training_ends(self) -> None:
+        """Tell the rewards that the training has ended."""
+        for reward in self.rewards.values():
+            training_ends(reward)

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -175,6 +176,36 @@ def check_prompts(reward: Reward, prompts: Sequence[str], where: str) -> None:
     if method is not None:
         with _calling(reward):
             method(list(prompts), where)
+
+
+def training_begins(reward: Reward, folder: Path, *, images: Mapping[str, int]) -> str | None:
+    """What a reward says of a training that begins, by its method `training_begins`; None where it has none.
+
+    Args:
+        folder: the run's, where a reward may keep a folder of its own.
+        images: how many it will be asked for, by what they are of.
+    """
+    method = getattr(reward, "training_begins", None)
+    if method is None:
+        return None
+    with _calling(reward):
+        return method(folder, images)
+
+
+def training_stage(reward: Reward, words: str) -> None:
+    """Tell a reward that has a method `training_stage` what the next images are of."""
+    method = getattr(reward, "training_stage", None)
+    if method is not None:
+        with _calling(reward):
+            method(words)
+
+
+def training_ends(reward: Reward) -> None:
+    """Tell a reward that has a method `training_ends` that the training has ended, however it did."""
+    method = getattr(reward, "training_ends", None)
+    if method is not None:
+        with _calling(reward):
+            method()
 
 
 def constant_hint(rewards: Tensor | Sequence[float]) -> str | None:

@@ -47,6 +47,26 @@ class ClipSimilarity(Section):
         return imported("adascope_fast.rewards.clip:ClipSimilarity").load(self.clip)
 
 
+class Judge(Section):
+    """Stars that people give to each image on a local page, which the training waits for; in [0, 1]."""
+
+    implementation: ClassVar[str] = "adascope_fast.rewards.judged:Judged"
+
+    name: Literal["judge"] = "judge"
+    question: Literal[
+        "structural_faithfulness", "aesthetic_appeal", "fine_detail", "semantic_alignment", "prompt_responsiveness"
+    ] = "aesthetic_appeal"
+    """What the stars are for."""
+    votes_per_image: Annotated[int, Field(ge=1, le=100)] = 1
+    """Different people who rate each image; their mean counts."""
+    host: Text = "127.0.0.1"
+    """Address of this machine where the page is served; 0.0.0.0 for all of them."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of the page; 0: a free one."""
+    out: Text | None = None
+    """Folder of the votes; absent: `judge` in the run's folder."""
+
+
 class Mixed(Section):
     """Weighted sum of several rewards, each with its defaults; the curve of each is logged."""
 
@@ -108,4 +128,9 @@ def reward_named(name: str) -> Section:
     return known[name]()
 
 
-_ALONE: tuple[type[Section], ...] = (SceneAttributes, JpegCompressibility, JpegIncompressibility, ClipSimilarity)
+def asks_people(reward: Section) -> bool:
+    """Whether people are waited for: an image that is not finished is not shown to them."""
+    return isinstance(reward, Judge) or (isinstance(reward, Mixed) and "judge" in reward.parts)
+
+
+_ALONE: tuple[type[Section], ...] = (SceneAttributes, JpegCompressibility, JpegIncompressibility, ClipSimilarity, Judge)

@@ -239,6 +239,8 @@ class Trainer:
         self._describe(folder, "running")
         status, why = "failed", ""
         try:
+            if said := rewards.training_begins(self.reward, folder.path, images=self._images_ahead(folder, first)):
+                self._progress.say(said)
             self._iterate(folder, first)
             status = "finished"
         except KeyboardInterrupt:
@@ -250,11 +252,27 @@ class Trainer:
         finally:
             self._progress.close()
             self.accelerator.end_training()
-            # Where a full disk stopped the run, it is what is told, and not that no more can be written.
-            with nullcontext() if status == "finished" else suppress(OSError):
-                self._describe(folder, status, **({"reason": why} if why else {}))
-                report = reporting.write_report(folder.path)
+            try:
+                # Where a full disk stopped the run, it is what is told, and not that no more can be written.
+                with nullcontext() if status == "finished" else suppress(OSError):
+                    self._describe(folder, status, **({"reason": why} if why else {}))
+                    report = reporting.write_report(folder.path)
+            finally:
+                rewards.training_ends(self.reward)
         return self._result(folder, report)
+
+    def _images_ahead(self, folder: RunFolder, first: int) -> dict[str, int]:
+        """The images that the reward will be asked for, by what they are of."""
+        train, every = self.config.train, self.config.evaluation.every
+        evaluations = 1 + ("before" not in folder.read("evaluation.json"))
+        evaluations += sum((done + 1) % every == 0 for done in range(first, train.iterations - 1)) if every else 0
+        an_evaluation = len(self.held_out) * self.config.evaluation.samples_per_prompt
+        iterations = train.iterations - first if self.algorithm.preferences is None else 0
+        an_iteration = train.prompts_per_iteration * train.samples_per_prompt
+        return {
+            f"{iterations} iterations of {an_iteration} images": iterations * an_iteration,
+            f"{evaluations} evaluations of {an_evaluation}": evaluations * an_evaluation,
+        }
 
     def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
         seconds = time.perf_counter() - self._start
@@ -335,6 +353,7 @@ class Trainer:
         for iteration in range(first, train.iterations):
             started, cpu = time.perf_counter(), time.process_time()
             batch = self._batch(iteration)
+            rewards.training_stage(self.reward, f"iteration {iteration + 1} of {train.iterations}")
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
@@ -426,6 +445,7 @@ class Trainer:
         settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
+        rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
         with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
             try:
                 evaluation = evaluate(

@@ -9,6 +9,7 @@ from run_folders import HOSTILE
 from adascope_fast.comparison import evaluation
 from adascope_fast.comparison.arms import arms_of
 from adascope_fast.comparison.evaluation import Comparison, Options, compare
+from adascope_fast.rewards.settings import JpegCompressibility, Judge, OwnReward
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +93,6 @@ def test_the_reference_is_an_arm_or_a_folder(tmp_path: Path):
 
 
 def test_a_runs_reward_is_measured_and_own_code_only_if_asked_for(small_run: Path):
-    from adascope_fast.rewards.settings import JpegCompressibility, OwnReward
-
     (arm,) = arms_of([str(small_run)], with_base=False)
     found, own, notes = evaluation._rewards([arm], Options(out=Path("x"), rewards=(JpegCompressibility(),)))
     assert list(found) == ["reward:jpeg_compressibility", "reward:scene_attributes"]
@@ -107,3 +106,12 @@ def test_a_runs_reward_is_measured_and_own_code_only_if_asked_for(small_run: Pat
     assert "code of its own, which is not run unasked; add --reward mine:score" in notes[0]
     found, own, notes = evaluation._rewards([foreign], Options(out=Path("x"), rewards=(section,)))
     assert own == {arm.name: "reward:mine:score"}
+
+
+def test_people_whose_votes_were_the_reward_are_not_asked_again(small_run: Path):
+    (arm,) = arms_of([str(small_run)], with_base=False)
+    config = arm.config.model_copy(update={"reward": Judge()})  # type: ignore[union-attr]
+    judged = type(arm)(arm.name, "run", arm.place, "base", config=config)
+    found, own, notes = evaluation._rewards([judged], Options(out=Path("x")))
+    assert (found, own) == ({}, {})
+    assert "people's votes, who are not asked again" in notes[0]
