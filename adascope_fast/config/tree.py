@@ -44,6 +44,7 @@ from adascope_fast.rewards.settings import (
     JpegIncompressibility,
     Mixed,
     OwnReward,
+    Remote,
     SceneAttributes,
 )
 from adascope_fast.schedules.settings import Sampler
@@ -65,6 +66,7 @@ AnyReward = Annotated[
     | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
+    | Annotated[Remote, Tag("remote")]
     | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),

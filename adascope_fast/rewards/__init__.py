@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.jpeg import jpeg_compressibility as jpeg_compressibility
     from adascope_fast.rewards.jpeg import jpeg_incompressibility as jpeg_incompressibility
     from adascope_fast.rewards.mixed import Mixed as Mixed
+    from adascope_fast.rewards.remote.client import Remote as Remote
     from adascope_fast.rewards.reward import Reward as Reward
     from adascope_fast.rewards.reward import Scorer as Scorer
     from adascope_fast.rewards.reward import breakdown as breakdown
@@ -26,6 +27,7 @@ __getattr__ = lazy(
     {
         "ClipSimilarity": "clip",
         "Mixed": "mixed",
+        "Remote": "remote.client",
         "Reward": "reward",
         "SceneAttributes": "scene_attributes",
         "Scorer": "reward",
