@@ -28,6 +28,7 @@ from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
 from adascope_fast.commands.pretrain import pretrain
 from adascope_fast.commands.report import report
+from adascope_fast.commands.reward_server import reward_server
 from adascope_fast.commands.sample import sample
 from adascope_fast.commands.train import train
 from adascope_fast.commands.train_preference_model import train_preference_model
@@ -50,6 +51,7 @@ for command in (
     evaluate,
     merge,
     pretrain,
+    reward_server,
     plan,
     calibrate,
     config,

@@ -45,6 +45,7 @@ from adascope_fast.rewards.settings import (
     Judge,
     Mixed,
     OwnReward,
+    Remote,
     SceneAttributes,
     asks_people,
 )
@@ -68,6 +69,7 @@ AnyReward = Annotated[
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
     | Annotated[Judge, Tag("judge")]
+    | Annotated[Remote, Tag("remote")]
     | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.jpeg import jpeg_incompressibility as jpeg_incompressibility
     from adascope_fast.rewards.judged import Judged as Judged
     from adascope_fast.rewards.mixed import Mixed as Mixed
+    from adascope_fast.rewards.remote.client import Remote as Remote
     from adascope_fast.rewards.reward import Reward as Reward
     from adascope_fast.rewards.reward import Scorer as Scorer
     from adascope_fast.rewards.reward import breakdown as breakdown
@@ -31,6 +32,7 @@ __getattr__ = lazy(
         "ClipSimilarity": "clip",
         "Judged": "judged",
         "Mixed": "mixed",
+        "Remote": "remote.client",
         "Reward": "reward",
         "SceneAttributes": "scene_attributes",
         "Scorer": "reward",

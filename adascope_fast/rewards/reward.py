@@ -58,6 +58,11 @@ def given(reward: Any, name: str | None = None) -> Reward:
     raise ValueError(f"{rule}, got {shown[1:-1]}{signature}; take these and return a score for each image")
 
 
+def with_metadata(reward: Reward, metadata: Sequence[Mapping[str, Any]]) -> Reward:
+    """The reward of prompts with these metadata, a dict each; itself where it takes none."""
+    return reward.of(metadata) if isinstance(reward, _WithMetadata) else reward
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's scores [b] as float32 on the images' device; ValueError unless one finite number an image."""
     scores = score_guesses(reward, images, prompts)
@@ -68,7 +73,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def score_guesses(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The same of unfinished images, some of which cannot be judged: their scores may be NaN."""
     if has_parts(reward):
-        return weighed(_parts(reward, images, prompts), weights(reward))
+        return weighed(parts(reward, images, prompts), weights(reward))
     returned: Any = _called(reward, reward, images, prompts)
     scores = returned[0] if _has_info(returned) else returned
     return _scores(reward, scores, images, prompts)
@@ -101,13 +106,14 @@ class Scorer:
 
     def with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum [b], and the scores [b] of each part."""
-        parts = _parts(self.reward, images, prompts)
-        for name, scores in parts.items():
+        found = parts(self.reward, images, prompts)
+        for name, scores in found.items():
             _refuse_not_finite(f"part {name!r} of reward {_name(self.reward)!r}", scores, prompts)
-        return weighed(parts, self.weights), parts
+        return weighed(found, self.weights), found
 
 
-def _parts(reward: Any, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+def parts(reward: Any, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Scores [b] of each part of a reward with parts, called and checked as its scores are; they may be NaN."""
     found: Any = _called(reward, reward.parts, images, prompts)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(
@@ -223,12 +229,17 @@ def constant_hint(rewards: Tensor | Sequence[float]) -> str | None:
 class _WithMetadata:
     """A function of (images, prompts, metadata) as one of (images, prompts); all else is its own."""
 
-    def __init__(self, reward: Callable[..., Any]) -> None:
+    def __init__(self, reward: Callable[..., Any], metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._reward = self.__wrapped__ = reward
+        self._metadata = metadata
         self.__name__ = _name(reward)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Any:
-        return self._reward(images, prompts, [{} for _ in prompts])
+        known = self._metadata or [{} for _ in prompts]
+        return self._reward(images, prompts, [dict(one) for one in known])
+
+    def of(self, metadata: Sequence[Mapping[str, Any]]) -> "_WithMetadata":
+        return _WithMetadata(self._reward, metadata)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_reward"], name)

@@ -1,10 +1,12 @@
 """Sections of the rewards: the keys of `[reward]`, by `reward.name`. Nothing here imports torch."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from adascope_fast.settings import Own, Section, Text, imported, show
+from adascope_fast.settings import Images, Own, Positive, PositiveOrZero, Section, Text, imported, show
 
 
 class SceneAttributes(Section):
@@ -67,6 +69,44 @@ class Judge(Section):
     """Folder of the votes; absent: `judge` in the run's folder."""
 
 
+class Remote(Section):
+    """Scores of a reward that another process serves, here or elsewhere: `adascope-fast reward-server`."""
+
+    implementation: ClassVar[str] = "adascope_fast.rewards.remote.client:Remote"
+
+    name: Literal["remote"] = "remote"
+    url: Text = "http://127.0.0.1:8400"
+    """Address of the server, as it prints it."""
+    token_env: Text = "ADASCOPE_FAST_REWARD_TOKEN"
+    """Environment variable with the server's token, which is written into no file."""
+    timeout: Positive = 120.0
+    """Seconds in which a request must be answered."""
+    patience: PositiveOrZero = 600.0
+    """Seconds for which a server that does not answer is waited for."""
+    batch: Images = 32
+    """Images of a request."""
+    encoding: Literal["safetensors", "png"] = "safetensors"
+    """Of the images: exactly as they are, or smaller and rounded to 8 bits."""
+    parallel: Annotated[int, Field(ge=1, le=64)] = 2
+    """Requests at once."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        address(url)
+        return url
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_a_variable(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(
+                "reward.token_env must be the name of an environment variable, got another text, which is not shown: "
+                "it may be the token; export ADASCOPE_FAST_REWARD_TOKEN=... and leave reward.token_env out"
+            )
+        return name
+
+
 class Mixed(Section):
     """Weighted sum of several rewards, each with its defaults; the curve of each is logged."""
 
@@ -115,6 +155,21 @@ class OwnReward(Own):
     named_by: ClassVar[str] = "reward.name"
 
 
+def address(url: str) -> SplitResult:
+    """A server's address in parts; ValueError unless it is http or https, a host, and perhaps a port and a path."""
+    rule = "reward.url must be http://HOST:PORT or https://HOST:PORT"
+    if "@" in url:
+        raise ValueError(f"{rule}, got one with a name or password; leave it out, reward.token_env names the token")
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, a bracket without its other
+        raise ValueError(f"{rule}, got {show(url)}; correct it") from None
+    if not is_right or not re.fullmatch(r"[!-~]+", url) or "?" in url or "#" in url:
+        raise ValueError(f"{rule}, got {show(url)}; write it so, as the server printed it")
+    return parts
+
+
 def reward_named(name: str) -> Section:
     """The section with its defaults that `reward.name` chooses; ValueError if there is none."""
     if ":" in name:
@@ -133,4 +188,11 @@ def asks_people(reward: Section) -> bool:
     return isinstance(reward, Judge) or (isinstance(reward, Mixed) and "judge" in reward.parts)
 
 
-_ALONE: tuple[type[Section], ...] = (SceneAttributes, JpegCompressibility, JpegIncompressibility, ClipSimilarity, Judge)
+_ALONE: tuple[type[Section], ...] = (
+    SceneAttributes,
+    JpegCompressibility,
+    JpegIncompressibility,
+    ClipSimilarity,
+    Judge,
+    Remote,
+)

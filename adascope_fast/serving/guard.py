@@ -150,7 +150,7 @@ def serve(
         host: 127.0.0.1, or an address of this machine that others reach.
         port: 0 takes a free one.
         ready: told the address once requests are answered.
-        grace: seconds for which requests in work are answered after an interruption; a second one ends at once.
+        grace: seconds for which requests in work are answered after an interruption; a second Ctrl-C ends at once.
 
     Raises:
         ValueError: the address is none of this machine, or is taken; FastAPI or uvicorn is not installed.
