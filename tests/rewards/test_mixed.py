@@ -12,7 +12,7 @@ from small_runs import CAPTIONS, SMALLEST, lines_of
 from torch import Tensor
 
 from adascope_fast import rewards
-from adascope_fast.algorithms.advantages import GroupRelative, added, decoupled
+from adascope_fast.algorithms.advantages import GroupRelative, added, decoupled, standardized
 from adascope_fast.algorithms.algorithm import Samples
 from adascope_fast.algorithms.policy_gradient import grpo, mix_grpo
 from adascope_fast.config import Config, ConfigError
@@ -72,7 +72,24 @@ def test_the_whole_is_clipped_and_not_each_part():
     torch.testing.assert_close(got.double(), (0.5 * _group(ONE, 0, 1e-4)).clamp(-1, 1), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("mixing", ["rewards", "advantages", "gdpo"])
+def test_normalized_rewards_are_standardised_over_all_images_before_they_are_added():
+    """By hand: one 1 2 3 10 10 13 has mean 6.5 and variance 21.58333, two 5 5 5 0 1 0 has 16/6 and 5.55556."""
+    one = (ONE.double() - 6.5) / 21.58333333333333**0.5
+    two = (TWO.double() - 16 / 6) / 5.555555555555555**0.5
+    got = standardized(GroupRelative("group"), {"one": ONE, "two": TWO}, {"two": -0.25}, PROMPTS, 2)
+    assert (got.shape, got.dtype) == ((6, 2), torch.float32)
+    torch.testing.assert_close(got[:, 1].double(), _group(one - 0.25 * two, 0, 1e-4), rtol=1e-6, atol=1e-6)
+    scaled = standardized(GroupRelative("group"), {"one": 100 * ONE + 7, "two": TWO}, {"two": -0.25}, PROMPTS, 2)
+    torch.testing.assert_close(scaled, got)
+    alone = standardized(GroupRelative("group"), {"one": ONE, "two": torch.full((6,), 0.1)}, {}, PROMPTS, 1)
+    torch.testing.assert_close(alone[:, 0].double(), _group(one, 0, 1e-4), rtol=1e-6, atol=1e-6)
+    alike = standardized(GroupRelative(), {"one": torch.ones(6), "two": torch.full((6,), 0.1)}, {}, PROMPTS, 1)
+    assert (alike == 0).all()
+    clipped = standardized(GroupRelative("group", advantage_clip=0.5), {"one": ONE, "two": TWO}, {}, PROMPTS, 1)
+    assert clipped.abs().max() == 0.5
+
+
+@pytest.mark.parametrize("mixing", ["rewards", "advantages", "gdpo", "normalized"])
 def test_an_algorithm_mixes_as_it_is_told(mixing: Any):
     algorithm = grpo(mixing=mixing, advantage_scale="group")
     trajectory: Any = type("Trajectory", (), {"num_steps": 2, "prompts": PROMPTS})()
@@ -82,11 +99,15 @@ def test_an_algorithm_mixes_as_it_is_told(mixing: Any):
         "rewards": lambda: _group(ONE + 0.5 * TWO, 0, 1e-4),
         "advantages": lambda: _group(ONE, 0, 1e-4) + 0.5 * _group(TWO, 0, 1e-4),
     }
+    def whole(part: Tensor) -> Tensor:
+        return (part.double() - part.double().mean()) / part.double().std(correction=0)
+
+    by_hand["normalized"] = lambda: _group(whole(ONE) + 0.5 * whole(TWO), 0, 1e-4)
     by_hand["gdpo"] = lambda: by_hand["advantages"]() / (by_hand["advantages"]().std() + 1e-4)
     got = algorithm.advantages(samples, context)
     torch.testing.assert_close(got[:, 0].double(), by_hand[mixing](), rtol=1e-6, atol=1e-6)
     single = Samples(trajectory, ONE)
-    if mixing == "gdpo":
+    if mixing in ("gdpo", "normalized"):
         with pytest.raises(ValueError, match="is of several rewards"):
             algorithm.advantages(single, context)
     else:
