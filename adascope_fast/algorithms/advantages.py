@@ -160,8 +160,8 @@ def standardized(
     """Advantages of one reward: the weighted sum of each part's (score - mean) / std over all images of the call.
 
     The accumulated and re-normalised rewards of AdaScope (2605.15855). The std is the population's; a part whose scores
-    are all equal adds 0. Unlike in `added` a part keeps the differences between prompts, so one whose spread lies mostly
-    between them counts less within a group.
+    are all equal adds 0. Unlike in `added` a part keeps the differences between prompts, so one whose spread lies
+    mostly between them counts less within a group.
     """
     whole = torch.zeros(len(prompts), dtype=torch.float64)
     for name, scores in parts.items():

@@ -99,6 +99,7 @@ def test_an_algorithm_mixes_as_it_is_told(mixing: Any):
         "rewards": lambda: _group(ONE + 0.5 * TWO, 0, 1e-4),
         "advantages": lambda: _group(ONE, 0, 1e-4) + 0.5 * _group(TWO, 0, 1e-4),
     }
+
     def whole(part: Tensor) -> Tensor:
         return (part.double() - part.double().mean()) / part.double().std(correction=0)
 
