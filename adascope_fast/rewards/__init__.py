@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.reward import check_prompts as check_prompts
     from adascope_fast.rewards.reward import constant_hint as constant_hint
     from adascope_fast.rewards.reward import given as given
+    from adascope_fast.rewards.reward import hand_metadata as hand_metadata
     from adascope_fast.rewards.reward import has_parts as has_parts
     from adascope_fast.rewards.reward import load as load
     from adascope_fast.rewards.reward import score as score
     from adascope_fast.rewards.reward import score_guesses as score_guesses
+    from adascope_fast.rewards.reward import takes_metadata as takes_metadata
     from adascope_fast.rewards.scene_attributes import SceneAttributes as SceneAttributes
 
 __getattr__ = lazy(
@@ -33,11 +35,13 @@ __getattr__ = lazy(
         "check_prompts": "reward",
         "constant_hint": "reward",
         "given": "reward",
+        "hand_metadata": "reward",
         "has_parts": "reward",
         "jpeg_compressibility": "jpeg",
         "jpeg_incompressibility": "jpeg",
         "load": "reward",
         "score": "reward",
         "score_guesses": "reward",
+        "takes_metadata": "reward",
     },
 )
