@@ -21,6 +21,7 @@ import typer
 from adascope_fast.commands.calibrate import calibrate
 from adascope_fast.commands.config import config
 from adascope_fast.commands.explain import explain
+from adascope_fast.commands.import_weights import import_weights
 from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
@@ -46,6 +47,7 @@ for command in (
     train_preference_model,
     sample,
     merge,
+    import_weights,
     pretrain,
     plan,
     calibrate,

@@ -39,11 +39,17 @@ from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, e
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
 from adascope_fast.rewards.settings import (
+    Aesthetic,
     ClipSimilarity,
+    GenEval,
+    Hpsv2,
+    ImageReward,
     JpegCompressibility,
     JpegIncompressibility,
     Mixed,
+    Ocr,
     OwnReward,
+    PickScore,
     SceneAttributes,
 )
 from adascope_fast.schedules.settings import Sampler
@@ -65,6 +71,12 @@ AnyReward = Annotated[
     | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
+    | Annotated[PickScore, Tag("pick_score")]
+    | Annotated[Hpsv2, Tag("hpsv2")]
+    | Annotated[Aesthetic, Tag("aesthetic")]
+    | Annotated[ImageReward, Tag("image_reward")]
+    | Annotated[Ocr, Tag("ocr")]
+    | Annotated[GenEval, Tag("geneval")]
     | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),
