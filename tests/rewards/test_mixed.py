@@ -20,6 +20,7 @@ from adascope_fast.engine.scoring import Scoring
 from adascope_fast.training.trainer import Trainer
 
 PARTS = "reward.parts={jpeg_compressibility=1.0, clip_similarity=0.5}"
+KEYED = 'reward.parts={jpeg_compressibility=1.0, clip_similarity={weight=0.5, clip="scenes-clip", batch=4}}'
 MIXED = ["reward.name=mixed", PARTS, "algorithm.name=grpo"]
 PROMPTS = ["a", "a", "a", "b", "b", "b"]
 ONE, TWO = torch.tensor([1.0, 2, 3, 10, 10, 13]), torch.tensor([5.0, 5, 5, 0, 1, 0])
@@ -197,6 +198,25 @@ def test_a_part_that_is_another_is_told_on_resume(tmp_path: Path):
         (["reward.name=mixed", 'reward.parts={jpeg_compressibility="a", b=1}'], 'and their weights, got "a"'),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0, nope=2}"], "or module:object, got 'nope'"),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0, clip_similarity=0}"], "must not be 0"),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.weight=1e7"],
+            "lie within -1e6 and 1e6, got 10000000",
+        ),
+        (["reward.name=mixed", KEYED, "reward.parts.clip_similarity={batch=3}"], "must have a weight, got {batch = 3}"),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.bacth=4"],
+            "unknown key reward.parts.clip_similarity.bacth = 4; the keys of clip_similarity besides weight: ",
+        ),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.batch=0"],
+            "reward.parts.clip_similarity.batch is not valid, got 0: ",
+        ),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.device=tpu"],
+            'reward.parts.clip_similarity.device must be auto, cpu, cuda or cuda:NUMBER, got "tpu"',
+        ),
+        (["reward.name=mixed", KEYED, "reward.parts.nope.weight=1"], "or module:object, got 'nope'"),
+        (["reward.name=mixed", KEYED, "reward.parts.my:score=1"], "unknown key reward.parts.my:score = 1"),
         (["algorithm.name=grpo", "algorithm.mixing=gdpo"], "mixes several rewards, got one, scene_attributes"),
         (["algorithm.name=mix_grpo", "algorithm.mixing=gdpo"], "mixes several rewards, got one"),
         (["algorithm.name=ddpo", "algorithm.mixing=gdpo"], "algorithm.mixing belongs to"),
@@ -204,6 +224,59 @@ def test_a_part_that_is_another_is_told_on_resume(tmp_path: Path):
 )
 def test_what_cannot_be_mixed_is_refused(tmp_path: Path, overrides: list[str], message: str):
     assert message in refused("train", TINY, f"run.folder={tmp_path / 'run'}", *overrides)
+
+
+def test_a_part_may_have_keys_of_its_own(tmp_path: Path):
+    config = Config.load(TINY, ["reward.name=mixed", KEYED])
+    assert config.reward.weights == {"jpeg_compressibility": 1.0, "clip_similarity": 0.5}
+    mixed: Any = rewards.load(config.reward)
+    assert mixed.weights == config.reward.weights
+    assert mixed.rewards["clip_similarity"].batch == 4
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml())
+    assert Config.load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        (
+            "reward.parts.clip_similarity.batch=8",
+            {"clip_similarity": {"weight": 0.5, "clip": "scenes-clip", "batch": 8}},
+        ),
+        ("reward.parts.clip_similarity=2", {"clip_similarity": {"weight": 2, "clip": "scenes-clip", "batch": 4}}),
+        ("reward.parts.clip_similarity={weight=3}", {"clip_similarity": {"weight": 3}}),
+        ("reward.parts.jpeg_compressibility=7", {"jpeg_compressibility": 7.0}),
+        ("reward.parts.jpeg_compressibility.weight=7", {"jpeg_compressibility": {"weight": 7}}),
+        ('reward.parts."mine:score"=0.5', {"mine:score": 0.5}),
+        ('reward.parts."mine:score".text="a=b"', {"mine:score": {"weight": 0.1, "text": "a=b"}}),
+    ],
+)
+def test_the_command_line_changes_one_part_and_leaves_the_others(tmp_path: Path, override: str, parts: dict[str, Any]):
+    path = tmp_path / "file.toml"
+    own = ['reward.parts."mine:score"=0.1'] if "text" in override else []
+    path.write_text(Config.load(TINY, ["reward.name=mixed", KEYED, *own]).to_toml())
+    before, after = (Config.load(path, keys).reward.parts for keys in ([], [override]))
+    assert after == before | parts
+
+
+def test_a_part_of_ones_own_takes_keys_as_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine_with_keys.py").write_text(
+        "def make(level):\n    def score(images, prompts):\n        return [level] * len(prompts)\n    return score\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = {"mine_with_keys:make": {"weight": 2.0, "level": 3.0}, "jpeg_compressibility": 1e-6}
+    mixed = rewards.load(Config.of({"reward": {"name": "mixed", "parts": parts}}).reward)
+    assert rewards.score(mixed, torch.zeros(2, 3, 8, 8), ["a", "b"]).tolist() == pytest.approx([6, 6], abs=1e-3)
+
+
+def test_a_run_of_somebody_elses_whose_parts_import_code_needs_trust():
+    from adascope_fast.training import trust
+
+    config = Config.of({"reward": {"name": "mixed", "parts": {"evil:score": 1.0, "jpeg_compressibility": 1.0}}})
+    assert trust.own_code(config) == ["reward.parts has evil:score"]
+    with pytest.raises(ConfigError, match=r"would import reward\.parts has evil:score"):
+        trust.refuse_foreign(Path("run"), config, "", is_trusted=False)
 
 
 def test_configurations_with_parts_are_written_and_read_alike(tmp_path: Path):
