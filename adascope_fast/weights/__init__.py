@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "image_reward": (
         "adascope_fast.weights.image_reward:image_reward",
         "ImageReward: ImageReward.pt, and vocab.txt or tokenizer.json of bert-base-uncased",
-        "huggingface.co/zai-org/ImageReward and huggingface.co/google-bert/bert-base-uncased",
+        "huggingface.co/THUDM/ImageReward and huggingface.co/google-bert/bert-base-uncased",
     ),
     "aesthetic": (
         "adascope_fast.weights.aesthetic:aesthetic",
