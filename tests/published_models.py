@@ -67,13 +67,13 @@ class Transformer(nn.Module):
 class Visual(nn.Module):
     """The image tower; 80 wide heads, as ViT-H."""
 
-    def __init__(self, size: int = 16, patch: int = 8, width: int = 160, projected: int = 24) -> None:
+    def __init__(self, size: int = 16, patch: int = 8, width: int = 320, projected: int = 24) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, 2, 2)
+        self.transformer = Transformer(width, 2, width // 80)
         self.proj = nn.Parameter(torch.randn(width, projected) / math.sqrt(width))
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -101,7 +101,14 @@ class GenEval:
 
     @classmethod
     def load(
-        cls, model: str, *, clip: str, dtype: str = "float32", device: str = "auto", batch: int | None, **options: Any
+        cls,
+        model: str,
+        *,
+        clip: str,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch: int | None = None,
+        **options: Any,
     ) -> "GenEval":
         """The detector and the CLIP by their folders or repositories; ValueError where one is missing or none."""
         from transformers import AutoConfig, AutoImageProcessor, AutoProcessor

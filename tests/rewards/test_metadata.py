@@ -67,7 +67,8 @@ def test_a_mixed_reward_hands_it_to_the_parts_that_take_it():
         return images[:, 0].mean((1, 2))
 
     weights = {"asking": 1.0, "plain": 1.0}
-    mixed: Any = rewards.Mixed({"asking": _asking, "plain": plain}, weights)
+    made: Any = {"asking": _asking, "plain": plain}
+    mixed: Any = rewards.Mixed(made, weights)
     assert rewards.takes_metadata(mixed)
     rewards.hand_metadata(mixed, {"a": {"value": 5}})
     assert mixed.parts(IMAGES, ["a", "b", "a"])["asking"].tolist() == [5, -1, 5]

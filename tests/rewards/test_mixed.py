@@ -228,9 +228,10 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path, overrides: list[str], m
 
 def test_a_part_may_have_keys_of_its_own(tmp_path: Path):
     config = Config.load(TINY, ["reward.name=mixed", KEYED])
-    assert config.reward.weights == {"jpeg_compressibility": 1.0, "clip_similarity": 0.5}
+    section: Any = config.reward
+    assert section.weights == {"jpeg_compressibility": 1.0, "clip_similarity": 0.5}
     mixed: Any = rewards.load(config.reward)
-    assert mixed.weights == config.reward.weights
+    assert mixed.weights == section.weights
     assert mixed.rewards["clip_similarity"].batch == 4
     path = tmp_path / "again.toml"
     path.write_text(config.to_toml())
@@ -256,7 +257,8 @@ def test_the_command_line_changes_one_part_and_leaves_the_others(tmp_path: Path,
     path = tmp_path / "file.toml"
     own = ['reward.parts."mine:score"=0.1'] if "text" in override else []
     path.write_text(Config.load(TINY, ["reward.name=mixed", KEYED, *own]).to_toml())
-    before, after = (Config.load(path, keys).reward.parts for keys in ([], [override]))
+    sections: list[Any] = [Config.load(path, keys).reward for keys in ([], [override])]
+    before, after = (section.parts for section in sections)
     assert after == before | parts
 
 
