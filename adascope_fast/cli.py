@@ -22,6 +22,7 @@ from adascope_fast.commands.calibrate import calibrate
 from adascope_fast.commands.config import config
 from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
+from adascope_fast.commands.import_weights import import_weights
 from adascope_fast.commands.judge import judge
 from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
@@ -50,6 +51,7 @@ for command in (
     sample,
     evaluate,
     merge,
+    import_weights,
     pretrain,
     reward_server,
     plan,

@@ -39,12 +39,18 @@ from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, e
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
 from adascope_fast.rewards.settings import (
+    Aesthetic,
     ClipSimilarity,
+    GenEval,
+    Hpsv2,
+    ImageReward,
     JpegCompressibility,
     JpegIncompressibility,
     Judge,
     Mixed,
+    Ocr,
     OwnReward,
+    PickScore,
     Remote,
     SceneAttributes,
     asks_people,
@@ -70,6 +76,12 @@ AnyReward = Annotated[
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
     | Annotated[Judge, Tag("judge")]
     | Annotated[Remote, Tag("remote")]
+    | Annotated[PickScore, Tag("pick_score")]
+    | Annotated[Hpsv2, Tag("hpsv2")]
+    | Annotated[Aesthetic, Tag("aesthetic")]
+    | Annotated[ImageReward, Tag("image_reward")]
+    | Annotated[Ocr, Tag("ocr")]
+    | Annotated[GenEval, Tag("geneval")]
     | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),

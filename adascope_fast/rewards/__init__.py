@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.reward import check_prompts as check_prompts
     from adascope_fast.rewards.reward import constant_hint as constant_hint
     from adascope_fast.rewards.reward import given as given
+    from adascope_fast.rewards.reward import hand_metadata as hand_metadata
     from adascope_fast.rewards.reward import has_parts as has_parts
     from adascope_fast.rewards.reward import load as load
     from adascope_fast.rewards.reward import score as score
     from adascope_fast.rewards.reward import score_guesses as score_guesses
+    from adascope_fast.rewards.reward import takes_metadata as takes_metadata
     from adascope_fast.rewards.reward import training_begins as training_begins
     from adascope_fast.rewards.reward import training_ends as training_ends
     from adascope_fast.rewards.reward import training_stage as training_stage
@@ -40,6 +42,7 @@ __getattr__ = lazy(
         "check_prompts": "reward",
         "constant_hint": "reward",
         "given": "reward",
+        "hand_metadata": "reward",
         "has_parts": "reward",
         "jpeg_compressibility": "jpeg",
         "jpeg_incompressibility": "jpeg",
@@ -49,5 +52,6 @@ __getattr__ = lazy(
         "training_begins": "reward",
         "training_ends": "reward",
         "training_stage": "reward",
+        "takes_metadata": "reward",
     },
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +10,9 @@ from adascope_fast.rewards.reward import (
     Reward,
     check_prompts,
     given,
+    hand_metadata,
     score_guesses,
+    takes_metadata,
     training_begins,
     training_ends,
     training_stage,
@@ -33,6 +36,7 @@ class Mixed:
             raise ValueError(f"each reward must have a weight, got {sorted(rewards)} and {sorted(weights)}; name both")
         self.rewards = {name: given(reward, name) for name, reward in rewards.items()}
         self.weights = dict(weights)
+        self.take_metadata = self._hand_on if any(map(takes_metadata, self.rewards.values())) else None
 
     @classmethod
     def of(cls, parts: Mapping[str, float]) -> "Mixed":
@@ -70,3 +74,7 @@ class Mixed:
         """Tell the rewards that the training has ended."""
         for reward in self.rewards.values():
             training_ends(reward)
+
+    def _hand_on(self, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+        for reward in self.rewards.values():
+            hand_metadata(reward, metadata)

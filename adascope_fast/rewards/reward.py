@@ -6,10 +6,12 @@ generators of its own, so what a reward does to torch's, NumPy's or Python's ran
 raises, `sys.exit` included, becomes one line that says where; running out of a GPU's memory is left to the engine,
 which halves its batch.
 
-The signature is (images, prompts), or the field's (images, prompts, metadata) with a dict for each prompt, which is
-empty here; scores may come as (scores, info), as in ddpo-pytorch and TRL.
+The signature is (images, prompts), or the field's (images, prompts, metadata) with a dict for each prompt: the fields
+that its line of the prompt file has besides, empty where it has none. Scores may come as (scores, info), as in
+ddpo-pytorch and TRL.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,9 +60,16 @@ def given(reward: Any, name: str | None = None) -> Reward:
     raise ValueError(f"{rule}, got {shown[1:-1]}{signature}; take these and return a score for each image")
 
 
-def with_metadata(reward: Reward, metadata: Sequence[Mapping[str, Any]]) -> Reward:
-    """The reward of prompts with these metadata, a dict each; itself where it takes none."""
-    return reward.of(metadata) if isinstance(reward, _WithMetadata) else reward
+def takes_metadata(reward: Any) -> bool:
+    """Whether a reward, as `given` returns it, asks for the metadata of prompts: it has a method `take_metadata`."""
+    return callable(getattr(reward, "take_metadata", None))
+
+
+def hand_metadata(reward: Any, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell a reward that takes it what is known of each prompt; nothing is told to others."""
+    if takes_metadata(reward):
+        with _calling(reward):
+            reward.take_metadata(metadata)
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -229,17 +238,18 @@ def constant_hint(rewards: Tensor | Sequence[float]) -> str | None:
 class _WithMetadata:
     """A function of (images, prompts, metadata) as one of (images, prompts); all else is its own."""
 
-    def __init__(self, reward: Callable[..., Any], metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, reward: Callable[..., Any]) -> None:
         self._reward = self.__wrapped__ = reward
-        self._metadata = metadata
         self.__name__ = _name(reward)
+        self._metadata: Mapping[str, Mapping[str, Any]] = {}
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Any:
-        known = self._metadata or [{} for _ in prompts]
-        return self._reward(images, prompts, [dict(one) for one in known])
+        own = [copy.deepcopy(dict(self._metadata.get(prompt, {}))) for prompt in prompts]
+        return self._reward(images, prompts, own)
 
-    def of(self, metadata: Sequence[Mapping[str, Any]]) -> "_WithMetadata":
-        return _WithMetadata(self._reward, metadata)
+    def take_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+        """What is known of each prompt."""
+        self._metadata = metadata
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_reward"], name)

@@ -57,10 +57,14 @@ def of_object(value: Any, *, is_given: bool) -> Part:
     return Part(name_of(value), _digest(json.dumps(networks)) if networks else "", is_given)
 
 
-def of_prompts(prompts: Sequence[str], *, is_given: bool) -> Part:
-    """A list of prompts."""
+def of_prompts(
+    prompts: Sequence[str], *, is_given: bool, metadata: Mapping[str, Mapping[str, Any]] | None = None
+) -> Part:
+    """A list of prompts, with what the reward is told of them besides."""
     count = f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}, {prompts[0]!r:.60} first"
-    return Part(count, _digest(json.dumps(list(prompts))), is_given)
+    known = {prompt: dict(metadata[prompt]) for prompt in prompts if prompt in metadata} if metadata else {}
+    told = [list(prompts), known] if known else list(prompts)
+    return Part(count, _digest(json.dumps(told, sort_keys=True, default=str)), is_given)
 
 
 def of_pipeline(components: Mapping[str, Any], name: str, dtype: torch.dtype, *, is_given: bool) -> Part:

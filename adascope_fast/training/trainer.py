@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,8 @@ class Trainer:
     Args:
         config: everything that decides the run.
         reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
-        train_prompts, held_out_prompts: lists in place of `config.prompts`.
+        train_prompts, held_out_prompts: lists in place of `config.prompts`, of texts, or of dicts with `prompt` and
+            what a reward is given as its metadata.
         pipeline: a loaded diffusers pipeline in place of `config.model.name`.
         algorithm: in place of `config.algorithm`.
         selector: in place of `config.selector`.
@@ -92,8 +93,8 @@ class Trainer:
         config: Config,
         *,
         reward: rewards.Reward | None = None,
-        train_prompts: Sequence[str] | None = None,
-        held_out_prompts: Sequence[str] | None = None,
+        train_prompts: prompts.Given | None = None,
+        held_out_prompts: prompts.Given | None = None,
         pipeline: DiffusionPipeline | None = None,
         algorithm: Algorithm | None = None,
         selector: TimestepSelector | None = None,
@@ -116,6 +117,10 @@ class Trainer:
         if len(held_out) < config.evaluation.num_prompts:
             asked = config.evaluation.num_prompts
             logger.warning("evaluation.num_prompts is %d, and all %d held-out prompts are used", asked, len(held_out))
+        self._metadata: dict[str, dict[str, Any]] = {}
+        if rewards.takes_metadata(self.reward):
+            self._metadata = prompts.metadata(config.prompts, train=train_prompts, held_out=held_out_prompts)
+            rewards.hand_metadata(self.reward, self._metadata)
         rewards.check_prompts(self.reward, self.train_prompts, "prompts.train")
         rewards.check_prompts(self.reward, self.held_out, "prompts.held_out")
         if pipeline is not None and train_prompts is None and config.prompts.train == "scenes:train":
@@ -210,8 +215,12 @@ class Trainer:
         given = self._given
         return {
             "reward": origin.of_object(self.reward, is_given="reward" in given),
-            "train_prompts": origin.of_prompts(self.train_prompts, is_given="train_prompts" in given),
-            "held_out_prompts": origin.of_prompts(self.held_out, is_given="held_out_prompts" in given),
+            "train_prompts": origin.of_prompts(
+                self.train_prompts, is_given="train_prompts" in given, metadata=self._metadata
+            ),
+            "held_out_prompts": origin.of_prompts(
+                self.held_out, is_given="held_out_prompts" in given, metadata=self._metadata
+            ),
         }
 
     def _parts(self) -> dict[str, origin.Part]:

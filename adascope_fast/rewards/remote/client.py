@@ -99,25 +99,25 @@ class Remote:
             self.breakdown = self._breakdown
         if self.served.checks_prompts:
             self.check_prompts = self._check_prompts
+        self._metadata: Mapping[str, Mapping[str, Any]] = {}
+        if self.served.takes_metadata:
+            self.take_metadata = self._take_metadata
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the served reward is made of, as the server says."""
         return self.served.digest
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [b] float32 of images [b, 3, h, w] in [0, 1], on the CPU; NaN where the server's is not finite."""
         if self.served.has_parts:
             return weighed(self._parts(images, prompts), self.served.weights)
-        pieces = self._pieces(images, prompts, metadata or (), self._batch)
-        answers = self._each("/score", pieces)
+        answers = self._each("/score", self._pieces(images, prompts, self._batch))
         return self._read(lambda: torch.cat([wire.read_scores(got.get("scores"), n) for got, n in answers]))
 
     def _parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [b] of each part, without its weight."""
-        answers = self._each("/score", self._pieces(images, prompts, (), self._batch))
+        answers = self._each("/score", self._pieces(images, prompts, self._batch))
 
         def joined() -> dict[str, Tensor]:
             found = [got.get("parts") for got, _ in answers]
@@ -134,7 +134,7 @@ class Remote:
 
     def _breakdown(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """The reward's own, of one request; of several where the server takes no more, their mean by images."""
-        answers = self._each("/breakdown", self._pieces(images, prompts, (), wire.MOST_IMAGES))
+        answers = self._each("/breakdown", self._pieces(images, prompts, wire.MOST_IMAGES))
 
         def mean() -> dict[str, float]:
             total: dict[str, list[tuple[float, int]]] = {}
@@ -148,15 +148,22 @@ class Remote:
     def _check_prompts(self, prompts: Sequence[str], where: str) -> None:
         """ValueError where the server's reward cannot judge one of them."""
         for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            values = {"prompts": list(prompts[first : first + PROMPTS_AT_ONCE]), "where": where}
+            named = list(prompts[first : first + PROMPTS_AT_ONCE])
+            values = {"prompts": named, "where": where, "metadata": self._known(named)}
             body = wire.write_json(values)
             found = self._patiently(lambda body=body: self._posted("/check", body), threading.Event())
             if isinstance(line := found.get("refused"), str):
                 raise ValueError(one_line(line)[:1000])
 
-    def _pieces(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], most: int
-    ) -> list[Callable[[], tuple[bytes, int]]]:
+    def _take_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+        """What is known of each prompt, to be sent with it."""
+        self._metadata = metadata
+
+    def _known(self, prompts: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The metadata of each prompt; none at all where none has any."""
+        return [self._metadata.get(prompt, {}) for prompt in prompts] if self._metadata else []
+
+    def _pieces(self, images: Tensor, prompts: Sequence[str], most: int) -> list[Callable[[], tuple[bytes, int]]]:
         """What makes the body of each request, and says how many images it has."""
         count, (height, width) = len(images), images.shape[-2:]
         images = images.detach().cpu()  # on the stream of the thread that asks: those that send have others
@@ -167,7 +174,7 @@ class Remote:
 
         def body(rows: slice) -> tuple[bytes, int]:
             part = images[rows]
-            return wire.write(part, prompts[rows], metadata[rows], encoding=self._encoding), len(part)
+            return wire.write(part, prompts[rows], self._known(prompts[rows]), encoding=self._encoding), len(part)
 
         return [lambda first=first: body(slice(first, first + most)) for first in range(0, count, most)]
 

@@ -26,11 +26,12 @@ from adascope_fast.rewards.reward import (
     Reward,
     breakdown,
     check_prompts,
+    hand_metadata,
     has_parts,
     parts,
     score_guesses,
+    takes_metadata,
     weights,
-    with_metadata,
 )
 from adascope_fast.serving.guard import NOT_INSTALLED
 from adascope_fast.settings import one_line
@@ -70,6 +71,7 @@ def served(reward: Reward, *, name: str, digest: str, package: str, most_bytes: 
         weights=weights(reward) if has_parts(reward) else {},
         has_breakdown=hasattr(reward, "breakdown"),
         checks_prompts=hasattr(reward, "check_prompts"),
+        takes_metadata=takes_metadata(reward),
         most_bytes=most_bytes,
     )
 
@@ -92,11 +94,14 @@ def application(reward: Reward, about: Served, *, device: str = "cpu", most_wait
         return same | {"parts": {part: wire.write_scores(values) for part, values in found.items()}}
 
     def mean_parts(body: Batch) -> dict[str, Any]:
+        hand_metadata(reward, dict(zip(body.prompts, body.metadata, strict=True)))
         return same | {"breakdown": breakdown(reward, body.images.to(device), body.prompts)}
 
     def refusal(values: dict[str, Any]) -> dict[str, Any]:
         try:
-            check_prompts(reward, wire.read_prompts(values.get("prompts")), str(values.get("where"))[:200])
+            named = wire.read_prompts(values.get("prompts"))
+            hand_metadata(reward, dict(zip(named, wire.read_metadata(values, named), strict=True)))
+            check_prompts(reward, named, str(values.get("where"))[:200])
         except ValueError as error:
             return same | {"refused": one_line(str(error))}
         return same | {"refused": None}
@@ -188,10 +193,10 @@ def _worked(work: Callable[[Any], dict[str, Any]], values: Any, reward: Reward) 
 def _judged(reward: Reward, batch: Batch, device: str) -> dict[str, Tensor]:
     """Scores of each part by name, or of the reward itself under the name ""."""
     images = batch.images.to(device)
+    hand_metadata(reward, dict(zip(batch.prompts, batch.metadata, strict=True)))
     if has_parts(reward):
         return {name: scores.cpu() for name, scores in parts(reward, images, batch.prompts).items()}
-    asked = with_metadata(reward, batch.metadata)
-    return {"": score_guesses(asked, images, batch.prompts).cpu()}
+    return {"": score_guesses(reward, images, batch.prompts).cpu()}
 
 
 def _halved(judge: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:

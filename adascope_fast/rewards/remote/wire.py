@@ -52,6 +52,9 @@ class Batch:
         return Batch(self.images[rows], self.prompts[rows], self.metadata[rows])
 
 
+_SWITCHES = ("has_parts", "has_breakdown", "checks_prompts", "takes_metadata")
+
+
 @dataclass(frozen=True)
 class Served:
     """What a server says of its reward."""
@@ -65,6 +68,7 @@ class Served:
     weights: dict[str, float]
     has_breakdown: bool
     checks_prompts: bool
+    takes_metadata: bool
     most_bytes: int
     """The longest body that is taken."""
     version: int = VERSION
@@ -85,7 +89,7 @@ class Served:
         weights = found["weights"]
         is_right = (
             all(isinstance(found[name], str) for name in ("name", "digest", "package"))
-            and all(isinstance(found[name], bool) for name in ("has_parts", "has_breakdown", "checks_prompts"))
+            and all(isinstance(found[name], bool) for name in _SWITCHES)
             and type(found["most_bytes"]) is int
             and isinstance(weights, dict)
             and all(_is_number(weight) for weight in weights.values())
@@ -136,16 +140,16 @@ def read(body: bytes) -> Batch:
     """
     try:
         about, names = _header(body)
-        prompts, metadata = _prompts(about), _metadata(about)
+        prompts = _prompts(about)
+        metadata = read_metadata(about, prompts)
         images = _images_of_pngs(body, names, len(prompts)) if about["encoding"] == "png" else _images(body, names)
     except SafetensorError as error:
         raise ValueError(f"a request is a safetensors file, got {one_line(str(error))[:200]}; send one") from None
-    if len(images) != len(prompts) or len(metadata) not in (0, len(prompts)):
+    if len(images) != len(prompts):
         raise ValueError(
-            f"a request has a prompt an image, got {len(images)} images, {len(prompts)} prompts and {len(metadata)} "
-            f"metadata; send as many of each"
+            f"a request has a prompt an image, got {len(images)} images and {len(prompts)} prompts; send as many"
         )
-    return Batch(images, prompts, metadata or [{} for _ in prompts])
+    return Batch(images, prompts, metadata)
 
 
 def write_scores(scores: Tensor) -> list[float | None]:
@@ -237,13 +241,20 @@ def _prompts(about: Mapping[str, Any]) -> list[str]:
     return prompts
 
 
-def _metadata(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_metadata(about: Mapping[str, Any], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """A dict for each prompt, empty where none are told; ValueError for anything else, or two of one prompt."""
     metadata = about.get("metadata", [])
     if not isinstance(metadata, list) or not all(isinstance(one, dict) for one in metadata):
         raise ValueError('"metadata" must be a list of objects; send one a prompt, or none')
+    if len(metadata) not in (0, len(prompts)):
+        raise ValueError(f"metadata must be one a prompt, got {len(metadata)} of {len(prompts)}; send as many")
     if metadata and len(json.dumps(metadata)) > MOST_METADATA:
         raise ValueError(f"metadata have at most {MOST_METADATA} characters; send fewer")
-    return metadata
+    known: dict[str, dict[str, Any]] = {}
+    for prompt, one in zip(prompts, metadata, strict=False):
+        if known.setdefault(prompt, one) != one:
+            raise ValueError(f"a prompt has one metadata, got two of {prompt!r:.80}; send them in two requests")
+    return metadata or [{} for _ in prompts]
 
 
 def _images(body: bytes, names: list[str]) -> Tensor:

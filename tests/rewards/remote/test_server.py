@@ -112,10 +112,16 @@ def test_metadata_reach_a_reward_that_takes_them():
     def counted(images: Tensor, prompts: Sequence[str], metadata: list[dict[str, Any]]) -> list[float]:
         return [float(one.get("count", -1)) for one in metadata]
 
-    metadata = [{"count": number} for number in range(6)]
+    metadata = {prompt: {"count": number} for number, prompt in enumerate(PROMPTS)}
     with serving(counted) as url:
-        assert ask(url, batch=4)(IMAGES, PROMPTS, metadata).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-        assert ask(url)(IMAGES, PROMPTS).tolist() == [-1.0] * 6
+        remote = ask(url, batch=4)
+        assert rewards.takes_metadata(remote)
+        assert remote(IMAGES, PROMPTS).tolist() == [-1.0] * 6
+        rewards.reward.hand_metadata(remote, metadata)
+        assert remote(IMAGES, PROMPTS).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+        assert ask(url)(IMAGES, PROMPTS).tolist() == [-1.0] * 6, "what one client told is not another's"
+    with serving(lengths) as url:
+        assert not rewards.takes_metadata(ask(url))
 
 
 def test_a_score_that_is_not_finite_stays_so():
