@@ -32,6 +32,16 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "LAION's aesthetic predictor V2: sac+logos+ava1-l14-linearMSE.pth",
         "github.com/christophschuhmann/improved-aesthetic-predictor",
     ),
+    "inception": (
+        "adascope_fast.weights.inception:inception",
+        "FID's Inception-v3: pt_inception-2015-12-05-6726825d.pth",
+        "github.com/mseitzer/pytorch-fid/releases",
+    ),
+    "vgg16": (
+        "adascope_fast.weights.vgg16:vgg16",
+        "VGG-16 for improved precision and recall: vgg16-397923af.pth",
+        "download.pytorch.org/models",
+    ),
 }
 WEIGHTS = "model.safetensors"
 

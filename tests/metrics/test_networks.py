@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from adascope_fast.metrics import inception, vgg
 from adascope_fast.metrics.inception import InceptionV3
+from adascope_fast.weights import convert
 from adascope_fast.weights import inception as inception_weights
 from adascope_fast.weights import vgg16 as vgg16_weights
 
@@ -25,13 +26,14 @@ def published() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def network(published: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> InceptionV3:
-    file = tmp_path_factory.mktemp("inception") / "model.safetensors"
+    folder = tmp_path_factory.mktemp("inception")
     counts = {
         f"{name.removesuffix('weight')}num_batches_tracked": torch.tensor(1) for name in published if "bn.w" in name
     }
     auxiliary = {"AuxLogits.conv0.conv.weight": torch.zeros(1)}
-    save_file(inception_weights.convert(published | counts | auxiliary), file)
-    return InceptionV3.load(file)
+    torch.save(published | counts | auxiliary, folder / "pt_inception.pth")
+    convert("inception", [folder / "pt_inception.pth"], folder / "inception")
+    return InceptionV3.load(folder / "inception" / "model.safetensors")
 
 
 def test_inception_is_that_of_torch_fidelity(network: InceptionV3):
@@ -88,8 +90,8 @@ def test_vgg_is_torchvisions_up_to_its_second_layer(tmp_path: Path, monkeypatch:
         for name, value in state.items()
     }
     published = state | {"classifier.6.weight": torch.zeros(1000, 4096), "classifier.6.bias": torch.zeros(1000)}
-    file = tmp_path / "model.safetensors"
-    save_file(vgg16_weights.convert(published), file)
+    torch.save(published, tmp_path / "vgg16.pth")
+    file = convert("vgg16", [tmp_path / "vgg16.pth"], tmp_path / "vgg16") / "model.safetensors"
     assert load_file(file).keys() == state.keys()
     given = images(1, 224, 224)
     x = (given - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
