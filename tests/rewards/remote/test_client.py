@@ -16,8 +16,6 @@ from torch import Tensor
 
 from adascope_fast import rewards
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.rewards import mixed as mixing
-from adascope_fast.rewards import settings
 from adascope_fast.rewards.remote import client
 from adascope_fast.rewards.remote.client import Remote, in_order
 from adascope_fast.training import origin
@@ -32,6 +30,7 @@ DESCRIPTION = {
     "weights": {},
     "has_breakdown": False,
     "checks_prompts": False,
+    "takes_metadata": False,
     "most_bytes": 2**24,
 }
 SCORES = {"version": 1, "digest": "d", "scores": [1.0, 2.0, 3.0, 4.0]}
@@ -333,14 +332,10 @@ def test_keys_are_checked_before_anything_is_asked(override: str, said: str):
 
 
 def test_a_remote_reward_is_a_part_of_a_mixed_one(monkeypatch: pytest.MonkeyPatch):
-    named = mixing.reward_named
     with serving(bright) as url:
         monkeypatch.setenv("ADASCOPE_FAST_REWARD_TOKEN", TOKEN)
-        elsewhere = settings.Remote(url=url)
-        monkeypatch.setattr(mixing, "reward_named", lambda name: elsewhere if name == "remote" else named(name))
-        mixed = rewards.load(
-            Config.load(None, ["reward.name=mixed", "reward.parts={remote=2.0, jpeg_compressibility=1.0}"]).reward
-        )
+        parts = f'reward.parts={{remote={{weight=2.0, url="{url}"}}, jpeg_compressibility=1.0}}'
+        mixed = rewards.load(Config.load(None, ["reward.name=mixed", parts]).reward)
         parts = mixed.parts(IMAGES, PROMPTS)  # type: ignore[attr-defined]
         assert torch.equal(parts["remote"], bright(IMAGES, PROMPTS))
 
