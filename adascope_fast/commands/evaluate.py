@@ -59,7 +59,9 @@ def evaluate(
     ] = None,
     features: Annotated[str, typer.Option(help="Features of the view of variety: clip, vgg16, dinov2.")] = "clip",
     no_base: Annotated[bool, typer.Option("--no-base", help="Leave the base models of runs out.")] = False,
-    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images at once.")] = 16,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Images drawn at once; as in the first run if absent.")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to draw and measure.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of other arms or settings.")] = False,
 ) -> None:
@@ -98,7 +100,7 @@ def evaluate(
         reference=reference if folder is None else None,
         reference_folder=folder,
         features=features,
-        batch=batch,
+        batch=batch or next((arm.config.train.rollout_batch for arm in arms if arm.config is not None), 16),
         seed=seed,
         device=torch.device("cuda" if on_gpu else "cpu"),
         overwrite=overwrite,

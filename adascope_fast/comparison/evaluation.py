@@ -33,6 +33,7 @@ from adascope_fast.training.run_folder import write_whole
 
 PACKAGES = ("adascope-fast", "torch", "diffusers", "transformers", "torchmetrics", "scikit-learn")
 NUM_SHOWN = 8  # prompts on the page
+READ_AT_ONCE = 16  # images that are in memory while they are measured
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Options:
     """Folder of images in its place."""
     features: str = "clip"
     batch: int = 16
+    """Images drawn at once."""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     overwrite: bool = False
@@ -118,7 +120,7 @@ def compare(
         seconds[f"drawing {arm.name}"] = time.perf_counter() - begun
     notes = _refuse_apart(arms, folders)
     reference, all_folders = _with_reference(arms, folders, options)
-    sources = Sources(options.weights, options.clip, options.device, batch=options.batch)
+    sources = Sources(options.weights, options.clip, options.device, batch=READ_AT_ONCE)
     told_by, reward_of, more = _rewards(arms, options)
     notes += more
     asking = _asking(options, sources, told_by)
@@ -134,7 +136,7 @@ def compare(
         all_folders,
         asking,
         reference=reference,
-        batch=options.batch,
+        batch=READ_AT_ONCE,
         device=options.device,
         seed=options.seed,
         distance=distance,
@@ -284,7 +286,7 @@ def _view(arms: Sequence[Arm], folders: Mapping[str, Folder], sources: Sources, 
     try:
         features = sources.features(options.features)
         bases = {arm.name: arm.base for arm in arms}
-        return view(folders, bases, features, options.features, batch=options.batch, device=options.device)
+        return view(folders, bases, features, options.features, batch=READ_AT_ONCE, device=options.device)
     except ValueError as error:
         return " ".join(str(error).split())
 

@@ -139,7 +139,10 @@ def verdict(
         if one is None or other is None or not (one.is_known and other.is_known):
             continue
         moved = _units(other.value - one.value, one.spread)
-        signs.append(Sign(measure, one.value, other.value, moved, any(moved * way >= SIGN for way in directions)))
+        is_one = any(moved * way >= SIGN for way in directions)
+        # Images that begin to follow their prompt differ in fewer pixels, too: where LPIPS is known, it decides.
+        is_one = is_one and not (key == "pixel_diversity" and any("LPIPS" in sign.measure for sign in signs))
+        signs.append(Sign(measure, one.value, other.value, moved, is_one))
     between = estimates.get("lpips", {}).get(base)
     away = math.nan if distance is None else distance.of(name)
     if between is not None and between.is_known and math.isfinite(away):

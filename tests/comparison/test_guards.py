@@ -79,6 +79,13 @@ def test_a_measure_beyond_the_bases_spread_is_a_sign(change: dict[str, float]):
     assert sum(sign.is_one for sign in found.signs) == 1
 
 
+def test_pixels_decide_only_where_lpips_is_not_known():
+    assert not judged(pixel_diversity=-3).is_suspect
+    known = estimates(pixel_diversity=-3)
+    del known["lpips"]
+    assert verdict("arm", "base", known, "reward", None, [], {}).is_suspect
+
+
 def test_more_variety_and_a_better_clip_score_are_none():
     assert not judged(lpips=3, clip_score=3, pixel_diversity=3).is_suspect
 
