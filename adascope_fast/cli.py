@@ -20,12 +20,16 @@ import typer
 
 from adascope_fast.commands.calibrate import calibrate
 from adascope_fast.commands.config import config
+from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
+from adascope_fast.commands.import_weights import import_weights
+from adascope_fast.commands.judge import judge
 from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
 from adascope_fast.commands.pretrain import pretrain
 from adascope_fast.commands.report import report
+from adascope_fast.commands.reward_server import reward_server
 from adascope_fast.commands.sample import sample
 from adascope_fast.commands.train import train
 from adascope_fast.commands.train_preference_model import train_preference_model
@@ -45,13 +49,17 @@ for command in (
     make_preferences,
     train_preference_model,
     sample,
+    evaluate,
     merge,
+    import_weights,
     pretrain,
+    reward_server,
     plan,
     calibrate,
     config,
     report,
     explain,
+    judge,
 ):
     app.command()(command)
 

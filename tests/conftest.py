@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from adascope_fast.schedules import Schedule
 from adascope_fast.schedules import samplers as schedules
 
 torch.set_num_threads(1)
+# A shell starts its background jobs with SIGINT ignored, which tests of an interruption would wait for for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no failure: examples have no time limit.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")

@@ -150,6 +150,28 @@ def decoupled(
     return _spread(whole / (std + 1e-4), advantage.advantage_clip, next(iter(parts.values())), num_steps)
 
 
+def standardized(
+    advantage: GroupRelative,
+    parts: Mapping[str, Float[Tensor, " b"]],
+    weights: Mapping[str, float],
+    prompts: list[str],
+    num_steps: int,
+) -> Float[Tensor, "b t"]:
+    """Advantages of one reward: the weighted sum of each part's (score - mean) / std over all images of the call.
+
+    The accumulated and re-normalised rewards of AdaScope (2605.15855). The std is the population's; a part whose scores
+    are all equal adds 0. Unlike in `added` a part keeps the differences between prompts, so one whose spread lies
+    mostly between them counts less within a group.
+    """
+    whole = torch.zeros(len(prompts), dtype=torch.float64)
+    for name, scores in parts.items():
+        values = _checked(scores, prompts)
+        (mean,), (std,) = _mean_std(values, torch.zeros(len(values), dtype=torch.int64), correction=0)
+        if std > 0:
+            whole += weights.get(name, 1.0) * (values - mean) / std
+    return advantage(whole, prompts, num_steps).to(next(iter(parts.values())).device, torch.float32)
+
+
 def _added(
     advantage: GroupRelative, parts: Mapping[str, Tensor], weights: Mapping[str, float], prompts: list[str]
 ) -> Float64[Tensor, " b"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.algorithms import settings
-from adascope_fast.algorithms.advantages import Advantage, GroupRelative, added, decoupled, tracked
+from adascope_fast.algorithms.advantages import Advantage, GroupRelative, added, decoupled, standardized, tracked
 from adascope_fast.algorithms.algorithm import Algorithm, Context, Loss, Policy, Samples
 from adascope_fast.algorithms.attribution import Attribution, similarity_gains
 from adascope_fast.algorithms.objectives import Clipped, Objective, score_function
@@ -117,7 +117,7 @@ class PolicyGradient(Algorithm):
                 f'mixing = "{self.mixing}" is of several rewards with grouped advantages, got {len(samples.parts)} '
                 f'parts and {type(self.advantage).__name__}; give a reward with parts, or set it to "rewards"'
             )
-        mix = added if self.mixing == "advantages" else decoupled
+        mix = {"advantages": added, "gdpo": decoupled, "normalized": standardized}[self.mixing]
         return mix(self.advantage, samples.parts, samples.weights, samples.prompts, num_steps)
 
     def batch(self, samples: Samples, context: Context) -> Pairs:

@@ -25,7 +25,7 @@ KlForm = Literal["divergence", "flow_grpo", "output"]
 LogProb = Literal["auto", "gaussian", "squared_error"]
 AdvantageScale = Literal["global", "group", "group_sample"]
 InitialNoise = Literal["own", "group"]
-Mixing = Literal["rewards", "advantages", "gdpo"]
+Mixing = Literal["rewards", "advantages", "gdpo", "normalized"]
 Backfill = Literal["interval", "full", "sparse"]
 AttributionName = Literal["uniform", "discount", "gain", "similarity"]
 
@@ -140,7 +140,8 @@ class _GroupedPolicyGradient(_Grouped, _Clipped):
     mixing: Mixing = "rewards"
     """Of several rewards (`reward.name = "mixed"`): `rewards`: advantages of their weighted sum; `advantages`: the
     weighted sum of the advantages that each has alone (MixGRPO); `gdpo`: that, divided by its standard deviation over
-    the batch (GDPO, 2601.05242)."""
+    the batch (GDPO, 2601.05242); `normalized`: advantages of the weighted sum of each less its mean, divided by its
+    standard deviation, over all images of the iteration (AdaScope's accumulated rewards)."""
 
 
 class Ddpo(_Tracked, _Clipped):
@@ -241,7 +242,8 @@ class MixGrpo(_GroupedPolicyGradient):
     mixing: Mixing = "advantages"
     """Of several rewards (`reward.name = "mixed"`): `rewards`: advantages of their weighted sum; `advantages`: the
     weighted sum of the advantages that each has alone (MixGRPO); `gdpo`: that, divided by its standard deviation over
-    the batch (GDPO, 2601.05242)."""
+    the batch (GDPO, 2601.05242); `normalized`: advantages of the weighted sum of each less its mean, divided by its
+    standard deviation, over all images of the iteration (AdaScope's accumulated rewards)."""
 
 
 class GrpoGuard(_GroupedPolicyGradient):

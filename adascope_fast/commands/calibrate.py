@@ -7,6 +7,7 @@ import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import ConfigError
+from adascope_fast.rewards.settings import asks_people
 from adascope_fast.settings import MOST_IMAGES, MOST_STEPS
 
 
@@ -29,6 +30,11 @@ def calibrate(
     if stride > config.sampler.num_steps:
         raise ConfigError(
             f"--stride must be at most the {config.sampler.num_steps} steps of a rollout, got {stride}; lower it"
+        )
+    if asks_people(config.reward):
+        raise ConfigError(
+            f'calibrate shows the reward unfinished images, got reward.name = "{config.reward.name}", which asks '
+            f'people; name another that is like it, such as reward.name = "clip_similarity"'
         )
     from adascope_fast.planning.calibration import calibrate as calibration_of
     from adascope_fast.reporting import write_calibration

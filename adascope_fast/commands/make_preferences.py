@@ -74,6 +74,8 @@ def _made(
 
     reward, sampler = rewards.load(config.reward), config.sampler
     names = prompts.load(config.prompts.train)
+    if rewards.takes_metadata(reward):
+        rewards.hand_metadata(reward, prompts.metadata(config.prompts))
     rewards.check_prompts(reward, names, "prompts.train")
     accelerator = accelerator_of(config)
     if adapter is None:

@@ -131,7 +131,8 @@ def _values(annotation: Any) -> str:
         return f"a table of names with {_values(arguments[1])}"
     if origin is tuple:
         return f"{len(arguments)} numbers: {_values(arguments[0])}"
-    return {bool: "true, false", int: "a whole number", float: "a number", str: "text"}.get(annotation, str(annotation))
+    words = {bool: "true, false", int: "a whole number", float: "a number", str: "text", Any: "a value"}
+    return words.get(annotation, str(annotation))
 
 
 def _bounds(item: Any) -> list[str]:

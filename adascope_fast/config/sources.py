@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -123,12 +123,12 @@ def apply_overrides(
     for section, field, value in given:
         fields = result.setdefault(section, {})
         if isinstance(fields, dict):  # else the file has a value where a section belongs, which validation reports
-            fields[field] = value
+            _set(fields, _path(model, section, field) or [field], value)
     return result, [f"{choice} leaves out the file's {', '.join(keys)}" for choice, keys in left_out.items()]
 
 
 def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
-    key, equals, text = override.partition("=")
+    key, equals, text = _halves(override)
     key = key if len(key) <= MOST_OF_A_KEY else key[:MOST_OF_A_KEY] + "..."
     if not equals:
         raise ConfigError(
@@ -140,9 +140,43 @@ def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
     if key in _sections(model):
         raise ConfigError(_not_a_field(model, key, _value(text, as_text=False)))
     known = _sections(model).get(section, {}).get(field)
-    if known is None and not (OWN in _choices(model, section) and field):
+    if known is None and _path(model, section, field) is None and not (OWN in _choices(model, section) and field):
         raise ConfigError(_unknown(model, key, _value(text, as_text=False)))
     return section, field, _value(text, as_text=known is not None and known.annotation is str)
+
+
+def _halves(override: str) -> tuple[str, str, str]:
+    """Key, equals sign and value; a quoted part of the key may have an equals sign."""
+    found = re.match(r"""((?:"[^"]*"|'[^']*'|[^="'])*)(=)(.*)""", override, re.DOTALL)
+    return (found[1], found[2], found[3]) if found else override.partition("=")
+
+
+def _path(model: type[BaseModel], section: str, field: str) -> list[str] | None:
+    """The names of `field.name.name`, as TOML writes them, where `field` is a table; None for anything else."""
+    name, dot, _ = field.partition(".")
+    known = _sections(model).get(section, {}).get(name)
+    if not dot or known is None or get_origin(known.annotation) is not dict:
+        return None
+    try:
+        inner: Any = tomllib.loads(f"{field} = 0")
+    except ValueError:
+        return None
+    path = []
+    while isinstance(inner, dict):
+        ((name, inner),) = inner.items()
+        path.append(name)
+    return path if len(path) <= DEEPEST else None
+
+
+def _set(fields: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a value within tables, each of which is copied. A number and a table stand for each other by its weight."""
+    *outer, last = path
+    for name in outer:
+        inner = fields.get(name, {})
+        fields[name] = dict(inner) if isinstance(inner, dict) else {"weight": inner}
+        fields = fields[name]
+    is_weight = outer and isinstance(fields.get(last), dict) and not isinstance(value, dict)
+    fields[last] = {**fields[last], "weight": value} if is_weight else value
 
 
 def _leave_out(model: type[BaseModel], result: dict[str, Any], section: str, field: str, value: Any) -> list[str]:

@@ -39,12 +39,21 @@ from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, e
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
 from adascope_fast.rewards.settings import (
+    Aesthetic,
     ClipSimilarity,
+    GenEval,
+    Hpsv2,
+    ImageReward,
     JpegCompressibility,
     JpegIncompressibility,
+    Judge,
     Mixed,
+    Ocr,
     OwnReward,
+    PickScore,
+    Remote,
     SceneAttributes,
+    asks_people,
 )
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.settings import (
@@ -65,6 +74,14 @@ AnyReward = Annotated[
     | Annotated[JpegCompressibility, Tag("jpeg_compressibility")]
     | Annotated[JpegIncompressibility, Tag("jpeg_incompressibility")]
     | Annotated[ClipSimilarity, Tag("clip_similarity")]
+    | Annotated[Judge, Tag("judge")]
+    | Annotated[Remote, Tag("remote")]
+    | Annotated[PickScore, Tag("pick_score")]
+    | Annotated[Hpsv2, Tag("hpsv2")]
+    | Annotated[Aesthetic, Tag("aesthetic")]
+    | Annotated[ImageReward, Tag("image_reward")]
+    | Annotated[Ocr, Tag("ocr")]
+    | Annotated[GenEval, Tag("geneval")]
     | Annotated[Mixed, Tag("mixed")]
     | Annotated[OwnReward, Tag(OWN)],
     chosen_by("name", "scene_attributes"),
@@ -177,6 +194,8 @@ class Config(Section):
             self._suits_a_set(self.algorithm)
         self._updates_suit_the_algorithm()
         self._sampler_suits_the_algorithm()
+        if asks_people(self.reward):
+            self._only_finished_images_are_judged()
         if isinstance(self.algorithm, Spo):
             self._can_branch(self.algorithm, steps)
         if self.model.train == "full" and self.acceleration.fold_adapter == "on":
@@ -215,6 +234,19 @@ class Config(Section):
             raise ValueError(
                 f"selector.decay_from must be below the {steps} steps of a rollout, or nothing ever decays, got "
                 f'{selector.decay_from}; lower it, or set selector.shift_decay = "none"'
+            )
+
+    def _only_finished_images_are_judged(self) -> None:
+        if self.sensing is not None and self.sensing.kind != "latent":
+            raise ValueError(
+                f'people judge finished images alone, and sensing.kind = "{self.sensing.kind}" shows the reward all '
+                f'others, got it with reward.name = "{self.reward.name}"; set sensing.kind = "latent"'
+            )
+        if _of(self.algorithm, "preference_model") == "reward":
+            raise ValueError(
+                f"people judge finished images alone, and {self.algorithm.name} shows the reward the candidates of "
+                f'every step, got it with reward.name = "{self.reward.name}"; set algorithm.preference_model to a '
+                f"folder made by train-preference-model, or algorithm.name to another"
             )
 
     def _can_branch(self, algorithm: Spo, steps: int) -> None:

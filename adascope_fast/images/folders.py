@@ -8,6 +8,7 @@ either it has none. Images without a line of metadata are left out, which is tol
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,21 @@ class Image:
 
     def pixels(self) -> np.ndarray:
         """RGB values [h, w, 3] of 8 bits; ValueError where the file is no image, is cut short, or is too large."""
+        with self._opened() as image:
+            return np.asarray(image.convert("RGB"))
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, from the head of the file; ValueError as `pixels`."""
+        with self._opened() as image:
+            return image.size
+
+    @contextmanager
+    def _opened(self) -> Iterator[PIL.Image.Image]:
         try:
             with PIL.Image.open(self.path) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
-                return np.asarray(image.convert("RGB"))
+                yield image
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{self.path} must be an image, got {why}; draw or copy it again") from None

@@ -1,8 +1,9 @@
 """Where prompts come from: the sets inside this package, text files, tables, and lists."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from adascope_fast.prompts import animals, files, scenes
 from adascope_fast.prompts.settings import SETS, Prompts, held_out_of
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 def load(source: str | None) -> list[str]:
     """The prompts of a built-in set (`scenes:train`, `animals:held_out`), or of a file; a warning tells duplicates.
 
-    A file is text with a prompt a line, or .jsonl, .csv or .tsv with a field `prompt`; its other fields are not used.
+    A file is text with a prompt a line, or .jsonl, .csv or .tsv with a field `prompt`; its other fields are metadata.
 
     Raises:
         ValueError: there is no such set or file, or a line of it is no prompt; None, which names nothing.
@@ -39,6 +40,10 @@ def load(source: str | None) -> list[str]:
 
 def read(source: str | None) -> list[tuple[int, str]]:
     """The same with the number of each one's line, and without a warning."""
+    return [(number, prompt) for number, prompt, _ in _records(source)]
+
+
+def _records(source: str | None) -> list[files.Record]:
     if source is None:
         raise ValueError(
             "prompts.train and prompts.held_out must be named where model.name is no embedded model, got none; set "
@@ -46,7 +51,7 @@ def read(source: str | None) -> list[tuple[int, str]]:
         )
     kind, _, split = source.partition(":")
     if kind in _BUILT_IN and split:
-        return list(enumerate(_BUILT_IN[kind](split), 1))
+        return [(number, prompt, {}) for number, prompt in enumerate(_BUILT_IN[kind](split), 1)]
     path = Path(source)
     if unprintable(source) or not path.is_file():
         sets = ", ".join(f"{name}:train, {name}:held_out" for name in SETS)
@@ -54,20 +59,62 @@ def read(source: str | None) -> list[tuple[int, str]]:
         if not unprintable(source):
             what = "which is a folder" if path.is_dir() else "which is no regular file" if path.exists() else what
         raise ValueError(f"prompts are {sets} or a text file, got {source!r}, {what}; check the path")
-    found = [(line, checked(text, f"line {line} of {source}")) for line, text in files.prompts_of(path)]
+    found = [(line, checked(text, f"line {line} of {source}"), other) for line, text, other in files.records_of(path)]
     if not found:
         raise ValueError(f"a prompt file has one prompt a line, {source} is empty; add at least one")
     return found
 
 
+Given = Sequence[str | Mapping[str, Any]]
+"""Prompts as a list: a text, or a dict with `prompt` and its metadata."""
+
+
+def metadata(
+    settings: Prompts, *, train: Given | None = None, held_out: Given | None = None
+) -> dict[str, dict[str, Any]]:
+    """What is known of each prompt besides its text, for those of which something is.
+
+    A reward that takes metadata is given it: the fields of a prompt's line in a .jsonl, .csv or .tsv.
+
+    Args:
+        settings, train, held_out: as those of `chosen`.
+
+    Raises:
+        ValueError: a prompt has two that differ.
+    """
+    sources = [("train_prompts", train, settings.train), ("held_out_prompts", held_out, settings.held_out)]
+    known: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, values, source in sources:
+        for prompt, own, where in _told(name, values, source):
+            before, there = known.setdefault(prompt, (own, where))
+            if before != own:
+                raise ValueError(
+                    f"a prompt must have the same metadata wherever it stands, since a reward looks it up by the "
+                    f"prompt, got two that differ for {prompt!r:.60}, {there} and {where}; make them alike"
+                )
+    return {prompt: own for prompt, (own, _) in known.items() if own}
+
+
+def _told(name: str, values: Given | None, source: str | None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Prompt, metadata, and where it stands."""
+    if values is None:
+        for line, prompt, other in _records(source) if source is not None else []:
+            yield prompt, other, f"line {line} of {source}"
+        return
+    for index, value in enumerate(values):
+        where = f"{name}[{index}]"
+        other = {key: one for key, one in value.items() if key != "prompt"} if isinstance(value, Mapping) else {}
+        yield checked(_text(value), where), other, where
+
+
 def chosen(
-    settings: Prompts, *, train: Sequence[str] | None = None, held_out: Sequence[str] | None = None
+    settings: Prompts, *, train: Given | None = None, held_out: Given | None = None
 ) -> tuple[list[str], list[str]]:
     """The prompts to train on and those to judge by, both checked; a warning tells the ones that are in both.
 
     Args:
         settings: names what is not given.
-        train, held_out: lists in place of what the settings name.
+        train, held_out: lists in place of what the settings name; dicts in them have a `prompt`.
 
     Raises:
         ValueError: a prompt is none, or each held-out one is trained on; or `train` alone is given and is not of the
@@ -132,11 +179,15 @@ def checked(prompt: str, where: str) -> str:
     return prompt
 
 
-def _given(values: Sequence[str] | None, source: str | None, name: str) -> list[str]:
+def _text(value: Any) -> Any:
+    return value.get("prompt") if isinstance(value, Mapping) else value
+
+
+def _given(values: Given | None, source: str | None, name: str) -> list[str]:
     if values is None:
         return load(source)
     if isinstance(values, str):
         raise ValueError(f"{name} is a list of prompts, got one text, {values[:60]!r}; put it into a list")
     if not values:
         raise ValueError(f"{name} needs at least one prompt, got an empty list; add one")
-    return [checked(value, f"{name}[{index}]") for index, value in enumerate(values)]
+    return [checked(_text(value), f"{name}[{index}]") for index, value in enumerate(values)]

@@ -1,5 +1,7 @@
 """Prompt files as people have them: text with a prompt a line, JSON lines, and tables with a column `prompt`.
 
+What a line of JSON or of a table has besides is the prompt's metadata.
+
 A line ends at CR LF, LF or CR and nowhere else: Python's `splitlines` would also cut a prompt at U+2028, U+0085 and six
 more characters. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 """
@@ -11,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MOST_BYTES = 2**28
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -38,8 +41,12 @@ _MARKS = (  # UTF-32's begins with UTF-16's
 _LINE_END = re.compile("\r\n|\n|\r")
 
 
-def prompts_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number and text of each prompt in a file, as it stands there; blank lines are left out.
+Record = tuple[int, str, dict[str, Any]]
+"""Line number, text and metadata of a prompt."""
+
+
+def records_of(path: Path) -> Iterator[Record]:
+    """Each prompt in a file, as it stands there; blank lines are left out.
 
     ValueError where the file is no list of prompts, or a line has none.
     """
@@ -53,7 +60,7 @@ def prompts_of(path: Path) -> Iterator[tuple[int, str]]:
     if kind in TABLES:
         return _of_table(text, path, TABLES[kind])
     lines = ((number, line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip(" \t"))
-    return _of_json(lines, path) if kind in JSON_LINES else lines
+    return _of_json(lines, path) if kind in JSON_LINES else ((number, line, {}) for number, line in lines)
 
 
 def _text(path: Path) -> str:
@@ -75,7 +82,7 @@ def _text(path: Path) -> str:
         raise ValueError(f"prompt files are UTF-8 text, {place}; save it as UTF-8") from None
 
 
-def _of_json(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[tuple[int, str]]:
+def _of_json(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Record]:
     for number, line in lines:
         step = 'write a text or an object with "prompt" a line'
         try:
@@ -86,12 +93,17 @@ def _of_json(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[tuple[int
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str):
             raise ValueError(f"line {number} of {path} must hold a prompt, got {line[:60]!r}; {step}")
-        yield number, prompt
+        yield number, prompt, _besides(value) if isinstance(value, dict) else {}
 
 
-def _of_table(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, str]]:
+def _besides(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "prompt"}
+
+
+def _of_table(text: str, path: Path, delimiter: str) -> Iterator[Record]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     column: int | None = None
+    header: list[str] = []
     try:
         for row in rows:
             if not any(cell.strip() for cell in row):
@@ -103,14 +115,19 @@ def _of_table(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, str]
                         f"{path} must have one column prompt, its first line has {', '.join(names)[:80]!r}; name the "
                         f"column of the prompts so"
                     )
-                column = names.index("prompt")
+                column, header = names.index("prompt"), [cell.strip() for cell in row]
             elif column >= len(row):
                 raise ValueError(
                     f"line {rows.line_num} of {path} must have a prompt, got {delimiter.join(row)[:60]!r}; add it, or "
                     f"remove the line"
                 )
             else:
-                yield rows.line_num, row[column]
+                other = {name: cell for name, cell in zip(header, row, strict=False) if name and cell}
+                yield (
+                    rows.line_num,
+                    row[column],
+                    {name: cell for name, cell in other.items() if name.lower() != "prompt"},
+                )
     except csv.Error as error:
         raise ValueError(
             f"line {rows.line_num} of {path} must be a table's row, got {error}; quote texts with a comma, a quote or "

@@ -5,7 +5,7 @@ are left out. Whatever text a caller passes is escaped.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -168,6 +168,19 @@ def histogram(counts: Sequence[tuple[str, Sequence[int]]], label: str, *, width:
                 title = f"<title>step {step}: {value}</title>"
                 marks.append(f'<rect class="fill {css}" x="{left:.1f}" y="{top:.1f}" {size}>{title}</rect>')
     return axes.draw(*marks)
+
+
+def scatter(points: Mapping[str, Sequence[Point]], css: Mapping[str, str], *, side: int = 420) -> str:
+    """Points in the unit square, those of each series in its CSS class; hovering names the series."""
+    marks = []
+    for name, of_series in points.items():
+        dots = "".join(
+            f'<circle cx="{8 + x * (side - 16):.1f}" cy="{8 + (1 - y) * (side - 16):.1f}" r="3"/>'
+            for x, y in _finite(of_series)
+        )
+        marks.append(f'<g class="point {css[name]}"><title>{escape(name)}</title>{dots}</g>')
+    frame = f'viewBox="0 0 {side} {side}" role="img" aria-label="images by their features"'
+    return f'<svg {frame}><rect class="grid" width="{side}" height="{side}"/>{"".join(marks)}</svg>'
 
 
 def stacked_bar(parts: Sequence[tuple[str, float]], css_of: Callable[[int], str]) -> str:

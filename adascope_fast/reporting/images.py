@@ -65,6 +65,19 @@ def cut_rows(path: Path, num_rows: int) -> list[str]:
         return [_data_url(grid.crop((0, row * height, grid.width, (row + 1) * height))) for row in range(num_rows)]
 
 
+def strip(images: Sequence[np.ndarray], *, side: int) -> str:
+    """Images [h, w, 3] of 8 bits beside each other, `side` pixels high at most, as a `data:` address."""
+    parts = [Image.fromarray(image) for image in images]
+    height = min(side, *(part.height for part in parts)) if len(parts) > 1 else min(side, parts[0].height)
+    parts = [part.resize((max(1, part.width * height // part.height), height)) for part in parts]
+    joined = Image.new("RGB", (sum(part.width for part in parts), height))
+    left = 0
+    for part in parts:
+        joined.paste(part, (left, 0))
+        left += part.width
+    return _data_url(joined)
+
+
 def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG", optimize=True)

@@ -93,6 +93,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "attributes": _attributes(evaluation),
         "pairs": _pairs(folder / "samples"),
         "reward_chart": Markup(_reward_chart(stats, evaluation)),
+        "part_charts": [(name, Markup(chart)) for name, chart in _part_charts(stats)],
         "interval_chart": Markup(_interval_chart(stats, config)),
         "by_step": [(meaning, Markup(chart)) for meaning, chart in by_step.charts(stats, _num_steps(stats, config))],
         "starts_and_ends": Markup(by_step.starts_and_ends(stats, _num_steps(stats, config))),
@@ -297,6 +298,17 @@ def _reward_chart(stats: Sequence[Record], evaluation: Record) -> str:
         for row in _history(evaluation) or ends
     ]
     return figures.reward_chart(_points(stats, "reward_mean"), [_value(row, "reward_std") for row in stats], held_out)
+
+
+def _part_charts(stats: Sequence[Record]) -> list[tuple[str, str]]:
+    """The mean of each part of a reward that has several, by iteration."""
+    parts = [(float(record["iteration"]), _mapping(record.get("reward_parts"))) for record in stats]
+    names = dict.fromkeys(name for _, values in parts for name in values)
+    charts = [
+        (name, figures.line_chart([(iteration, _value(values, name)) for iteration, values in parts], name))
+        for name in names
+    ]
+    return [(name, chart) for name, chart in charts if chart]
 
 
 def _interval_chart(stats: Sequence[Record], config: Record) -> str:

@@ -1,10 +1,23 @@
 """Several rewards as one: their weighted sum, and each of them by name."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from adascope_fast.rewards.reward import Reward, check_prompts, given, score_guesses, weighed
+from adascope_fast.rewards.reward import (
+    Reward,
+    check_prompts,
+    given,
+    hand_metadata,
+    score_guesses,
+    takes_metadata,
+    training_begins,
+    training_ends,
+    training_stage,
+    weighed,
+)
 from adascope_fast.rewards.settings import reward_named
 
 
@@ -23,6 +36,7 @@ class Mixed:
             raise ValueError(f"each reward must have a weight, got {sorted(rewards)} and {sorted(weights)}; name both")
         self.rewards = {name: given(reward, name) for name, reward in rewards.items()}
         self.weights = dict(weights)
+        self.take_metadata = self._hand_on if any(map(takes_metadata, self.rewards.values())) else None
 
     @classmethod
     def of(cls, parts: Mapping[str, float]) -> "Mixed":
@@ -45,3 +59,22 @@ class Mixed:
         """ValueError where one of the rewards cannot judge a prompt."""
         for reward in self.rewards.values():
             check_prompts(reward, prompts, where)
+
+    def training_begins(self, folder: Path, images: Mapping[str, int]) -> str | None:
+        """What the rewards say of a training that begins."""
+        said = [training_begins(reward, folder, images=images) for reward in self.rewards.values()]
+        return "\n".join(filter(None, said)) or None
+
+    def training_stage(self, words: str) -> None:
+        """Tell the rewards what the next images are of."""
+        for reward in self.rewards.values():
+            training_stage(reward, words)
+
+    def training_ends(self) -> None:
+        """Tell the rewards that the training has ended."""
+        for reward in self.rewards.values():
+            training_ends(reward)
+
+    def _hand_on(self, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+        for reward in self.rewards.values():
+            hand_metadata(reward, metadata)

@@ -6,14 +6,17 @@ generators of its own, so what a reward does to torch's, NumPy's or Python's ran
 raises, `sys.exit` included, becomes one line that says where; running out of a GPU's memory is left to the engine,
 which halves its batch.
 
-The signature is (images, prompts), or the field's (images, prompts, metadata) with a dict for each prompt, which is
-empty here; scores may come as (scores, info), as in ddpo-pytorch and TRL.
+The signature is (images, prompts), or the field's (images, prompts, metadata) with a dict for each prompt: the fields
+that its line of the prompt file has besides, empty where it has none. Scores may come as (scores, info), as in
+ddpo-pytorch and TRL.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -57,6 +60,18 @@ def given(reward: Any, name: str | None = None) -> Reward:
     raise ValueError(f"{rule}, got {shown[1:-1]}{signature}; take these and return a score for each image")
 
 
+def takes_metadata(reward: Any) -> bool:
+    """Whether a reward, as `given` returns it, asks for the metadata of prompts: it has a method `take_metadata`."""
+    return callable(getattr(reward, "take_metadata", None))
+
+
+def hand_metadata(reward: Any, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell a reward that takes it what is known of each prompt; nothing is told to others."""
+    if takes_metadata(reward):
+        with _calling(reward):
+            reward.take_metadata(metadata)
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The reward's scores [b] as float32 on the images' device; ValueError unless one finite number an image."""
     scores = score_guesses(reward, images, prompts)
@@ -67,7 +82,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def score_guesses(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The same of unfinished images, some of which cannot be judged: their scores may be NaN."""
     if has_parts(reward):
-        return weighed(_parts(reward, images, prompts), weights(reward))
+        return weighed(parts(reward, images, prompts), weights(reward))
     returned: Any = _called(reward, reward, images, prompts)
     scores = returned[0] if _has_info(returned) else returned
     return _scores(reward, scores, images, prompts)
@@ -100,13 +115,14 @@ class Scorer:
 
     def with_parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum [b], and the scores [b] of each part."""
-        parts = _parts(self.reward, images, prompts)
-        for name, scores in parts.items():
+        found = parts(self.reward, images, prompts)
+        for name, scores in found.items():
             _refuse_not_finite(f"part {name!r} of reward {_name(self.reward)!r}", scores, prompts)
-        return weighed(parts, self.weights), parts
+        return weighed(found, self.weights), found
 
 
-def _parts(reward: Any, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+def parts(reward: Any, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Scores [b] of each part of a reward with parts, called and checked as its scores are; they may be NaN."""
     found: Any = _called(reward, reward.parts, images, prompts)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(
@@ -177,6 +193,36 @@ def check_prompts(reward: Reward, prompts: Sequence[str], where: str) -> None:
             method(list(prompts), where)
 
 
+def training_begins(reward: Reward, folder: Path, *, images: Mapping[str, int]) -> str | None:
+    """What a reward says of a training that begins, by its method `training_begins`; None where it has none.
+
+    Args:
+        folder: the run's, where a reward may keep a folder of its own.
+        images: how many it will be asked for, by what they are of.
+    """
+    method = getattr(reward, "training_begins", None)
+    if method is None:
+        return None
+    with _calling(reward):
+        return method(folder, images)
+
+
+def training_stage(reward: Reward, words: str) -> None:
+    """Tell a reward that has a method `training_stage` what the next images are of."""
+    method = getattr(reward, "training_stage", None)
+    if method is not None:
+        with _calling(reward):
+            method(words)
+
+
+def training_ends(reward: Reward) -> None:
+    """Tell a reward that has a method `training_ends` that the training has ended, however it did."""
+    method = getattr(reward, "training_ends", None)
+    if method is not None:
+        with _calling(reward):
+            method()
+
+
 def constant_hint(rewards: Tensor | Sequence[float]) -> str | None:
     """What to say, in one line, of rewards of an iteration that are all equal; None where they differ or are few."""
     values = torch.as_tensor(rewards, dtype=torch.float32).flatten()
@@ -195,9 +241,15 @@ class _WithMetadata:
     def __init__(self, reward: Callable[..., Any]) -> None:
         self._reward = self.__wrapped__ = reward
         self.__name__ = _name(reward)
+        self._metadata: Mapping[str, Mapping[str, Any]] = {}
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Any:
-        return self._reward(images, prompts, [{} for _ in prompts])
+        own = [copy.deepcopy(dict(self._metadata.get(prompt, {}))) for prompt in prompts]
+        return self._reward(images, prompts, own)
+
+    def take_metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+        """What is known of each prompt."""
+        self._metadata = metadata
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_reward"], name)

@@ -1,10 +1,23 @@
 """Sections of the rewards: the keys of `[reward]`, by `reward.name`. Nothing here imports torch."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from adascope_fast.settings import Own, Section, Text, imported, show
+from adascope_fast.settings import (
+    Images,
+    Own,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Share,
+    ShareOrZero,
+    Text,
+    imported,
+    show,
+)
 
 
 class SceneAttributes(Section):
@@ -35,7 +48,30 @@ class JpegIncompressibility(Section):
         return imported("adascope_fast.rewards.jpeg:jpeg_incompressibility")
 
 
-class ClipSimilarity(Section):
+class _OnDevice(Section):
+    """Of a reward that is a model."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in; scores are float32 whatever it is."""
+    device: Text = "auto"
+    """Where the model is: `auto` (where the images are), `cpu`, `cuda`, or one of several GPUs, as `cuda:1`."""
+    batch: Images = 16
+    """Images at a time; a score does not depend on it."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+            raise ValueError(
+                f'reward.device must be auto, cpu, cuda or cuda:NUMBER, got {show(device)}; set for example "cuda:1"'
+            )
+        return device
+
+    def _options(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device, "batch": self.batch}
+
+
+class ClipSimilarity(_OnDevice):
     """Cosine of image and prompt by a CLIP, in [-1, 1]."""
 
     name: Literal["clip_similarity"] = "clip_similarity"
@@ -44,29 +80,202 @@ class ClipSimilarity(Section):
 
     def build(self, **context: object) -> object:
         """The CLIP, loaded."""
-        return imported("adascope_fast.rewards.clip:ClipSimilarity").load(self.clip)
+        return imported("adascope_fast.rewards.clip:ClipSimilarity").load(self.clip, **self._options())
+
+
+class PickScore(_OnDevice):
+    """PickScore (2305.01569): what people would choose, by a CLIP; about 17 to 23."""
+
+    name: Literal["pick_score"] = "pick_score"
+    model: Text = "yuvalkirstain/PickScore_v1"
+    """The folder of its CLIPModel in safetensors with tokenizer, or a Hugging Face repository."""
+    scale: Literal["percent", "unit"] = "percent"
+    """`percent`: exp(logit_scale) times the cosine, as published; `unit`: the cosine."""
+
+    def build(self, **context: object) -> object:
+        """The CLIP, loaded."""
+        return imported("adascope_fast.rewards.pick_score:PickScore").load(
+            self.model, scale=self.scale, **self._options()
+        )
+
+
+class Hpsv2(_OnDevice):
+    """HPSv2 (2306.09341): what people would prefer, the cosine by a CLIP; about 0.2 to 0.35."""
+
+    name: Literal["hpsv2"] = "hpsv2"
+    version: Literal["2.0", "2.1"] = "2.0"
+    """Which weights they are; refused where those of the folder are the other."""
+    model: Text | None = None
+    """The folder that `import-weights` wrote; absent: weights/hpsv2 for 2.0 and weights/hpsv2.1 for 2.1."""
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _may_be_a_number(cls, version: Any) -> Any:
+        return str(version) if isinstance(version, float) else version
+
+    def build(self, **context: object) -> object:
+        """The CLIP, loaded."""
+        model = self.model or ("weights/hpsv2" if self.version == "2.0" else "weights/hpsv2.1")
+        return imported("adascope_fast.rewards.hps:Hps").load(model, version=self.version, **self._options())
+
+
+class Aesthetic(_OnDevice):
+    """LAION's aesthetic predictor V2: how people would rate the image, about 1 to 10; the prompt does not matter."""
+
+    name: Literal["aesthetic"] = "aesthetic"
+    model: Text = "weights/aesthetic"
+    """The folder that `import-weights` wrote, or a Hugging Face repository of one."""
+    clip: Text = "openai/clip-vit-large-patch14"
+    """The CLIP that it was trained on: a folder of its CLIPModel in safetensors, or a Hugging Face repository."""
+
+    def build(self, **context: object) -> object:
+        """The CLIP and the layers, loaded."""
+        return imported("adascope_fast.rewards.aesthetic:Aesthetic").load(self.model, clip=self.clip, **self._options())
+
+
+class ImageReward(_OnDevice):
+    """ImageReward (2304.05977): what people would prefer, by BLIP; about -2 to 2."""
+
+    name: Literal["image_reward"] = "image_reward"
+    model: Text = "weights/image_reward"
+    """The folder that `import-weights` wrote, or a Hugging Face repository of one."""
+
+    def build(self, **context: object) -> object:
+        """The networks, loaded."""
+        return imported("adascope_fast.rewards.image_reward:ImageReward").load(self.model, **self._options())
+
+
+class Ocr(Section):
+    """1 - edit distance of the text that the prompt quotes from the text that is read, in [0, 1]; on the CPU."""
+
+    implementation: ClassVar[str] = "adascope_fast.rewards.ocr:Ocr"
+
+    name: Literal["ocr"] = "ocr"
+
+
+class GenEval(_OnDevice):
+    """Share of the objects, counts, colours and positions in the prompt's metadata that a detector finds (2310.11513).
+
+    The prompt file is a .jsonl with GenEval's `include` and `exclude` beside `prompt`.
+    """
+
+    name: Literal["geneval"] = "geneval"
+    model: Text = "PekingU/rtdetr_r50vd"
+    """An object detector of transformers, with labels of its own or with words (OWL-ViT, OWLv2)."""
+    clip: Text = "openai/clip-vit-large-patch14"
+    """The CLIP that tells colours: a folder of its CLIPModel in safetensors, or a Hugging Face repository."""
+    strict: bool = False
+    """1 where the image has all attributes and 0 elsewhere, as GenEval counts; else the share that it has."""
+    threshold: ShareOrZero = 0.3
+    """Confidence above which an object counts."""
+    counting_threshold: ShareOrZero = 0.9
+    """The same for prompts whose `tag` is "counting"."""
+    max_overlap: Share = 1.0
+    """Of two boxes of a class that overlap by more than this the less confident one is left out; 1 keeps all."""
+
+    def build(self, **context: object) -> object:
+        """The detector and the CLIP, loaded."""
+        return imported("adascope_fast.rewards.geneval:GenEval").load(
+            self.model,
+            clip=self.clip,
+            is_strict=self.strict,
+            threshold=self.threshold,
+            counting_threshold=self.counting_threshold,
+            max_overlap=self.max_overlap,
+            **self._options(),
+        )
+
+
+LARGEST_WEIGHT = 1e6
+
+
+class Judge(Section):
+    """Stars that people give to each image on a local page, which the training waits for; in [0, 1]."""
+
+    implementation: ClassVar[str] = "adascope_fast.rewards.judged:Judged"
+
+    name: Literal["judge"] = "judge"
+    question: Literal[
+        "structural_faithfulness", "aesthetic_appeal", "fine_detail", "semantic_alignment", "prompt_responsiveness"
+    ] = "aesthetic_appeal"
+    """What the stars are for."""
+    votes_per_image: Annotated[int, Field(ge=1, le=100)] = 1
+    """Different people who rate each image; their mean counts."""
+    host: Text = "127.0.0.1"
+    """Address of this machine where the page is served; 0.0.0.0 for all of them."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of the page; 0: a free one."""
+    out: Text | None = None
+    """Folder of the votes; absent: `judge` in the run's folder."""
+
+
+class Remote(Section):
+    """Scores of a reward that another process serves, here or elsewhere: `adascope-fast reward-server`."""
+
+    implementation: ClassVar[str] = "adascope_fast.rewards.remote.client:Remote"
+
+    name: Literal["remote"] = "remote"
+    url: Text = "http://127.0.0.1:8400"
+    """Address of the server, as it prints it."""
+    token_env: Text = "ADASCOPE_FAST_REWARD_TOKEN"
+    """Environment variable with the server's token, which is written into no file."""
+    timeout: Positive = 120.0
+    """Seconds in which a request must be answered."""
+    patience: PositiveOrZero = 600.0
+    """Seconds for which a server that does not answer is waited for."""
+    batch: Images = 32
+    """Images of a request."""
+    encoding: Literal["safetensors", "png"] = "safetensors"
+    """Of the images: exactly as they are, or smaller and rounded to 8 bits."""
+    parallel: Annotated[int, Field(ge=1, le=64)] = 2
+    """Requests at once."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        address(url)
+        return url
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_a_variable(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(
+                "reward.token_env must be the name of an environment variable, got another text, which is not shown: "
+                "it may be the token; export ADASCOPE_FAST_REWARD_TOKEN=... and leave reward.token_env out"
+            )
+        return name
 
 
 class Mixed(Section):
-    """Weighted sum of several rewards, each with its defaults; the curve of each is logged."""
+    """Weighted sum of several rewards; the curve of each is logged."""
 
     name: Literal["mixed"] = "mixed"
-    parts: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
-        examples=[{"jpeg_compressibility": 1.0, "clip_similarity": 0.5}]
-    )
-    """Weights of rewards, by what `reward.name` would be: the name of one that is here, or `module:object`."""
+    parts: dict[str, float | dict[str, Any]] = Field(examples=[{"jpeg_compressibility": 1.0, "clip_similarity": 0.5}])
+    """By what `reward.name` would be (the name of one that is here, or `module:object`): its weight, -1e6 to 1e6, or a
+    table of its `weight` and its own keys, such as {weight = 1.0, model = "weights/pick_score"}."""
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _are_numbers_by_name(cls, parts: Any) -> Any:
-        numbers = parts.values() if isinstance(parts, dict) else [parts]
-        wrong = [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float)]
-        if wrong or not isinstance(parts, dict):
-            value = show(wrong[0] if wrong else parts)
-            raise ValueError(
-                f"reward.parts must be a table of rewards and their weights, got {value}; write for example "
-                f"reward.parts = {{jpeg_compressibility = 1.0, clip_similarity = 0.5}}"
-            )
+    def _are_weights_by_name(cls, parts: Any) -> Any:
+        example = "write for example reward.parts = {jpeg_compressibility = 1.0, clip_similarity = {weight = 0.5}}"
+        if not isinstance(parts, dict):
+            raise ValueError(f"reward.parts must be a table of rewards and their weights, got {show(parts)}; {example}")
+        for name, part in parts.items():
+            weight = part.get("weight") if isinstance(part, dict) else part
+            if isinstance(part, dict) and weight is None:
+                raise ValueError(
+                    f"a table in reward.parts must have a weight, got {show(part)} for {name!r:.80}; {example}"
+                )
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise ValueError(
+                    f"reward.parts must be a table of rewards and their weights, got {show(weight)}; {example}"
+                )
+            if not abs(weight) <= LARGEST_WEIGHT or weight == 0:
+                raise ValueError(
+                    f"a weight of reward.parts must not be 0 and lie within -1e6 and 1e6, got {weight} for "
+                    f"{name!r:.80}; leave the reward out, or set another weight"
+                )
         return parts
 
     @model_validator(mode="after")
@@ -76,17 +285,26 @@ class Mixed(Section):
                 f"reward.parts must name two rewards or more, got {len(self.parts)}; name another, or set reward.name "
                 f"to the one"
             )
-        for name, weight in self.parts.items():
-            reward_named(name)
-            if weight == 0:
-                raise ValueError(
-                    f"a weight of reward.parts must not be 0, got it for {name!r:.80}; leave the reward out"
-                )
+        self.sections()
         return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part."""
+        return {name: float(part["weight"] if isinstance(part, dict) else part) for name, part in self.parts.items()}
+
+    def sections(self) -> dict[str, Section]:
+        """The section of each part; ValueError where a name or a key of one is wrong."""
+        keys = {name: part if isinstance(part, dict) else {} for name, part in self.parts.items()}
+        return {
+            name: reward_named(name, **{key: value for key, value in own.items() if key != "weight"})
+            for name, own in keys.items()
+        }
 
     def build(self, **context: object) -> object:
         """The rewards, loaded."""
-        return imported("adascope_fast.rewards.mixed:Mixed").of(self.parts)
+        made = {name: section.build(**context) for name, section in self.sections().items()}
+        return imported("adascope_fast.rewards.mixed:Mixed")(made, self.weights)
 
 
 class OwnReward(Own):
@@ -95,17 +313,64 @@ class OwnReward(Own):
     named_by: ClassVar[str] = "reward.name"
 
 
-def reward_named(name: str) -> Section:
-    """The section with its defaults that `reward.name` chooses; ValueError if there is none."""
-    if ":" in name:
-        return OwnReward(name=name)
+def address(url: str) -> SplitResult:
+    """A server's address in parts; ValueError unless it is http or https, a host, and perhaps a port and a path."""
+    rule = "reward.url must be http://HOST:PORT or https://HOST:PORT"
+    if "@" in url:
+        raise ValueError(f"{rule}, got one with a name or password; leave it out, reward.token_env names the token")
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, a bracket without its other
+        raise ValueError(f"{rule}, got {show(url)}; correct it") from None
+    if not is_right or not re.fullmatch(r"[!-~]+", url) or "?" in url or "#" in url:
+        raise ValueError(f"{rule}, got {show(url)}; write it so, as the server printed it")
+    return parts
+
+
+def reward_named(name: str, **keys: Any) -> Section:
+    """The section that `reward.name` chooses, with these keys in place of defaults; ValueError if there is none."""
     known = {choice.model_fields["name"].default: choice for choice in _ALONE}
-    if name not in known:
+    if ":" not in name and name not in known:
         raise ValueError(
             f"reward.parts must have names of rewards ({', '.join(known)}) or module:object, got {name!r:.80}; "
             f"choose one of them"
         )
-    return known[name]()
+    try:
+        return known.get(name, OwnReward).model_validate({"name": name, **keys})
+    except ValidationError as error:
+        raise ValueError(_wrong_key(name, known.get(name, OwnReward), error)) from None
 
 
-_ALONE: tuple[type[Section], ...] = (SceneAttributes, JpegCompressibility, JpegIncompressibility, ClipSimilarity)
+def asks_people(reward: Section) -> bool:
+    """Whether people are waited for: an image that is not finished is not shown to them."""
+    return isinstance(reward, Judge) or (isinstance(reward, Mixed) and "judge" in reward.parts)
+
+
+def _wrong_key(name: str, section: type[Section], error: ValidationError) -> str:
+    """What is wrong with a part's keys, in one line."""
+    problem = error.errors()[0]
+    place = ".".join(map(str, ("reward.parts", name, *problem["loc"])))
+    if problem["type"] == "extra_forbidden":
+        others = ", ".join(key for key in section.model_fields if key != "name") or "none"
+        return f"unknown key {place} = {show(problem['input'])}; the keys of {name} besides weight: {others}"
+    if problem["type"] == "value_error":
+        said = str(problem.get("ctx", {}).get("error", problem["msg"]))
+        return said.replace("reward.", f"reward.parts.{name}.", 1) if said.startswith("reward.") else said
+    return f"{place} is not valid, got {show(problem['input'])}: {problem['msg']}; correct it, or take its default"
+
+
+_ALONE: tuple[type[Section], ...] = (
+    SceneAttributes,
+    JpegCompressibility,
+    JpegIncompressibility,
+    ClipSimilarity,
+    PickScore,
+    Hpsv2,
+    Aesthetic,
+    ImageReward,
+    Ocr,
+    GenEval,
+    Judge,
+    Remote,
+)

@@ -6,8 +6,8 @@ it was called, a digest of it, and whether it was passed in Python.
 
 A digest is SHA-256: of prompts their text; of a function its source and the texts and networks that it encloses; of an
 object the source of its class, the fields that it was made with, and its texts and networks; of a network and of a
-pipeline the names, types, shapes and 64 elements of each weight, and the scheduler's settings. Source that this package
-ships is left out: run.json has its version.
+pipeline the names, types, shapes and 64 elements of each weight, and the scheduler's settings; of a reward on a server
+what the server says. Source that this package ships is left out: run.json has its version.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from adascope_fast.config import ConfigError
-from adascope_fast.rewards import Mixed
+from adascope_fast.rewards import Mixed, Remote
 from adascope_fast.training.run_folder import write_whole
 
 FILE = "parts.json"
@@ -49,16 +49,22 @@ def of_object(value: Any, *, is_given: bool) -> Part:
     if isinstance(value, Mixed):
         parts = {name: asdict(of_object(one, is_given=is_given)) for name, one in value.rewards.items()}
         return Part(name_of(value), _digest(json.dumps([parts, value.weights])), is_given)
+    if isinstance(value, Remote):  # wherever its server is
+        return Part(f"{value.served.name} of a server", value.digest, is_given)
     if is_given or not _is_ours(_type_of(value)):
         return Part(name_of(value), _digest(json.dumps(_described(value))), is_given)
     networks = {name: weights(one) for name, one in vars(value).items() if isinstance(one, nn.Module)}
     return Part(name_of(value), _digest(json.dumps(networks)) if networks else "", is_given)
 
 
-def of_prompts(prompts: Sequence[str], *, is_given: bool) -> Part:
-    """A list of prompts."""
+def of_prompts(
+    prompts: Sequence[str], *, is_given: bool, metadata: Mapping[str, Mapping[str, Any]] | None = None
+) -> Part:
+    """A list of prompts, with what the reward is told of them besides."""
     count = f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}, {prompts[0]!r:.60} first"
-    return Part(count, _digest(json.dumps(list(prompts))), is_given)
+    known = {prompt: dict(metadata[prompt]) for prompt in prompts if prompt in metadata} if metadata else {}
+    told = [list(prompts), known] if known else list(prompts)
+    return Part(count, _digest(json.dumps(told, sort_keys=True, default=str)), is_given)
 
 
 def of_pipeline(components: Mapping[str, Any], name: str, dtype: torch.dtype, *, is_given: bool) -> Part:

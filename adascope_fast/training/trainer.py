@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,8 @@ class Trainer:
     Args:
         config: everything that decides the run.
         reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
-        train_prompts, held_out_prompts: lists in place of `config.prompts`.
+        train_prompts, held_out_prompts: lists in place of `config.prompts`, of texts, or of dicts with `prompt` and
+            what a reward is given as its metadata.
         pipeline: a loaded diffusers pipeline in place of `config.model.name`.
         algorithm: in place of `config.algorithm`.
         selector: in place of `config.selector`.
@@ -92,8 +93,8 @@ class Trainer:
         config: Config,
         *,
         reward: rewards.Reward | None = None,
-        train_prompts: Sequence[str] | None = None,
-        held_out_prompts: Sequence[str] | None = None,
+        train_prompts: prompts.Given | None = None,
+        held_out_prompts: prompts.Given | None = None,
         pipeline: DiffusionPipeline | None = None,
         algorithm: Algorithm | None = None,
         selector: TimestepSelector | None = None,
@@ -116,6 +117,10 @@ class Trainer:
         if len(held_out) < config.evaluation.num_prompts:
             asked = config.evaluation.num_prompts
             logger.warning("evaluation.num_prompts is %d, and all %d held-out prompts are used", asked, len(held_out))
+        self._metadata: dict[str, dict[str, Any]] = {}
+        if rewards.takes_metadata(self.reward):
+            self._metadata = prompts.metadata(config.prompts, train=train_prompts, held_out=held_out_prompts)
+            rewards.hand_metadata(self.reward, self._metadata)
         rewards.check_prompts(self.reward, self.train_prompts, "prompts.train")
         rewards.check_prompts(self.reward, self.held_out, "prompts.held_out")
         if pipeline is not None and train_prompts is None and config.prompts.train == "scenes:train":
@@ -210,8 +215,12 @@ class Trainer:
         given = self._given
         return {
             "reward": origin.of_object(self.reward, is_given="reward" in given),
-            "train_prompts": origin.of_prompts(self.train_prompts, is_given="train_prompts" in given),
-            "held_out_prompts": origin.of_prompts(self.held_out, is_given="held_out_prompts" in given),
+            "train_prompts": origin.of_prompts(
+                self.train_prompts, is_given="train_prompts" in given, metadata=self._metadata
+            ),
+            "held_out_prompts": origin.of_prompts(
+                self.held_out, is_given="held_out_prompts" in given, metadata=self._metadata
+            ),
         }
 
     def _parts(self) -> dict[str, origin.Part]:
@@ -239,6 +248,8 @@ class Trainer:
         self._describe(folder, "running")
         status, why = "failed", ""
         try:
+            if said := rewards.training_begins(self.reward, folder.path, images=self._images_ahead(folder, first)):
+                self._progress.say(said)
             self._iterate(folder, first)
             status = "finished"
         except KeyboardInterrupt:
@@ -250,11 +261,27 @@ class Trainer:
         finally:
             self._progress.close()
             self.accelerator.end_training()
-            # Where a full disk stopped the run, it is what is told, and not that no more can be written.
-            with nullcontext() if status == "finished" else suppress(OSError):
-                self._describe(folder, status, **({"reason": why} if why else {}))
-                report = reporting.write_report(folder.path)
+            try:
+                # Where a full disk stopped the run, it is what is told, and not that no more can be written.
+                with nullcontext() if status == "finished" else suppress(OSError):
+                    self._describe(folder, status, **({"reason": why} if why else {}))
+                    report = reporting.write_report(folder.path)
+            finally:
+                rewards.training_ends(self.reward)
         return self._result(folder, report)
+
+    def _images_ahead(self, folder: RunFolder, first: int) -> dict[str, int]:
+        """The images that the reward will be asked for, by what they are of."""
+        train, every = self.config.train, self.config.evaluation.every
+        evaluations = 1 + ("before" not in folder.read("evaluation.json"))
+        evaluations += sum((done + 1) % every == 0 for done in range(first, train.iterations - 1)) if every else 0
+        an_evaluation = len(self.held_out) * self.config.evaluation.samples_per_prompt
+        iterations = train.iterations - first if self.algorithm.preferences is None else 0
+        an_iteration = train.prompts_per_iteration * train.samples_per_prompt
+        return {
+            f"{iterations} iterations of {an_iteration} images": iterations * an_iteration,
+            f"{evaluations} evaluations of {an_evaluation}": evaluations * an_evaluation,
+        }
 
     def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
         seconds = time.perf_counter() - self._start
@@ -335,6 +362,7 @@ class Trainer:
         for iteration in range(first, train.iterations):
             started, cpu = time.perf_counter(), time.process_time()
             batch = self._batch(iteration)
+            rewards.training_stage(self.reward, f"iteration {iteration + 1} of {train.iterations}")
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
@@ -426,6 +454,7 @@ class Trainer:
         settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
+        rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
         with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
             try:
                 evaluation = evaluate(

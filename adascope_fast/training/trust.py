@@ -13,13 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.rewards.settings import Mixed
 from adascope_fast.settings import Own
 
 
 def own_code(config: Config) -> list[str]:
     """`section.name = module:object` of each object that the configuration has imported."""
     sections = {"reward": config.reward, "algorithm": config.algorithm, "selector": config.selector}
-    return [f"{name}.name = {section.name}" for name, section in sections.items() if isinstance(section, Own)]
+    names = [f"{name}.name = {section.name}" for name, section in sections.items() if isinstance(section, Own)]
+    parts = config.reward.parts if isinstance(config.reward, Mixed) else {}
+    return names + [f"reward.parts has {name}" for name in parts if ":" in name]
 
 
 def signature(config: Config) -> str:

@@ -232,7 +232,8 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "reward.clip=scenes-clip",
-            'reward.clip belongs to reward.name = "clip_similarity", got reward.clip = "scenes-clip" with '
+            'reward.clip belongs to reward.name = "clip_similarity" or "aesthetic" or "geneval", got reward.clip = '
+            '"scenes-clip" with '
             '"scene_attributes"; remove it, or change reward.name',
         ),
         (

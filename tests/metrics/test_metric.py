@@ -60,3 +60,8 @@ def test_too_few_images_and_what_is_not_finite_are_refused():
         made([0.5], ["a"], 1).compute()
     with pytest.raises(ValueError, match=r"must be finite.*'b'"):
         made([0.5, math.nan], ["a", "b"], 2)
+
+
+def test_the_spread_is_that_of_the_prompts():
+    assert made([0.1, 0.3, 0.5, 0.7], ["a", "a", "b", "b"], 4).spread() == pytest.approx(0.4 / 2**0.5, rel=1e-6)
+    assert math.isnan(made([0.1, 0.3], ["a", "a"], 2).spread())

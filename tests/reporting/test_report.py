@@ -31,6 +31,23 @@ def test_texts_of_the_run_are_escaped(run: Path):
     assert HOSTILE in words_of(page)
 
 
+def test_each_part_of_a_reward_has_a_curve_and_its_name_is_escaped(run: Path):
+    assert "Its parts in training" not in words_of(page_of(run))
+    lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["reward_parts"] = {HOSTILE: 0.5 + 0.01 * number, "pick_score": 20.0 + number, "never": None}
+    lines[3]["reward_parts"] = "nothing"
+    (run / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(run)
+    assert "Its parts in training, each without its weight:" in words_of(page)
+    assert "<script" not in page
+    assert page.count('aria-label="pick_score by iteration"') == 1
+    label = "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quotes&quot; by iteration"
+    assert page.count(f'aria-label="{label}"') == 1
+    assert HOSTILE in words_of(page)
+    assert "never by iteration" not in page
+
+
 def test_page_makes_no_request(run: Path):
     page = page_of(run)
     assert not re.search(r"(https?:)?//\w", re.sub(r"data:image/png;base64,[\w+/=]+", "", page))

@@ -12,7 +12,7 @@ from small_runs import CAPTIONS, SMALLEST, lines_of
 from torch import Tensor
 
 from adascope_fast import rewards
-from adascope_fast.algorithms.advantages import GroupRelative, added, decoupled
+from adascope_fast.algorithms.advantages import GroupRelative, added, decoupled, standardized
 from adascope_fast.algorithms.algorithm import Samples
 from adascope_fast.algorithms.policy_gradient import grpo, mix_grpo
 from adascope_fast.config import Config, ConfigError
@@ -20,6 +20,7 @@ from adascope_fast.engine.scoring import Scoring
 from adascope_fast.training.trainer import Trainer
 
 PARTS = "reward.parts={jpeg_compressibility=1.0, clip_similarity=0.5}"
+KEYED = 'reward.parts={jpeg_compressibility=1.0, clip_similarity={weight=0.5, clip="scenes-clip", batch=4}}'
 MIXED = ["reward.name=mixed", PARTS, "algorithm.name=grpo"]
 PROMPTS = ["a", "a", "a", "b", "b", "b"]
 ONE, TWO = torch.tensor([1.0, 2, 3, 10, 10, 13]), torch.tensor([5.0, 5, 5, 0, 1, 0])
@@ -72,7 +73,24 @@ def test_the_whole_is_clipped_and_not_each_part():
     torch.testing.assert_close(got.double(), (0.5 * _group(ONE, 0, 1e-4)).clamp(-1, 1), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("mixing", ["rewards", "advantages", "gdpo"])
+def test_normalized_rewards_are_standardised_over_all_images_before_they_are_added():
+    """By hand: one 1 2 3 10 10 13 has mean 6.5 and variance 21.58333, two 5 5 5 0 1 0 has 16/6 and 5.55556."""
+    one = (ONE.double() - 6.5) / 21.58333333333333**0.5
+    two = (TWO.double() - 16 / 6) / 5.555555555555555**0.5
+    got = standardized(GroupRelative("group"), {"one": ONE, "two": TWO}, {"two": -0.25}, PROMPTS, 2)
+    assert (got.shape, got.dtype) == ((6, 2), torch.float32)
+    torch.testing.assert_close(got[:, 1].double(), _group(one - 0.25 * two, 0, 1e-4), rtol=1e-6, atol=1e-6)
+    scaled = standardized(GroupRelative("group"), {"one": 100 * ONE + 7, "two": TWO}, {"two": -0.25}, PROMPTS, 2)
+    torch.testing.assert_close(scaled, got)
+    alone = standardized(GroupRelative("group"), {"one": ONE, "two": torch.full((6,), 0.1)}, {}, PROMPTS, 1)
+    torch.testing.assert_close(alone[:, 0].double(), _group(one, 0, 1e-4), rtol=1e-6, atol=1e-6)
+    alike = standardized(GroupRelative(), {"one": torch.ones(6), "two": torch.full((6,), 0.1)}, {}, PROMPTS, 1)
+    assert (alike == 0).all()
+    clipped = standardized(GroupRelative("group", advantage_clip=0.5), {"one": ONE, "two": TWO}, {}, PROMPTS, 1)
+    assert clipped.abs().max() == 0.5
+
+
+@pytest.mark.parametrize("mixing", ["rewards", "advantages", "gdpo", "normalized"])
 def test_an_algorithm_mixes_as_it_is_told(mixing: Any):
     algorithm = grpo(mixing=mixing, advantage_scale="group")
     trajectory: Any = type("Trajectory", (), {"num_steps": 2, "prompts": PROMPTS})()
@@ -82,11 +100,16 @@ def test_an_algorithm_mixes_as_it_is_told(mixing: Any):
         "rewards": lambda: _group(ONE + 0.5 * TWO, 0, 1e-4),
         "advantages": lambda: _group(ONE, 0, 1e-4) + 0.5 * _group(TWO, 0, 1e-4),
     }
+
+    def whole(part: Tensor) -> Tensor:
+        return (part.double() - part.double().mean()) / part.double().std(correction=0)
+
+    by_hand["normalized"] = lambda: _group(whole(ONE) + 0.5 * whole(TWO), 0, 1e-4)
     by_hand["gdpo"] = lambda: by_hand["advantages"]() / (by_hand["advantages"]().std() + 1e-4)
     got = algorithm.advantages(samples, context)
     torch.testing.assert_close(got[:, 0].double(), by_hand[mixing](), rtol=1e-6, atol=1e-6)
     single = Samples(trajectory, ONE)
-    if mixing == "gdpo":
+    if mixing in ("gdpo", "normalized"):
         with pytest.raises(ValueError, match="is of several rewards"):
             algorithm.advantages(single, context)
     else:
@@ -175,6 +198,25 @@ def test_a_part_that_is_another_is_told_on_resume(tmp_path: Path):
         (["reward.name=mixed", 'reward.parts={jpeg_compressibility="a", b=1}'], 'and their weights, got "a"'),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0, nope=2}"], "or module:object, got 'nope'"),
         (["reward.name=mixed", "reward.parts={jpeg_compressibility=1.0, clip_similarity=0}"], "must not be 0"),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.weight=1e7"],
+            "lie within -1e6 and 1e6, got 10000000",
+        ),
+        (["reward.name=mixed", KEYED, "reward.parts.clip_similarity={batch=3}"], "must have a weight, got {batch = 3}"),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.bacth=4"],
+            "unknown key reward.parts.clip_similarity.bacth = 4; the keys of clip_similarity besides weight: ",
+        ),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.batch=0"],
+            "reward.parts.clip_similarity.batch is not valid, got 0: ",
+        ),
+        (
+            ["reward.name=mixed", KEYED, "reward.parts.clip_similarity.device=tpu"],
+            'reward.parts.clip_similarity.device must be auto, cpu, cuda or cuda:NUMBER, got "tpu"',
+        ),
+        (["reward.name=mixed", KEYED, "reward.parts.nope.weight=1"], "or module:object, got 'nope'"),
+        (["reward.name=mixed", KEYED, "reward.parts.my:score=1"], "unknown key reward.parts.my:score = 1"),
         (["algorithm.name=grpo", "algorithm.mixing=gdpo"], "mixes several rewards, got one, scene_attributes"),
         (["algorithm.name=mix_grpo", "algorithm.mixing=gdpo"], "mixes several rewards, got one"),
         (["algorithm.name=ddpo", "algorithm.mixing=gdpo"], "algorithm.mixing belongs to"),
@@ -182,6 +224,61 @@ def test_a_part_that_is_another_is_told_on_resume(tmp_path: Path):
 )
 def test_what_cannot_be_mixed_is_refused(tmp_path: Path, overrides: list[str], message: str):
     assert message in refused("train", TINY, f"run.folder={tmp_path / 'run'}", *overrides)
+
+
+def test_a_part_may_have_keys_of_its_own(tmp_path: Path):
+    config = Config.load(TINY, ["reward.name=mixed", KEYED])
+    section: Any = config.reward
+    assert section.weights == {"jpeg_compressibility": 1.0, "clip_similarity": 0.5}
+    mixed: Any = rewards.load(config.reward)
+    assert mixed.weights == section.weights
+    assert mixed.rewards["clip_similarity"].batch == 4
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml())
+    assert Config.load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        (
+            "reward.parts.clip_similarity.batch=8",
+            {"clip_similarity": {"weight": 0.5, "clip": "scenes-clip", "batch": 8}},
+        ),
+        ("reward.parts.clip_similarity=2", {"clip_similarity": {"weight": 2, "clip": "scenes-clip", "batch": 4}}),
+        ("reward.parts.clip_similarity={weight=3}", {"clip_similarity": {"weight": 3}}),
+        ("reward.parts.jpeg_compressibility=7", {"jpeg_compressibility": 7.0}),
+        ("reward.parts.jpeg_compressibility.weight=7", {"jpeg_compressibility": {"weight": 7}}),
+        ('reward.parts."mine:score"=0.5', {"mine:score": 0.5}),
+        ('reward.parts."mine:score".text="a=b"', {"mine:score": {"weight": 0.1, "text": "a=b"}}),
+    ],
+)
+def test_the_command_line_changes_one_part_and_leaves_the_others(tmp_path: Path, override: str, parts: dict[str, Any]):
+    path = tmp_path / "file.toml"
+    own = ['reward.parts."mine:score"=0.1'] if "text" in override else []
+    path.write_text(Config.load(TINY, ["reward.name=mixed", KEYED, *own]).to_toml())
+    sections: list[Any] = [Config.load(path, keys).reward for keys in ([], [override])]
+    before, after = (section.parts for section in sections)
+    assert after == before | parts
+
+
+def test_a_part_of_ones_own_takes_keys_as_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine_with_keys.py").write_text(
+        "def make(level):\n    def score(images, prompts):\n        return [level] * len(prompts)\n    return score\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = {"mine_with_keys:make": {"weight": 2.0, "level": 3.0}, "jpeg_compressibility": 1e-6}
+    mixed = rewards.load(Config.of({"reward": {"name": "mixed", "parts": parts}}).reward)
+    assert rewards.score(mixed, torch.zeros(2, 3, 8, 8), ["a", "b"]).tolist() == pytest.approx([6, 6], abs=1e-3)
+
+
+def test_a_run_of_somebody_elses_whose_parts_import_code_needs_trust():
+    from adascope_fast.training import trust
+
+    config = Config.of({"reward": {"name": "mixed", "parts": {"evil:score": 1.0, "jpeg_compressibility": 1.0}}})
+    assert trust.own_code(config) == ["reward.parts has evil:score"]
+    with pytest.raises(ConfigError, match=r"would import reward\.parts has evil:score"):
+        trust.refuse_foreign(Path("run"), config, "", is_trusted=False)
 
 
 def test_configurations_with_parts_are_written_and_read_alike(tmp_path: Path):

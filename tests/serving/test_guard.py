@@ -1,5 +1,6 @@
 import asyncio
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -95,3 +96,9 @@ def test_a_short_token_is_refused():
     with pytest.raises(ValueError, match="at least 16"):
         Guard(None, token="short", most_bytes=1)
     assert len(new_token()) == 32
+
+
+@pytest.mark.parametrize("path", ["/a b", "/é\r\nx: y", "/\\elsewhere.example", "/\u2028"])
+def test_a_path_of_any_characters_is_spelled_as_an_address_has_it(path: str):
+    place = ask(path=path, query=f"token={TOKEN}")[1][b"location"]
+    assert place == ("/" + quote(path[1:])).encode()

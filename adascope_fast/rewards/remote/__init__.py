@@ -1,0 +1,1 @@
+"""A reward of another process, machine or environment: the server, and what asks it."""
