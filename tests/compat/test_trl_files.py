@@ -48,11 +48,14 @@ def test_a_resumed_run_repeats_the_one_that_was_left_alone(make_trainer: Make):
     resumed = make_trainer(**CHOICES, resume_from="save/checkpoints/checkpoint_0")
     assert resumed.first_epoch == 2
     assert not torch.equal(_weights(resumed), _weights(whole))
-    Path("save/checkpoints/checkpoint_1").rename("1")  # what it will write itself
+    with pytest.raises(ValueError, match=r"from checkpoint_1 on, and .*checkpoint_2' is there already"):
+        resumed.train(epochs=4)
+    for number in (1, 2):
+        Path(f"save/checkpoints/checkpoint_{number}").rename(f"{number}")
     resumed.train(epochs=4)
     assert torch.equal(_weights(resumed), _weights(whole))
     assert resumed.stat_tracker.state_dict() == whole.stat_tracker.state_dict()
-    assert Path("save/checkpoints/checkpoint_1").is_dir()
+    assert sorted(path.name for path in Path("save/checkpoints").iterdir()) == folders
 
 
 def test_the_newest_whole_checkpoint_of_a_folder_is_taken(make_trainer: Make, caplog: pytest.LogCaptureFixture):

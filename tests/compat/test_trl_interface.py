@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
+from adascope_fast.backbones import ASSETS
 from adascope_fast.compat import trl
 from adascope_fast.compat.trl.step import scheduler_step
 
@@ -50,6 +51,17 @@ def test_arguments_are_those_of_trl_and_more_come_after_by_keyword(name: str):
 def test_the_page_says_of_every_field_that_it_is_honoured_or_refused():
     told = dict(re.findall(r"^\| `(\w+)` \| (honoured|refused)", PAGE, flags=re.MULTILINE))
     assert list(told) == list(RECORDED["fields"])
+
+
+def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    found = re.search(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    assert found is not None
+    small = 'mixed_precision="no", accelerator_kwargs={"cpu": True}, num_epochs=1, sample_num_steps=2'
+    script = found[1].replace("save_freq=10", small)
+    exec(script.replace("runwayml/stable-diffusion-v1-5", str(ASSETS / "scenes")), {})
+    assert "update: up to 32 (image, step) pairs in a forward" in capsys.readouterr().out
+    assert (tmp_path / "trained" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_command_line_is_that_of_the_fields():

@@ -69,13 +69,13 @@ def find(config: DDPOConfig, project: ProjectConfiguration) -> Path | None:
 
 
 def refuse_others(accelerator: Any, config: DDPOConfig, epochs: Iterable[int]) -> None:
-    """ValueError where a checkpoint that will be written is another run's."""
+    """ValueError where there are checkpoints of another run, or later ones than the one that is resumed."""
     project = accelerator.project_configuration
-    place = _folder(project) / f"{PREFIX}{project.iteration}"
-    if place.exists() and any(epoch and epoch % config.save_freq == 0 for epoch in epochs):
+    others = [one for one in _numbered(_folder(project)) if _number(one) >= project.iteration]
+    if others and any(epoch and epoch % config.save_freq == 0 for epoch in epochs):
         raise ValueError(
-            f"a run writes checkpoints of its own, and {str(place)!r} is there already; set resume_from to go on, or "
-            f"another project_dir"
+            f"a run writes checkpoints of its own from {PREFIX}{project.iteration} on, and {str(others[-1])!r} is "
+            f"there already; set resume_from to the newest to go on, or another project_dir"
         )
 
 
