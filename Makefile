@@ -14,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu faults experiment-quickstart gpu wheel docs
+.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu bench-migrating faults experiment-quickstart gpu wheel docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -92,6 +92,10 @@ $(TRL_READY): $(READY)
 # An iteration of RL end to end against TRL and an eager loop: CPU time, ratios within one run, under five minutes.
 bench-cpu: $(TRL_READY)
 	$(OFFLINE) $(VENV)/python bench/end_to_end.py --device cpu --sweep --out bench/results/end_to_end_cpu.json
+
+# One script for TRL's DDPOTrainer, and the same with its import changed: CPU time of an epoch.
+bench-migrating: $(TRL_READY)
+	$(OFFLINE) $(VENV)/python bench/migrating.py $(ARGS)
 
 # Kills, damaged files, full disks, bad rewards and more, put into real runs; a fault that is not withstood is an error. About 20 minutes.
 faults: $(MEASURE_READY)

@@ -66,7 +66,7 @@ class PipelineBackbone:
         self.pipeline: Any = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self._refuse_parts_and_settings()
-        refuse_state(pipeline, self.denoiser_name, train=options.train)
+        self._refuse_state()
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -80,19 +80,7 @@ class PipelineBackbone:
         self.latent_shape = self._latent_shape()
         self._refuse_parts_that_do_not_fit()
         self.attention = use_attention(self.denoiser, options.attention)
-        self.weights: Weights
-        if options.train == "full":
-            self.weights = FullWeights(self.denoiser, self.denoiser_name, keep_reference=options.keep_reference)
-        else:
-            targets = options.lora_targets or self.default_targets
-            self.weights = LoraWeights(
-                self.denoiser,
-                self.denoiser_name,
-                rank=options.lora_rank,
-                alpha=options.lora_alpha,
-                targets=targets,
-                seed=options.seed,
-            )
+        self.weights = self._make_weights()
         self._gradient_scale = 1.0
         if self.dtype == torch.float16:
             self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
@@ -113,6 +101,22 @@ class PipelineBackbone:
     @classmethod
     def refuse(cls, config: dict[str, Any]) -> None:
         """ValueError, with the reason, for a denoiser configuration that cannot be trained by RL."""
+
+    def _refuse_state(self) -> None:
+        refuse_state(self.pipeline, self.denoiser_name, train=self.options.train)
+
+    def _make_weights(self) -> Weights:
+        options = self.options
+        if options.train == "full":
+            return FullWeights(self.denoiser, self.denoiser_name, keep_reference=options.keep_reference)
+        return LoraWeights(
+            self.denoiser,
+            self.denoiser_name,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            targets=options.lora_targets or self.default_targets,
+            seed=options.seed,
+        )
 
     def _refuse_parts_and_settings(self) -> None:
         family, components = type(self).__name__, self.pipeline.components

@@ -37,6 +37,8 @@ class PromptCache:
 
     backbone: Backbone
     max_bytes: int = 2**30
+    negative_prompt: str = ""
+    """What guidance leads away from."""
     _rows: OrderedDict[str, Condition] = field(default_factory=OrderedDict, init=False, repr=False)
     _negative: Condition | None = field(default=None, init=False, repr=False)
 
@@ -47,7 +49,7 @@ class PromptCache:
             if prompt not in self._rows:
                 self._rows[prompt] = self.backbone.encode([prompt])
         if self._negative is None:
-            self._negative = self.backbone.encode([""])
+            self._negative = self.backbone.encode([self.negative_prompt])
         rows = [self._rows[prompt] for prompt in distinct]
         condition = {name: torch.cat([row[name] for row in rows]) for name in self._negative}
         self._forget(distinct)

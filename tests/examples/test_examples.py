@@ -81,3 +81,13 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     assert "held-out reward" in printed
     assert printed.splitlines()[-1].endswith("report.html")
     assert (tmp_path / "runs" / "notebook" / "adapter").is_dir()
+
+
+def test_a_script_for_trl_trains_and_saves(tmp_path: Path):
+    fields = "--mixed_precision no --log_with tensorboard --num_epochs 2 --sample_num_steps 4 --sample_batch_size 2"
+    printed = _run(tmp_path, "ddpo_from_trl.py", *fields.split(), "--selector", "adascope")
+    assert "steps: AdaScope" in printed
+    assert printed.rstrip().endswith("saved: ./save")
+    assert (tmp_path / "save" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "save" / "checkpoints" / "checkpoint_0" / "state.safetensors").is_file()
+    assert list((tmp_path / "logs" / "trl").glob("events*"))

@@ -19,24 +19,25 @@ ANEW = "load the pipeline anew without it"
 PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0", "FluxAttnProcessor"}
 
 
-def refuse_state(pipeline: Any, denoiser: str, *, train: str) -> None:
+def refuse_state(pipeline: Any, denoiser: str, *, train: str, adapted: str = "") -> None:
     """ValueError for state of a loaded pipeline under which a backbone would not be what `pipe(prompt)` is.
 
     Args:
         denoiser: name of the component that is trained.
         train: "lora" or "full".
+        adapted: a component whose adapter stays.
     """
-    for part, told, remedy in _obstacles(pipeline, denoiser, train):
+    for part, told, remedy in _obstacles(pipeline, denoiser, train, adapted):
         raise ValueError(f"the {part} of the pipeline must be plain, got {told}; {remedy}")
 
 
-def _obstacles(pipeline: Any, denoiser: str, train: str) -> Iterator[tuple[str, str, str]]:
+def _obstacles(pipeline: Any, denoiser: str, train: str, adapted: str) -> Iterator[tuple[str, str, str]]:
     """(component, what is on it, the remedy)."""
     if getattr(pipeline, "hf_device_map", None):
         yield "placement", f"a device map {pipeline.hf_device_map!r:.60}", "call pipe.reset_device_map() first"
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module):
-            if part in ADAPTED:
+            if part in ADAPTED and part != adapted:
                 yield from _adapters(part, module)
             yield from _hooks(part, module)
     yield from _processors(denoiser, pipeline.components[denoiser])
