@@ -71,8 +71,7 @@ def _tables_of(scheduler: Any, eta: float, device: torch.device) -> tuple[Tensor
         )
         return table.coef.to(device), table.x0_coef.to(device)
 
-    alphas = scheduler.alphas_cumprod
-    return kept(scheduler, (num_steps, eta, config.prediction_type, str(device), id(alphas)), make)
+    return kept(scheduler, scheduler.alphas_cumprod, (num_steps, eta, config.prediction_type, str(device)), make)
 
 
 def _clipped_mean(
@@ -81,7 +80,8 @@ def _clipped_mean(
     """The mean where the guess of x0 is clipped or thresholded, which no row of a table can say."""
     alphas = kept(
         scheduler,
-        ("alphas", str(sample.device), id(scheduler.alphas_cumprod)),
+        scheduler.alphas_cumprod,
+        ("alphas", str(sample.device)),
         lambda: scheduler.alphas_cumprod.to(sample.device).float(),
     )
     total, num_steps = scheduler.config.num_train_timesteps, scheduler.num_inference_steps

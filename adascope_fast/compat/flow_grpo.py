@@ -41,7 +41,7 @@ def sde_step_with_logprob(
     if sde_type not in ("sde", "cps"):
         raise ValueError(f"sde_type must be sde or cps, got {sde_type!r}; choose one of them")
     sigmas = self.sigmas.to(sample.device, torch.float32)
-    key = (sde_type, float(noise_level), str(sample.device), id(self.sigmas), len(self.sigmas))
+    key = (sde_type, float(noise_level), str(sample.device))
 
     def make() -> Tensor:
         flow = self.sigmas.detach().cpu()
@@ -51,7 +51,7 @@ def sde_step_with_logprob(
         return with_nan(table.coef).to(sample.device)
 
     at = rows_at(self.timesteps.to(sample.device), as_timesteps(timestep, sample))
-    coef = kept(self, key, make)[at]
+    coef = kept(self, self.sigmas, key, make)[at]
     sigma, following = with_nan(sigmas[:-1, None])[at, 0], with_nan(sigmas[1:, None])[at, 0]
     kind = "gaussian" if sde_type == "sde" else "squared_error"
     model_output = model_output.float()

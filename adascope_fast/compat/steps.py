@@ -26,14 +26,15 @@ Generator = torch.Generator | list[torch.Generator] | None
 _tables: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def kept(scheduler: Any, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """What `make` gives, made once for the scheduler and `key`: everything that it depends on."""
+def kept(scheduler: Any, levels: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What `make` gives, made once for the scheduler, its noise `levels` and `key`: everything that it depends on."""
     of_scheduler = _tables.setdefault(scheduler, {})
-    if key not in of_scheduler:
+    known = of_scheduler.get(key)
+    if known is None or known[0] is not levels:  # `set_timesteps` makes new ones
         if len(of_scheduler) > 64:
             of_scheduler.clear()
-        of_scheduler[key] = make()
-    return of_scheduler[key]
+        known = of_scheduler[key] = (levels, make())
+    return known[1]
 
 
 def step(
