@@ -96,7 +96,7 @@ def as_timesteps(timestep: Any, sample: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(pipeline: Any, take: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[SimpleNamespace]:
+def recording(pipeline: Any, take: Callable[..., tuple[Tensor, ...]]) -> Iterator[SimpleNamespace]:
     """Within it the steps of this one pipeline are `take`'s, and recorded; yields `latents`, `log_probs` and `means`.
 
     The pipeline keeps its own call, so whatever its version of diffusers does around a step is done here too.

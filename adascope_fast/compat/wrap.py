@@ -216,7 +216,7 @@ def _flow_step(fast: Any, own: Any) -> Callable[..., Any]:
         prev_sample = mean_of(sample, model_output, coef).to(model_output.dtype)
         if not return_dict:
             return (prev_sample,)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)  # type: ignore[arg-type]
 
     return step
 
