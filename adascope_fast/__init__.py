@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adascope_fast.algorithms.policy_gradient import ddpo as ddpo
     from adascope_fast.algorithms.policy_gradient import grpo as grpo
     from adascope_fast.backbone import Backbone as Backbone
+    from adascope_fast.compat.wrap import wrap as wrap
     from adascope_fast.config.tree import Config as Config
     from adascope_fast.engine.engine import Engine as Engine
     from adascope_fast.ops import explain as explain
@@ -52,5 +53,6 @@ __getattr__ = lazy(
         "grpo": "algorithms",
         "select_interval": "adascope",
         "theoretical_correlation": "theory",
+        "wrap": "compat.wrap",
     },
 )

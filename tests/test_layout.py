@@ -69,7 +69,7 @@ BELOW: dict[str, set[str]] = {
     "commands": _TRAINING
     | {"comparison", "images", "judging", "planning", "preferences", "pretraining", "serving", "training"},
     "cli": {"commands"},
-    "__init__": _TRAINING | {"training"},
+    "__init__": _TRAINING | {"compat", "training"},
 }
 # What these rooms may import besides; the others take what they need.
 THIRD_PARTIES = {
@@ -163,7 +163,9 @@ def test_there_is_no_cycle():
 
 
 def test_nothing_imports_compat():
-    assert not [files for room, arrows in ARROWS.items() if room != "compat" for files in arrows.get("compat", ())]
+    """But for the package's door, which has `wrap` among its public names."""
+    inner = {room: arrows for room, arrows in ARROWS.items() if room not in ("compat", "__init__")}
+    assert not [files for arrows in inner.values() for files in arrows.get("compat", ())]
 
 
 @pytest.mark.parametrize("path", _files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())

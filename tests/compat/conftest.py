@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones.conftest import BUILDERS
+from tiny_pipelines import BUILDERS
 
 from adascope_fast.backbones import ASSETS
 from adascope_fast.compat.trl import (

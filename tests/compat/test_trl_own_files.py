@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from backbones.conftest import BUILDERS
 from diffusers import UNet2DConditionModel
+from tiny_pipelines import BUILDERS
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from adascope_fast.backbones import ASSETS

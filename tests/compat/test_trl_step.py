@@ -84,7 +84,7 @@ def test_a_drawn_step_is_the_mean_and_its_noise():
 
 def test_what_a_step_cannot_be_is_refused():
     scheduler, x = _scheduler(), torch.zeros(1, 2, 3, 3)
-    with pytest.raises(ValueError, match="pass one of the two"):
+    with pytest.raises(ValueError, match="exclude each other"):
         scheduler_step(scheduler, x, 1, x, generator=torch.Generator(), prev_sample=x)
     scheduler.num_inference_steps = None
     with pytest.raises(ValueError, match="num_inference_steps must be set before a step"):

@@ -1,4 +1,4 @@
-"""Rewards compared with those of their prompt, as TRL counts them."""
+"""Rewards compared with those of their prompt, as TRL and ddpo-pytorch count them."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 class PerPromptStatTracker:
     """(reward - mean) / (std + 1e-6) over the last `buffer_size` rewards of the same prompt, the new ones among them.
 
-    A prompt with fewer than `min_count` takes mean and std of the batch. Unlike in TRL, integer rewards give advantages
+    A prompt with fewer than `min_count` takes mean and std of the batch. Unlike there, integer rewards give advantages
     that are not cut to integers.
     """
 
