@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from adascope_fast.comparison.measuring import GROUPS, Line
-from adascope_fast.comparison.table import counted, not_measured, spelled, top2
+from adascope_fast.comparison.table import counted, not_measured, reach_of, spelled, top2
 from adascope_fast.images import Folder, Image
 from adascope_fast.reporting import figures
 from adascope_fast.reporting.images import strip
@@ -100,8 +100,7 @@ def _groups(lines: Sequence[Line], names: Sequence[str]) -> list[dict[str, Any]]
             one = line.estimates[name]
             cell: dict[str, Any] = {"value": "-", "interval": "", "rank": 0, "title": one.why, "gain": ""}
             if one.is_known:
-                reach = one.high - one.value
-                cell |= {"value": spelled(one.value), "interval": "" if math.isnan(reach) else f"± {spelled(reach)}"}
+                cell |= {"value": spelled(one.value), "interval": reach_of(one.value, one.high)}
                 cell |= {"rank": ranks.get(name, 0), "title": _told(one.facts), "gain": _moved(line, one.gain)}
             cells.append(cell)
         found.setdefault(line.group, []).append(

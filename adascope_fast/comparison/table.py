@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 
 from adascope_fast.comparison.measuring import GROUPS, Estimate, Line
@@ -28,6 +29,12 @@ def counted(lines: Sequence[Line]) -> int:
 def spelled(value: float) -> str:
     """Four significant digits, three decimals at most where there are digits before the point."""
     return f"{value:.4g}" if abs(value) >= 1000 or (value and abs(value) < 0.01) else f"{value:.3f}"
+
+
+def reach_of(value: float, high: float) -> str:
+    """`±` and half of an interval in two significant digits; empty where there is none."""
+    reach = high - value
+    return "" if math.isnan(reach) else f"±{reach:.0f}" if reach >= 100 else f"±{reach:.2g}"
 
 
 def terminal(lines: Sequence[Line], arms: Sequence[str]) -> str:
@@ -77,9 +84,7 @@ def not_measured(lines: Sequence[Line]) -> list[tuple[str, str]]:
 def _cell(estimate: Estimate, rank: int | None) -> str:
     if not estimate.is_known:
         return "-"
-    reach = estimate.high - estimate.value
-    around = f" ±{spelled(reach)}" if reach == reach else ""
-    return f"{spelled(estimate.value)}{around}{MARKS.get(rank or 0, ' ')}"
+    return f"{spelled(estimate.value)} {reach_of(estimate.value, estimate.high)}{MARKS.get(rank or 0, ' ')}"
 
 
 def _spread(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -124,14 +124,16 @@ class PerPromptStatTracker:
         self.stats: dict[Any, Any] = {}
         self.history_prompts: set[str] = set()
 
-    def update(self, prompts: Any, rewards: Any, type: str = "grpo") -> np.ndarray:
+    def update(self, prompts: Any, rewards: Any, dists: Any = None, type: str = "grpo") -> np.ndarray:
         """Advantages, float64, shaped as `rewards` [n] or [n, t].
 
         Args:
             type: "grpo", (r - mean) / (std + 1e-4); "rwr", the reward itself; "sft", 1 for a group's best and 0 for
                 the others; "dpo", 1 for its best, -1 for its worst and 0 for the others.
         """
-        if type not in ("grpo", "rwr", "sft", "dpo"):
+        if type not in ("grpo", "rwr", "sft", "dpo") or dists is not None:
+            if type == "gardo" or dists is not None:
+                raise ValueError("gardo, with distances of images, is not here, got it; use flow_grpo's own tracker")
             raise ValueError(f"type must be grpo, rwr, sft or dpo, got {type!r}; choose one of them")
         prompts, rewards = np.array(prompts), np.array(rewards, dtype=np.float64)
         advantages = np.zeros_like(rewards)

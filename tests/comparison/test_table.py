@@ -1,10 +1,11 @@
 import csv
 import io
+import math
 
 import pytest
 
 from adascope_fast.comparison.measuring import Estimate, Line
-from adascope_fast.comparison.table import as_csv, counted, not_measured, spelled, terminal, top2
+from adascope_fast.comparison.table import as_csv, counted, not_measured, reach_of, spelled, terminal, top2
 
 ARMS = ["base", "short", "long"]
 
@@ -52,8 +53,8 @@ def test_the_terminals_table_is_aligned():
     heading = rows[0]
     ends = [heading.index(arm) + len(arm) for arm in ARMS]
     assert [rows[-1][:end].split()[-1] for end in ends] == ["1", "3", "3"]
-    assert "22.000 ±0.100*" in rows[1]
-    assert "21.000 ±0.100+" in rows[1]
+    assert "22.000 ±0.1*" in rows[1]
+    assert "21.000 ±0.1+" in rows[1]
 
 
 def test_csv_has_every_number_in_full_and_every_reason():
@@ -68,6 +69,11 @@ def test_no_cell_is_taken_for_a_formula():
     text = as_csv([line("x", {}, why="=cmd()")], ARMS)
     assert "'=cmd()" in text
     assert ",=cmd()" not in text
+
+
+@pytest.mark.parametrize(("reach", "text"), [(0.004684, "±0.0047"), (2.84, "±2.8"), (672.3, "±672"), (math.nan, "")])
+def test_half_an_interval_is_spelled_in_two_digits(reach: float, text: str):
+    assert reach_of(0.0, reach) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.5, "0.500"), (20.48, "20.480"), (1234.5, "1234"), (0.0012, "0.0012")])

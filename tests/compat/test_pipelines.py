@@ -165,6 +165,12 @@ def test_trackers_give_their_originals_advantages():
         groups.clear()
 
 
+@pytest.mark.parametrize(("given", "said"), [({"type": "gardo"}, "is not here"), ({"type": "best"}, "must be grpo")])
+def test_what_a_tracker_has_not_is_refused(given: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        flow_grpo.PerPromptStatTracker().update(["a"], [1.0], **given)
+
+
 @pytest.mark.parametrize("name", ["sd", "sd-v", "sd3", "flux"])
 def test_a_wrapped_pipeline_draws_the_same_images_and_unwraps(name: str):
     pipeline = made(name)

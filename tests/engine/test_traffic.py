@@ -100,7 +100,7 @@ def test_operations_are_counted_with_their_bytes_and_views_are_not() -> None:
     counts = counting.Counting(Doubling(), latent_size=12)
     x, table = torch.zeros(5, 12), torch.zeros(9, 12)
     with counts.everything():
-        (x.view(60)[None].expand(3, -1).transpose(0, 1), torch.empty(12), x.detach(), x.unbind(0))
+        _ = (x.view(60)[None].expand(3, -1).transpose(0, 1), torch.empty(12), x.detach(), x.unbind(0))
         assert _lines(counts.cut()) == []
         x.t().contiguous()  # 60 read, 60 written
         x.to(torch.bfloat16)  # 240 bytes read, 120 written

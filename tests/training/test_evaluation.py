@@ -85,7 +85,7 @@ def test_the_spread_is_over_prompts(make_toy: Callable):
     assert evaluation.spread["clip_score"] == pytest.approx(statistics.stdev([0.1, 0.3, 0.2]))
     shown = evaluation.shown.view(2, 2, 3, 3, 3)
     for name, of in (("contrast", contrast), ("diversity", lambda images: diversity(images[None]))):
-        told = [of(images) for images in shown]
+        told = [float(of(images) or 0.0) for images in shown]
         told.append(3 * evaluation.summary()[name] - sum(told))  # the third prompt's, which is not shown
         assert evaluation.spread[name] == pytest.approx(statistics.stdev(told), rel=1e-3)
 

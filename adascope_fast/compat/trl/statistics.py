@@ -18,7 +18,7 @@ class PerPromptStatTracker:
         self.buffer_size, self.min_count = buffer_size, min_count
         self.stats: dict[str, deque[Any]] = {}
 
-    def update(self, prompts: Sequence[str], rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+    def update(self, prompts: Sequence[str] | np.ndarray, rewards: Sequence[float] | np.ndarray) -> np.ndarray:
         """Remember the rewards; the advantage of each."""
         names, scores = np.array(prompts), np.array(rewards)
         scores = scores if np.issubdtype(scores.dtype, np.floating) else scores.astype(np.float32)
