@@ -27,7 +27,7 @@ from adascope_fast.images import Folder
 from adascope_fast.metrics.scores import ScoreOf
 from adascope_fast.metrics.sources import Sources
 from adascope_fast.metrics.table import BESIDES, ROWS, Row
-from adascope_fast.rewards.settings import OwnReward, asks_people
+from adascope_fast.rewards.settings import Mixed, asks_people
 from adascope_fast.settings import Section
 from adascope_fast.training.run_folder import write_whole
 
@@ -182,23 +182,27 @@ def _rewards(arms: Sequence[Arm], options: Options) -> tuple[dict[str, Section],
         if asks_people(section):
             notes.append(f"{arm.name} was trained on people's votes, who are not asked again; see adascope-fast judge")
             continue
-        if isinstance(section, OwnReward):
-            named = [key for key, one in found.items() if one == section]
-            if not named:
-                notes.append(
-                    f"{arm.name} was trained on {section.name}, code of its own, which is not run unasked; add "
-                    f"--reward {section.name} to judge by it"
-                )
-                continue
-            own[arm.name] = named[0]
+        known = next((key for key, one in found.items() if one == section), None)
+        if known is None and (why := _not_unasked(section)):
+            notes.append(f"{arm.name} was trained on {why}; add --reward to judge by it, or by another")
             continue
-        key = next((key for key, one in found.items() if one == section), None) or _key(section, found)
+        key = known or _key(section, found)
         found[key] = section
         own[arm.name] = key
     if options.rewards:
         first = next(iter(found))
         own = {arm.name: first for arm in arms if arm.is_trained} | own
     return found, own, notes
+
+
+def _not_unasked(section: Section) -> str:
+    """Why a run's reward is not asked because the run's folder says so; empty where it may be."""
+    names = list(section.parts) if isinstance(section, Mixed) else [getattr(section, "name", "")]
+    if own := [name for name in names if ":" in name]:
+        return f"{', '.join(own)}, code of its own, which is not run unasked"
+    if "remote" in names:
+        return "a reward of a server, to which nothing is sent unasked"
+    return ""
 
 
 def _key(section: Any, taken: Mapping[str, Section]) -> str:

@@ -9,6 +9,7 @@ from run_folders import HOSTILE
 from adascope_fast.comparison import evaluation
 from adascope_fast.comparison.arms import arms_of
 from adascope_fast.comparison.evaluation import Comparison, Options, compare
+from adascope_fast.config import Config
 from adascope_fast.rewards.settings import JpegCompressibility, Judge, OwnReward
 
 
@@ -103,7 +104,7 @@ def test_a_runs_reward_is_measured_and_own_code_only_if_asked_for(small_run: Pat
     foreign = type(arm)(arm.name, "run", arm.place, "base", config=config)
     found, own, notes = evaluation._rewards([foreign], Options(out=Path("x")))
     assert (found, own) == ({}, {})
-    assert "code of its own, which is not run unasked; add --reward mine:score" in notes[0]
+    assert "was trained on mine:score, code of its own, which is not run unasked; add --reward" in notes[0]
     found, own, notes = evaluation._rewards([foreign], Options(out=Path("x"), rewards=(section,)))
     assert own == {arm.name: "reward:mine:score"}
 
@@ -115,3 +116,17 @@ def test_people_whose_votes_were_the_reward_are_not_asked_again(small_run: Path)
     found, own, notes = evaluation._rewards([judged], Options(out=Path("x")))
     assert (found, own) == ({}, {})
     assert "people's votes, who are not asked again" in notes[0]
+
+
+def test_a_folder_that_names_code_or_a_server_reaches_neither(small_run: Path):
+    (arm,) = arms_of([str(small_run)], with_base=False)
+    for section, said in (
+        ({"name": "mixed", "parts": {"jpeg_compressibility": 1.0, "mine:score": 1.0}}, "mine:score, code of its own"),
+        ({"name": "remote", "url": "http://192.0.2.1:1"}, "nothing is sent unasked"),
+        ({"name": "mixed", "parts": {"jpeg_compressibility": 1.0, "remote": 1.0}}, "nothing is sent unasked"),
+    ):
+        config = arm.config.model_copy(update={"reward": Config.of({"reward": section}).reward})  # type: ignore[union-attr]
+        foreign = type(arm)(arm.name, "run", arm.place, "base", config=config)
+        found, own, notes = evaluation._rewards([foreign], Options(out=Path("x")))
+        assert (found, own) == ({}, {})
+        assert said in notes[0]
