@@ -86,7 +86,13 @@ def evaluate(
         raise ConfigError('--device cuda needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
     on_gpu = device != "cpu" and torch.cuda.is_available()
     arms = arms_of(sources, model=model, with_base=not no_base)
-    asked = _asked(arms, prompts, num_prompts, num, seed, steps, guidance)
+    asked, known = None, {}
+    if all(arm.kind == "images" for arm in arms):
+        if prompts is not None:
+            raise ConfigError(f"--prompts is for what draws images, got {prompts!r} with folders alone; remove it")
+    else:
+        texts, told, known = _prompts(arms, prompts)
+        asked = _asked(arms, texts, told, num_prompts, num, seed, steps, guidance)
     models = {arm.model or (arm.place if arm.config is None else arm.config.model.name) for arm in arms}
     if clip is None and models & set(EMBEDDED):
         clip = "scenes-clip"
@@ -96,6 +102,7 @@ def evaluate(
         weights=weights,
         clip=clip,
         rewards=rewards,
+        metadata=known,
         only=tuple(metric or ()),
         reference=reference if folder is None else None,
         reference_folder=folder,
@@ -113,41 +120,46 @@ def _section(name: str) -> Section:
     return Config.of({"reward": {"name": name}}).reward
 
 
+def _prompts(arms: "Sequence[Arm]", source: str | None) -> tuple[list[str], str, dict[str, dict[str, Any]]]:
+    """What is drawn, where it comes from in words, and the metadata of prompts."""
+    from adascope_fast import images
+    from adascope_fast import prompts as prompt_sets
+    from adascope_fast.prompts.settings import Prompts
+
+    folder = next((arm for arm in arms if arm.kind == "images"), None)
+    if source is None and folder is not None:
+        texts, told = images.read(Path(folder.place)).prompts, f"the folder {folder.place!r}"
+        if not texts:
+            raise ConfigError(
+                f"images must have prompts to be compared with what is drawn, got {told} without; add them"
+            )
+        return texts, told, {}
+    config = next((arm.config for arm in arms if arm.config is not None), None)
+    source = source or (None if config is None else config.prompts.held_out)
+    if source is None:
+        raise ConfigError(
+            "evaluate needs prompts where no run names any, got none; add --prompts FILE, a prompt a line"
+        )
+    known = prompt_sets.metadata(Prompts.model_construct(train=None, held_out=source))
+    return list(dict.fromkeys(prompt_sets.load(source))), source, known
+
+
 def _asked(
     arms: "Sequence[Arm]",
-    source: str | None,
+    texts: Sequence[str],
+    told: str,
     num_prompts: int | None,
     num: int,
     seed: int,
     steps: int | None,
     guidance: float | None,
-) -> "Asked | None":
-    """What is drawn; None where every arm is a folder of images."""
-    from adascope_fast import images
-    from adascope_fast import prompts as prompt_sets
+) -> "Asked":
+    """What is drawn."""
     from adascope_fast.comparison.drawing import Asked
 
-    drawing = [arm for arm in arms if arm.kind != "images"]
-    if not drawing:
-        if source is not None:
-            raise ConfigError(f"--prompts is for what draws images, got {source!r} with folders alone; remove it")
-        return None
-    config = next((arm.config for arm in drawing if arm.config is not None), None)
-    folder = next((arm for arm in arms if arm.kind == "images"), None)
-    if source is None and folder is not None:
-        texts = images.read(Path(folder.place)).prompts
-        told = f"the folder {folder.place!r}"
-    else:
-        source = source or (None if config is None else config.prompts.held_out)
-        if source is None:
-            raise ConfigError(
-                "evaluate needs prompts where no run names any, got none; add --prompts FILE, a prompt a line"
-            )
-        texts, told = list(dict.fromkeys(prompt_sets.load(source))), source
-    if not texts:
-        raise ConfigError(f"images must have prompts to be compared with what is drawn, got {told} without; add them")
     if num_prompts is not None and len(texts) < num_prompts:
         print(f"{told} has {len(texts)} prompts, and all of them are used", file=sys.stderr)
+    config = next((arm.config for arm in arms if arm.config is not None), None)
     sampler = Config().sampler if config is None else config.sampler
     return Asked(
         prompts=tuple(texts[: num_prompts or 200]),

@@ -47,6 +47,8 @@ class Options:
     """CLIP of the CLIP score and the entropy."""
     rewards: tuple[Section, ...] = ()
     """Further rewards to judge by, besides those of the runs."""
+    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What rewards that ask for it are told of a prompt."""
     only: tuple[str, ...] = ()
     """Keys of the metrics; empty: all, and those that cannot be measured say why."""
     reference: str | None = None
@@ -222,7 +224,8 @@ OWN = (
 
 def _asking(options: Options, sources: Sources, told_by: Mapping[str, Section]) -> list[Asking]:
     """Every metric in the order of the page."""
-    asked = [Asking(_reward_row(key, section), sources, "reward", counts=False) for key, section in told_by.items()]
+    rows = [_reward_row(key, section, options.metadata) for key, section in told_by.items()]
+    asked = [Asking(row, sources, "reward", counts=False) for row in rows]
     asked += [Asking(row, sources, row.group, counts=True) for row in ROWS]
     asked += [Asking(row, sources, "besides", counts=False) for row in (*OWN, *BESIDES)]
     if not options.only:
@@ -234,11 +237,15 @@ def _asking(options: Options, sources: Sources, told_by: Mapping[str, Section]) 
     return [one for one in asked if one.row.key in options.only]
 
 
-def _reward_row(key: str, section: Section) -> Row:
+def _reward_row(key: str, section: Section, metadata: Mapping[str, Mapping[str, Any]]) -> Row:
     name = key.removeprefix("reward:")
-    return Row(
-        key, name, f"the reward {name}", "preference", True, lambda sources: ScoreOf(rewards.load(section), name)
-    )
+
+    def make(sources: Sources) -> ScoreOf:
+        reward = rewards.load(section)
+        rewards.hand_metadata(reward, metadata)
+        return ScoreOf(reward, name)
+
+    return Row(key, name, f"the reward {name}", "preference", True, make)
 
 
 def _refuse_missing(lines: Sequence[Line], only: Sequence[str]) -> None:

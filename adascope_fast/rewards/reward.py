@@ -41,6 +41,8 @@ def given(reward: Any, name: str | None = None) -> Reward:
     Raises:
         ValueError: it takes neither (images, prompts) nor (images, prompts, metadata).
     """
+    if isinstance(reward, _WithMetadata):
+        return reward
     shown = repr(name or _name(reward))
     rule = f"reward {shown} must be a function of (images, prompts) or (images, prompts, metadata)"
     if not callable(reward):

@@ -133,3 +133,19 @@ def test_prompts_of_drawn_images_and_folders_exclude_each_other(tmp_path: Path):
     folder(tmp_path / "dark", {"a cat": [0]})
     line = refused("evaluate", tmp_path / "dark", "--out", tmp_path / "out", "--prompts", "scenes:train")
     assert "--prompts is for what draws images" in line
+
+
+def test_a_reward_that_asks_for_metadata_is_told_that_of_the_prompts_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "counting.py").write_text(
+        "def score(images, prompts, metadata):\n    return [float(one['count']) for one in metadata]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red circle", "count": 2}, {"prompt": "a blue cross", "count": 4}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    ask = ("--prompts", prompts, "--num", "1", "--steps", "2", "--reward", "counting:score")
+    outcome = call("evaluate", "scenes", "--out", tmp_path / "out", *ask, "--metric", "reward:counting:score")
+    assert outcome.code == 0, outcome
+    assert outcome.out.splitlines()[2].split()[:3] == ["counting:score", "up", "3.000"]

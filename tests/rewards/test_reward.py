@@ -358,3 +358,12 @@ def test_a_reward_that_raises_is_one_line_and_exit_code_2(
     name = module(RAISES)
     run = ["train", TINY, *SMALLEST, f"run.folder={tmp_path / 'run'}", f"reward.name={name}:Reward"]
     assert refused(*run, "reward.kind=1").startswith(f"error: reward 'Reward' raised SystemExit: 3 at {name}.py:10 (")
+
+
+def test_what_is_given_once_is_not_given_metadata_twice():
+    def counted(images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
+        return [float(one.get("count", 0)) for one in metadata]
+
+    once = rewards.given(counted)
+    assert rewards.given(once) is once
+    assert rewards.score(rewards.given(once), torch.zeros(1, 3, 2, 2), ["a"]).tolist() == [0.0]
