@@ -6,6 +6,7 @@ INSTALLED := .venv/.installed
 READY := .venv/.installed-dev
 DOCS_READY := .venv/.installed-docs
 TRL_READY := .venv-trl/.installed
+TRL_SOURCE := .venv-trl/trl-0.23.1.tar.gz
 LOWEST := .venv-lowest/bin
 LOWEST_READY := .venv-lowest/.installed
 OFFLINE := HF_HUB_OFFLINE=1
@@ -47,9 +48,14 @@ test-parts: $(READY)
 	$(TEST) $(addprefix --ignore=,$(RUNS))
 	TRITON_INTERPRET=1 $(TEST) tests/kernels
 
-test-all: $(READY)
-	$(TEST) -m "not gpu"
+# TRL's own example and tests are run on ours, so its source distribution is fetched.
+test-all: $(READY) $(TRL_SOURCE)
+	ADASCOPE_TRL_SOURCE=$(CURDIR)/$(TRL_SOURCE) $(TEST) -m "not gpu"
 	TRITON_INTERPRET=1 $(TEST) tests/kernels -m "not gpu"
+
+$(TRL_SOURCE): $(READY)
+	$(VENV)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(dir $@) trl==0.23.1
+	touch $@
 
 # The lower bounds of pyproject.toml, exactly.
 $(LOWEST_READY): pyproject.toml .ci/lowest.txt

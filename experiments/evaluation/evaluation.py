@@ -69,7 +69,7 @@ def stacked(parts: list[Path], image: Path) -> None:
     for part in opened:
         whole.paste(part, (0, top))
         top += part.height + 16
-    whole.quantize(128).save(image, optimize=True)
+    whole.save(image, optimize=True)
 
 
 if __name__ == "__main__":
