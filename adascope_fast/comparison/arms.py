@@ -89,6 +89,9 @@ def _arm(source: str, model: str | None) -> Arm:
         raise ValueError(f"{_RULE}, got the folder {place!r}, which is none of these; check the path")
     if path.suffix == ".safetensors" and model is not None:
         return Arm(called, "adapter", place, model=_model_of(source, model))
+    is_path = place.startswith((".", "/", "~", "runs/")) or (path.parent != Path() and path.parent.is_dir())
+    if is_path and not path.exists():  # a hub is not asked for what can only be a slip
+        raise ValueError(f"{_RULE}, got {place!r}, where there is nothing; check the path")
     try:
         backbones.check(place)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Sections of the rewards: the keys of `[reward]`, by `reward.name`. Nothing here imports torch."""
 
+import os
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import SplitResult, urlsplit
@@ -71,6 +72,16 @@ class _OnDevice(Section):
         return {"dtype": self.dtype, "device": self.device, "batch": self.batch}
 
 
+def _made_here(model: str, kind: str) -> str:
+    """The folder or repository; ValueError for a folder `weights/...` that is not there, for which no hub is asked."""
+    if model.startswith("weights/") and not os.path.isdir(model):
+        raise ValueError(
+            f"reward.model of {kind} must be the folder that import-weights wrote, got {show(model)}, which is not "
+            f"there; make it with: adascope-fast import-weights {kind} FILE... --out {model}"
+        )
+    return model
+
+
 class ClipSimilarity(_OnDevice):
     """Cosine of image and prompt by a CLIP, in [-1, 1]."""
 
@@ -115,7 +126,8 @@ class Hpsv2(_OnDevice):
 
     def build(self, **context: object) -> object:
         """The CLIP, loaded."""
-        model = self.model or ("weights/hpsv2" if self.version == "2.0" else "weights/hpsv2.1")
+        kind = "hpsv2" if self.version == "2.0" else "hpsv2.1"
+        model = _made_here(self.model or f"weights/{kind}", kind)
         return imported("adascope_fast.rewards.hps:Hps").load(model, version=self.version, **self._options())
 
 
@@ -130,7 +142,9 @@ class Aesthetic(_OnDevice):
 
     def build(self, **context: object) -> object:
         """The CLIP and the layers, loaded."""
-        return imported("adascope_fast.rewards.aesthetic:Aesthetic").load(self.model, clip=self.clip, **self._options())
+        return imported("adascope_fast.rewards.aesthetic:Aesthetic").load(
+            _made_here(self.model, "aesthetic"), clip=self.clip, **self._options()
+        )
 
 
 class ImageReward(_OnDevice):
@@ -142,7 +156,9 @@ class ImageReward(_OnDevice):
 
     def build(self, **context: object) -> object:
         """The networks, loaded."""
-        return imported("adascope_fast.rewards.image_reward:ImageReward").load(self.model, **self._options())
+        return imported("adascope_fast.rewards.image_reward:ImageReward").load(
+            _made_here(self.model, "image_reward"), **self._options()
+        )
 
 
 class Ocr(Section):

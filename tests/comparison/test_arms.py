@@ -56,6 +56,8 @@ def test_a_lora_of_another_model_is_refused(small_run: Path):
         (["a=scenes", "A=scenes-flow"], "a name of its own"),
         (["no/such/place"], "a source is a run, a model"),
         (["x/y=scenes"], "a source is a run, a model"),
+        (["runs/none"], "got 'runs/none', where there is nothing; check the path"),
+        (["../none"], "where there is nothing"),
     ],
 )
 def test_what_is_no_arm_is_refused(sources: list[str], said: str):

@@ -307,3 +307,21 @@ def test_model_rewards_may_be_parts_with_keys_of_their_own(section: Any, clip: P
     scores = [rewards.load(one)(images(), PROMPTS) for one in alone]
     want = 0.5 * scores[0] - scores[1] + 2 * scores[2]
     torch.testing.assert_close(rewards.score(mixed, images(), PROMPTS), want)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ([], "hpsv2"),
+        (["reward.version=2.1"], "hpsv2.1"),
+        (["reward.name=aesthetic"], "aesthetic"),
+        (["reward.name=image_reward"], "image_reward"),
+    ],
+)
+def test_a_folder_that_was_not_made_is_told_and_no_hub_is_asked(
+    override: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    section = Config.load(None, ["reward.name=hpsv2", *override]).reward
+    with pytest.raises(ValueError, match=f"import-weights {kind} FILE... --out weights/{kind}"):
+        rewards.load(section)
