@@ -87,5 +87,5 @@ def test_what_a_step_cannot_be_is_refused():
     with pytest.raises(ValueError, match="exclude each other"):
         scheduler_step(scheduler, x, 1, x, generator=torch.Generator(), prev_sample=x)
     scheduler.num_inference_steps = None
-    with pytest.raises(ValueError, match="num_inference_steps must be set before a step"):
+    with pytest.raises(ValueError, match="call set_timesteps first"):
         scheduler_step(scheduler, x, 1, x)
