@@ -39,7 +39,7 @@ quickstart: $(INSTALLED)
 test: $(READY)
 	$(MAKE) --jobs=2 test-runs test-parts
 
-RUNS := tests/bench tests/commands tests/engine tests/examples tests/experiments tests/planning tests/training
+RUNS := tests/bench tests/commands tests/engine tests/examples tests/experiments tests/training
 test-runs: $(READY)
 	$(TEST) $(RUNS)
 

@@ -48,8 +48,15 @@ def _step(model: Any, update: str = "replay", **changes: Any) -> tuple[Tensor, d
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated"
 )  # dynamo's own
-@pytest.mark.parametrize("update", ["replay", "one_pass"])
-@pytest.mark.parametrize("name", ["scenes", "scenes-flow"])
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        ("scenes", "replay"),
+        ("scenes-flow", "one_pass"),
+        pytest.param("scenes", "one_pass", marks=pytest.mark.slow),
+        pytest.param("scenes-flow", "replay", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_denoiser_has_the_same_gradient(name: str, update: str):
     plain, compiled = (backbones.load(name, lora_rank=2) for _ in range(2))
     done = accelerate(compiled.denoiser, Acceleration(compile="regional", compile_backend="aot_eager"), CPU)
