@@ -17,6 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from adascope_fast.settings import one_line
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 MOST_RAISED = 3  # further tries of what raised on the server
+LOOK = 0.5  # seconds between two looks at whether anybody still waits
 QUIET = 10.0  # seconds for which a server may be busy without a word
 PROMPTS_AT_ONCE = 500
 SPARE = 2**16  # bytes of a body besides its images and prompts
@@ -87,6 +89,7 @@ class Remote:
         self._timeout, self._patience = timeout, patience
         self._batch, self._encoding, self._parallel = batch, encoding, parallel
         self._lock, self._waiting_since = threading.Lock(), 0.0
+        self._is_over = threading.Event()
         self._chance = random.Random()  # of its own, so that pauses leave no trace in other draws
         if self._address.scheme == "http" and not _is_loopback(self._address.hostname or ""):
             logger.warning("%s is not encrypted: whoever is on the way reads the token and the images", self.url)
@@ -185,7 +188,15 @@ class Remote:
             body, count = piece()
             return self._patiently(lambda: self._posted(path, body), stop), count
 
-        return in_order(ask, pieces, self._parallel)
+        return in_order(ask, pieces, self._parallel, self._is_over)
+
+    def training_begins(self, folder: Path, images: Mapping[str, int]) -> str | None:
+        """A server is waited for from now on."""
+        self._is_over.clear()
+
+    def training_ends(self) -> None:
+        """What is still asked, by a thread that the training left behind, is asked in vain: it holds nobody."""
+        self._is_over.set()
 
     def _patiently(self, ask: Callable[[], T], stop: threading.Event) -> T:
         """What `ask` returns, asked again while there is hope."""
@@ -210,7 +221,7 @@ class Remote:
                 if not error.is_busy or waited > QUIET:
                     self._say_it_waits(str(error), raised)
                 tries += 1
-                if _is_stopped_within(pause, stop):
+                if _is_stopped_within(pause, stop, self._is_over):
                     raise _StoppedError from None
             else:
                 self._say_it_goes_on()
@@ -333,14 +344,17 @@ class Remote:
 NOT_ONE = "check that reward.url is that of an adascope-fast reward-server of this release"
 
 
-def in_order(work: Callable[[T, threading.Event], U], pieces: Sequence[T], at_once: int) -> list[U]:
+def in_order(
+    work: Callable[[T, threading.Event], U], pieces: Sequence[T], at_once: int, is_over: threading.Event | None = None
+) -> list[U]:
     """What `work` makes of each piece, some at once; the first error is raised as soon as it comes, and stops the rest.
 
     Threads do not keep a process that is interrupted: they are daemons.
+
+    Args:
+        is_over: set where nobody wants an answer any more; None: somebody does.
     """
-    stop = threading.Event()
-    if len(pieces) < 2 or at_once < 2:
-        return [work(piece, stop) for piece in pieces]
+    stop, over = threading.Event(), is_over or threading.Event()
     left, done = queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, Any, BaseException | None]]()
     for place in range(len(pieces)):
         left.put(place)
@@ -357,12 +371,17 @@ def in_order(work: Callable[[T, threading.Event], U], pieces: Sequence[T], at_on
                 done.put((place, None, error))
                 return
 
-    for number in range(min(at_once, len(pieces))):
+    for number in range(min(max(at_once, 1), len(pieces))):
         threading.Thread(target=run, name=f"reward-{number}", daemon=True).start()
     found: dict[int, U] = {}
     try:
         while len(found) < len(pieces):
-            place, value, error = done.get()
+            try:
+                place, value, error = done.get(timeout=LOOK)
+            except queue.Empty:
+                if over.is_set():
+                    raise _StoppedError from None
+                continue
             if error is not None:
                 raise error
             found[place] = value
@@ -371,8 +390,12 @@ def in_order(work: Callable[[T, threading.Event], U], pieces: Sequence[T], at_on
     return [found[place] for place in range(len(pieces))]
 
 
-def _is_stopped_within(seconds: float, stop: threading.Event) -> bool:
-    return stop.wait(seconds)
+def _is_stopped_within(seconds: float, stop: threading.Event, is_over: threading.Event) -> bool:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if stop.wait(min(left, LOOK)) or is_over.is_set():
+            return True
+    return stop.is_set()
 
 
 def _content(response: http.client.HTTPResponse, until: float) -> bytes:

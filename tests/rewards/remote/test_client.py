@@ -7,6 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,7 +104,7 @@ def test_patience_has_an_end_and_a_line(caplog: pytest.LogCaptureFixture):
 def test_pauses_grow_and_a_servers_own_is_kept(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.5)
     pauses: list[float] = []
-    monkeypatch.setattr(client, "_is_stopped_within", lambda pause, stop: bool(pauses.append(pause)))
+    monkeypatch.setattr(client, "_is_stopped_within", lambda pause, stop, is_over: bool(pauses.append(pause)))
     busy = http("busy", "503 Service Unavailable", "Retry-After: 7")
     with answering(_first(*[http("", "502 Bad Gateway")] * 8, busy)) as url:
         assert ask(url, patience=600.0)(IMAGES, PROMPTS).tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -366,3 +368,27 @@ def test_a_call_that_is_interrupted_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             remote(IMAGES, PROMPTS)
         assert time.monotonic() - start < 2
+
+
+def test_a_thread_that_a_training_left_behind_stops_waiting():
+    """On a GPU scores come from a thread of the engine, which a process waits for at its end."""
+    ended: list[float] = []
+    with answering(_first(*[None] * 100)) as url:
+        for parallel in (1, 2):
+            remote = ask(url, batch=6 // parallel, parallel=parallel, timeout=60.0, patience=60.0)
+            remote.training_begins(Path("run"), {})
+
+            def score(remote: Remote = remote) -> None:
+                with suppress(Exception):
+                    remote(IMAGES, PROMPTS)
+                ended.append(time.monotonic())
+
+            thread = threading.Thread(target=score)
+            thread.start()
+            time.sleep(0.3)
+            assert thread.is_alive()
+            start = time.monotonic()
+            remote.training_ends()
+            thread.join(5)
+            assert not thread.is_alive()
+            assert ended[-1] - start < 3
