@@ -285,7 +285,7 @@ def test_hpsv2_looks_for_the_weights_of_its_version(monkeypatch: pytest.MonkeyPa
     (folder / "config.json").write_text(json.dumps(config | {"hps_version": "2.1"}))
     reward: Any = rewards.load(Config.load(None, ["reward.name=hpsv2", "reward.version=2.1"]).reward)
     assert reward.name == "hpsv2 (weights/hpsv2.1)"
-    with pytest.raises(ValueError, match=r"got 'weights/hpsv2'"):
+    with pytest.raises(ValueError, match=r'got "weights/hpsv2"'):
         rewards.load(settings.Hpsv2())
     with pytest.raises(ValueError, match=r"with weights of HPSv2\.1; set it to"):
         rewards.load(settings.Hpsv2(model=str(folder)))
