@@ -4,12 +4,10 @@
 """
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from adascope_fast.metrics.sources import Sources
 from adascope_fast.metrics.table import BESIDES, ROWS, Row
 from adascope_fast.rewards.settings import Mixed, asks_people
 from adascope_fast.settings import Section
-from adascope_fast.training.run_folder import write_whole
+from adascope_fast.training.run_folder import plain, versions, write_whole
 
 PACKAGES = ("adascope-fast", "torch", "diffusers", "transformers", "torchmetrics", "scikit-learn")
 NUM_SHOWN = 8  # prompts on the page
@@ -83,14 +81,12 @@ def compare(
     asked: Asked | None,
     options: Options,
     *,
-    tell: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda count: None,
 ) -> Comparison:
     """Draw, measure and write.
 
     Args:
         asked: what is drawn; None where every arm is a folder of images.
-        tell: what becomes of a line that a user should read.
         progress: made for a stage and its number of images, told how many more are done.
 
     Raises:
@@ -120,12 +116,12 @@ def compare(
             on_images=progress(f"drawing {arm.name}", len(asked.prompts) * asked.images),
         )
         seconds[f"drawing {arm.name}"] = time.perf_counter() - begun
-    notes = _refuse_apart(arms, folders)
+    notes = _differences(arms, folders)
     reference, all_folders = _with_reference(arms, folders, options)
     sources = Sources(options.weights, options.clip, options.device, batch=READ_AT_ONCE)
     told_by, reward_of, more = _rewards(arms, options)
     notes += more
-    asking = _asking(options, sources, told_by)
+    asking = _asking(options, told_by)
     distance = None
     if any(arm.is_trained for arm in arms) and not options.only:
         try:
@@ -137,6 +133,7 @@ def compare(
         arms,
         all_folders,
         asking,
+        sources,
         reference=reference,
         batch=READ_AT_ONCE,
         device=options.device,
@@ -222,12 +219,12 @@ OWN = (
 """What a verdict looks at besides the registry's metrics; neither needs weights."""
 
 
-def _asking(options: Options, sources: Sources, told_by: Mapping[str, Section]) -> list[Asking]:
+def _asking(options: Options, told_by: Mapping[str, Section]) -> list[Asking]:
     """Every metric in the order of the page."""
     rows = [_reward_row(key, section, options.metadata) for key, section in told_by.items()]
-    asked = [Asking(row, sources, "reward", counts=False) for row in rows]
-    asked += [Asking(row, sources, row.group, counts=True) for row in ROWS]
-    asked += [Asking(row, sources, "besides", counts=False) for row in (*OWN, *BESIDES)]
+    asked = [Asking(row, "reward", counts=False) for row in rows]
+    asked += [Asking(row, row.group, counts=True) for row in ROWS]
+    asked += [Asking(row, "besides", counts=False) for row in (*OWN, *BESIDES)]
     if not options.only:
         return asked
     known = {one.row.key for one in asked}
@@ -255,8 +252,8 @@ def _refuse_missing(lines: Sequence[Line], only: Sequence[str]) -> None:
             raise ValueError(f"--metric {line.key} must be measured, and was not: {missing[-1].why}")
 
 
-def _refuse_apart(arms: Sequence[Arm], folders: Mapping[str, Folder]) -> list[str]:
-    """ValueError where two arms have no prompt in common; what differs otherwise is told."""
+def _differences(arms: Sequence[Arm], folders: Mapping[str, Folder]) -> list[str]:
+    """What differs between the arms, in words; ValueError where two have no prompt in common."""
     notes = []
     first = folders[arms[0].name]
     for arm in arms[1:]:
@@ -303,17 +300,11 @@ def _view(arms: Sequence[Arm], folders: Mapping[str, Folder], sources: Sources, 
 
 
 def _facts(arms: Sequence[Arm], asked: Asked | None, options: Options, seconds: Mapping[str, float]) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     drawn = {} if asked is None else {key: value for key, value in asdict(asked).items() if key != "prompts"}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name() if options.device.type == "cuda" else f"{platform.machine()} CPU",
-        "versions": versions | {"torch": str(torch.__version__)},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "drawn": drawn | ({} if asked is None else {"num_prompts": len(asked.prompts)}),
         "weights": None if options.weights is None else str(options.weights),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -342,7 +333,7 @@ def _write(comparison: Comparison, out: Path) -> None:
                 "title": line.title,
                 "group": line.group,
                 "higher_is_better": line.higher_is_better,
-                "arms": {name: _plain(line.estimates[name]) for name in names},
+                "arms": {name: _told(line.estimates[name]) for name in names},
                 "ranks": line.ranks(),
             }
             for line in comparison.lines
@@ -352,23 +343,14 @@ def _write(comparison: Comparison, out: Path) -> None:
         "notes": list(comparison.notes),
         **comparison.facts,
     }
-    write_whole(out / "evaluation.json", json.dumps(_finite(values), indent=1, allow_nan=False))
+    write_whole(out / "evaluation.json", json.dumps(plain(values), indent=1, allow_nan=False))
     write_whole(out / "table.csv", as_csv(comparison.lines, names))
     write_page(comparison, out / "report.html", num_shown=NUM_SHOWN)
 
 
-def _plain(estimate: Estimate) -> dict[str, Any]:
+def _told(estimate: Estimate) -> dict[str, Any]:
     if not estimate.is_known:
         return {"why": estimate.why}
     found = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "spread": estimate.spread}
     found |= {"gain": list(estimate.gain)} if estimate.gain else {}
     return found | ({"facts": dict(estimate.facts)} if estimate.facts else {})
-
-
-def _finite(value: Any) -> Any:
-    """The same for JSON: null for what is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(one) for name, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adascope_fast.comparison.reading import pixels_of
 from adascope_fast.images import Folder, Image
 from adascope_fast.metrics import MeanScore, Metric
+from adascope_fast.metrics.metric import groups_of
 
 SIGN = 1.0
 """Units of the base's spread from which on a change is a sign."""
@@ -40,14 +42,7 @@ class PixelDiversity(Metric):
         return F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="area").flatten(1)
 
     def value(self, rows: Tensor, prompts: Sequence[str]) -> float:
-        of_prompt: dict[str, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            of_prompt.setdefault(prompt, []).append(index)
-        means = [
-            (torch.nn.functional.pdist(rows[index]) / rows.shape[1] ** 0.5).mean()
-            for index in of_prompt.values()
-            if len(index) > 1
-        ]
+        means = [(F.pdist(rows[index]) / rows.shape[1] ** 0.5).mean() for index in groups_of(prompts) if len(index) > 1]
         if not means:
             raise ValueError("RMSD compares images of one prompt, got one image a prompt; draw two or more")
         return torch.stack(means).mean().item()
@@ -75,10 +70,10 @@ class DistanceToBase:
             other = known.get((image.prompt, image.seed)) if image.seed is not None else None
             if other is not None and other.size() == image.size():
                 rows.append(row)
-                others.append(torch.from_numpy(other.pixels().copy()).permute(2, 0, 1).float() / 255)
+                others.append(other)
         if rows:
             self._found.setdefault(name, []).append(
-                self._distance(pixels[rows], torch.stack(others).to(pixels.device)).double().cpu()
+                self._distance(pixels[rows], pixels_of(others).to(pixels.device)).double().cpu()
             )
 
     def of(self, name: str) -> float:

@@ -4,16 +4,16 @@ A metric that cannot be had (no weights, images too small, no reference) is not 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adascope_fast import images
 from adascope_fast.comparison.arms import Arm
 from adascope_fast.comparison.guards import MEASURES, DistanceToBase
+from adascope_fast.comparison.reading import batches, pixels_of
 from adascope_fast.images import Folder
 from adascope_fast.metrics import Metric, interval
 from adascope_fast.metrics.sources import Sources
@@ -73,10 +73,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Asking:
-    """A metric to be measured, and where its networks come from."""
+    """A metric to be measured."""
 
     row: Row
-    sources: Sources
     group: str
     counts: bool
 
@@ -85,6 +84,7 @@ def measure(
     arms: Sequence[Arm],
     folders: Mapping[str, Folder],
     asked: Sequence[Asking],
+    sources: Sources,
     *,
     reference: str | None,
     batch: int,
@@ -96,13 +96,14 @@ def measure(
     """Each metric of each arm.
 
     Args:
+        sources: where the metrics' networks come from.
         reference: the arm, or the further folder, that FID and the like compare with; it has no such value itself.
         batch: images in memory at once.
         distance: told every batch of an arm that has a base, and the base's folder.
     """
     names = [arm.name for arm in arms]
     order = sorted(folders, key=lambda name: name != reference)  # the reference first, others are compared with it
-    made = {name: [_try(one) for one in asked] for name in order}
+    made = {name: [_try(one.row, sources) for one in asked] for name in order}
     for name in order:
         metrics = made[name]
         base = next((arm.base for arm in arms if arm.name == name), None)
@@ -166,9 +167,9 @@ def _estimate(
     return Estimate(value, low, high, spread=spread, facts=metric.facts())
 
 
-def _try(asking: Asking) -> Metric | str:
+def _try(row: Row, sources: Sources) -> Metric | str:
     try:
-        return asking.row.make(asking.sources)
+        return row.make(sources)
     except ValueError as error:
         return " ".join(str(error).split())
 
@@ -181,23 +182,3 @@ def _updated(metric: Metric | str, pixels: Tensor, prompts: Sequence[str]) -> Me
     except ValueError as error:
         return " ".join(str(error).split())
     return metric
-
-
-def batches(folder: Folder, size: int) -> Iterator[list[images.Image]]:
-    """The images of a folder, in its order, up to `size` at once, of one size in pixels each time."""
-    waiting: list[images.Image] = []
-    shape: Any = None
-    for image in folder.images:
-        own = image.size()
-        if waiting and (len(waiting) == size or own != shape):
-            yield waiting
-            waiting = []
-        shape = own
-        waiting.append(image)
-    if waiting:
-        yield waiting
-
-
-def pixels_of(batch: Sequence[images.Image]) -> Tensor:
-    """Images [n, 3, h, w] in [0, 1], float32."""
-    return torch.stack([torch.from_numpy(image.pixels().copy()).permute(2, 0, 1) for image in batch]).float() / 255

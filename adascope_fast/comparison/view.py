@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adascope_fast.comparison.measuring import batches, pixels_of
+from adascope_fast.comparison.reading import batches, pixels_of
 from adascope_fast.images import Folder
 
 MOST_POINTS = 300  # of an arm; t-SNE's time grows faster than their number

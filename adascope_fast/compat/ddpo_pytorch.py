@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adascope_fast.compat.steps import Generator, as_timesteps, kept, recording, step
+from adascope_fast.compat.steps import Generator, as_timesteps, ddim_tables, kept, recording, step
 from adascope_fast.compat.trl.statistics import PerPromptStatTracker as PerPromptStatTracker
 from adascope_fast.reference.rows import per_row
-from adascope_fast.schedules import samplers
 
 
 def ddim_step_with_logprob(
@@ -42,7 +41,7 @@ def ddim_step_with_logprob(
         raise ValueError("the scheduler must know its steps, got num_inference_steps = None; call set_timesteps first")
     if prev_sample is not None and generator is not None:
         raise ValueError("prev_sample and generator exclude each other, got both; leave one of them None")
-    coef, x0_coef = _tables_of(self, float(eta), sample.device)
+    coef, x0_coef = ddim_tables(self, float(eta), sample.device)
     at = as_timesteps(timestep, sample).long()
     rows = coef[at]
     if self.config.clip_sample or self.config.thresholding:
@@ -53,24 +52,6 @@ def ddim_step_with_logprob(
         )
     prev_sample, log_prob = step(sample, model_output, rows, prev_sample=prev_sample, generator=generator)
     return prev_sample.type(sample.dtype), log_prob
-
-
-def _tables_of(scheduler: Any, eta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(coef [T, 3], x0_coef [T, 2]) of every training timestep."""
-    config, num_steps = scheduler.config, scheduler.num_inference_steps
-    total = config.num_train_timesteps
-
-    def make() -> tuple[Tensor, Tensor]:
-        table = samplers.ddim(
-            scheduler.alphas_cumprod,
-            torch.arange(total),
-            stride=total // num_steps,
-            eta=eta,
-            prediction_type=config.prediction_type,
-        )
-        return table.coef.to(device), table.x0_coef.to(device)
-
-    return kept(scheduler, scheduler.alphas_cumprod, (num_steps, eta, config.prediction_type, str(device)), make)
 
 
 def _clipped_mean(

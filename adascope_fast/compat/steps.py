@@ -20,6 +20,7 @@ from torch import Tensor
 from adascope_fast import ops
 from adascope_fast.reference import Kind
 from adascope_fast.reference.rows import per_row
+from adascope_fast.schedules import samplers
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -35,6 +36,32 @@ def kept(scheduler: Any, levels: Tensor, key: tuple[Any, ...], make: Callable[[]
             of_scheduler.clear()
         known = of_scheduler[key] = (levels, make())
     return known[1]
+
+
+def ddim_tables(
+    scheduler: Any, eta: float, device: torch.device, *, ends_as_diffusers: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(coef [T, 3], x0_coef [T, 2]) of every training timestep of a DDIM scheduler.
+
+    Args:
+        ends_as_diffusers: the last step goes to the scheduler's final alpha, not to alphas_cumprod[0].
+    """
+    config, num_steps, alphas = scheduler.config, scheduler.num_inference_steps, scheduler.alphas_cumprod
+    total = config.num_train_timesteps
+
+    def make() -> tuple[Tensor, Tensor]:
+        table = samplers.ddim(
+            alphas,
+            torch.arange(total),
+            stride=total // num_steps,
+            eta=eta,
+            prediction_type=config.prediction_type,
+            final_alpha_cumprod=float(scheduler.final_alpha_cumprod) if ends_as_diffusers else None,
+        )
+        return table.coef.to(device), table.x0_coef.to(device)
+
+    key = ("ddim", num_steps, eta, config.prediction_type, ends_as_diffusers, str(device))
+    return kept(scheduler, alphas, key, make)
 
 
 def step(

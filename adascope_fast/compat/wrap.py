@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from adascope_fast import ops
 from adascope_fast.compat import ddpo_pytorch, flow_grpo
-from adascope_fast.compat.steps import Generator, as_timesteps, kept, mean_of, rows_at, with_nan
+from adascope_fast.compat.steps import Generator, as_timesteps, ddim_tables, mean_of, rows_at, with_nan
 from adascope_fast.engine.acceleration import Acceleration, accelerate
 from adascope_fast.reference.rows import per_row
-from adascope_fast.schedules import samplers
 
 FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
@@ -107,7 +106,7 @@ class Wrapped:
     def _replace_step(self) -> str:
         scheduler = self._scheduler
         name = type(scheduler).__name__
-        makers: dict[str, Callable[[Any, Any], Any]] = {
+        makers: dict[str, Callable[[Any], Any]] = {
             "DDIMScheduler": _ddim_step,
             "FlowMatchEulerDiscreteScheduler": _flow_step,
         }
@@ -118,7 +117,7 @@ class Wrapped:
         if name != "DDIMScheduler" and getattr(scheduler.config, "stochastic_sampling", False):
             return f"{name}'s own: it samples with noise of its own kind"
         fast = copy(scheduler)
-        fast.step = makers[name](fast, scheduler)
+        fast.step = makers[name](fast)
         self._pipeline.scheduler = fast
         return f"one pass over the latents in place of {name}'s"
 
@@ -153,23 +152,8 @@ def _is_channels_last(module: nn.Module) -> bool:
     return bool(found)
 
 
-def _ddim_step(fast: Any, own: Any) -> Callable[..., Any]:
+def _ddim_step(fast: Any) -> Callable[..., Any]:
     """DDIM's step as diffusers has it, its end at the scheduler's final alpha included."""
-    config = fast.config
-
-    def tables(eta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        def make() -> tuple[Tensor, Tensor]:
-            table = samplers.ddim(
-                fast.alphas_cumprod,
-                torch.arange(config.num_train_timesteps),
-                stride=config.num_train_timesteps // fast.num_inference_steps,
-                eta=eta,
-                prediction_type=config.prediction_type,
-                final_alpha_cumprod=float(fast.final_alpha_cumprod),
-            )
-            return table.coef.to(device), table.x0_coef.to(device)
-
-        return kept(fast, fast.alphas_cumprod, ("wrap", fast.num_inference_steps, eta, str(device)), make)
 
     def step(
         model_output: Tensor,
@@ -181,7 +165,7 @@ def _ddim_step(fast: Any, own: Any) -> Callable[..., Any]:
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        coef, x0_coef = tables(float(eta), sample.device)
+        coef, x0_coef = ddim_tables(fast, float(eta), sample.device, ends_as_diffusers=True)
         at = as_timesteps(timestep, sample).long()
         prev_sample = _next(sample, model_output, coef[at], eta > 0, generator, variance_noise)
         if not return_dict:
@@ -193,7 +177,7 @@ def _ddim_step(fast: Any, own: Any) -> Callable[..., Any]:
     return step
 
 
-def _flow_step(fast: Any, own: Any) -> Callable[..., Any]:
+def _flow_step(fast: Any) -> Callable[..., Any]:
     """The Euler step of a flow as diffusers has it."""
 
     def step(
@@ -206,7 +190,7 @@ def _flow_step(fast: Any, own: Any) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         if per_token_timesteps is not None:
-            return type(own).step(
+            return type(fast).step(
                 fast, model_output, timestep, sample, per_token_timesteps=per_token_timesteps, return_dict=return_dict
             )
         sigmas = fast.sigmas.to(sample.device, torch.float32)

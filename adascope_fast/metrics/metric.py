@@ -74,7 +74,7 @@ class Metric(ABC):
 
     def bootstrap(self, seed: int = 0) -> Tensor:
         """The number [r] of prompts drawn with replacement; NaN where a draw has none. Empty for a single prompt."""
-        groups = self._groups()
+        groups = groups_of(self._prompts)
         if len(groups) < 2:
             return torch.empty(0, dtype=torch.float64)
         number = self.choice(torch.cat(self._rows))
@@ -91,7 +91,7 @@ class Metric(ABC):
     def spread(self) -> float:
         """Standard deviation over prompts of the number of each one's images; NaN where a prompt alone has none."""
         number = self.choice(torch.cat(self._rows))
-        values = [_or_nan(number, group, [""] * len(group)) for group in self._groups()]
+        values = [_or_nan(number, group, [""] * len(group)) for group in groups_of(self._prompts)]
         return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else math.nan
 
     def choice(self, rows: Tensor) -> Choice:
@@ -147,13 +147,6 @@ class Metric(ABC):
         """What else a reader of the number must know: weights, layer, reference."""
         return {}
 
-    def _groups(self) -> list[Tensor]:
-        """The indices of each prompt's images, in the order of their first appearance."""
-        places: dict[str, list[int]] = {}
-        for index, prompt in enumerate(self._prompts):
-            places.setdefault(prompt, []).append(index)
-        return [torch.tensor(place) for place in places.values()]
-
 
 class MeanScore(Metric):
     """The mean of a score of each image."""
@@ -191,6 +184,14 @@ class Compared(Metric):
 
     def value(self, rows: Tensor, prompts: Sequence[str]) -> float:
         return self.choice(rows)(torch.arange(len(rows)), prompts)
+
+
+def groups_of(prompts: Sequence[str]) -> list[Tensor]:
+    """The indices of each prompt's images, in the order of their first appearance."""
+    places: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        places.setdefault(prompt, []).append(index)
+    return [torch.tensor(place) for place in places.values()]
 
 
 def interval(value: float, drawn: Tensor) -> tuple[float, float]:

@@ -18,12 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adascope_fast.loading import align, load_whole, quiet
 from adascope_fast.rewards.clip import Clip, device_of, refuse_absent, refuse_bare, told
+from adascope_fast.rewards.reward import eight_bits
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
@@ -187,7 +189,7 @@ class GenEval:
         """The objects of each image by class, the most confident first."""
         device, size = device_of(self.device, images), list(images.shape[-2:])
         self.detector.to(device)
-        pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        pixels = np.ascontiguousarray(eight_bits(images).transpose(0, 3, 1, 2))
         sizes = torch.tensor([size] * len(images))
         least = min(self.threshold, self.counting_threshold)
         if self.takes_words:

@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from adascope_fast.rewards.reward import eight_bits
+
 
 def jpeg_incompressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Size [b] in kilobytes of each picture's JPEG; the prompts do not matter."""
-    pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = eight_bits(images)
     sizes = []
     for image in pixels:
         file = io.BytesIO()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from adascope_fast.judging.pages import MOST_BYTES, rating
 from adascope_fast.judging.ratings import MOST_STARS, Ratings, Stopped
+from adascope_fast.rewards.reward import eight_bits
 from adascope_fast.serving import Aside, new_token, require
 
 
@@ -41,7 +42,7 @@ class Judged:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [b] in [0, 1], once people have given them."""
         ratings = self._shown()
-        pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = eight_bits(images)
         before = ratings.num_skipped
         try:
             stars = ratings.ask(pixels, prompts)

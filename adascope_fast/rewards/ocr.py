@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adascope_fast.rewards.reward import eight_bits
+
 QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
 NOT_INSTALLED = "reward ocr needs rapidocr and onnxruntime, which are not installed; pip install 'adascope-fast[ocr]'"
 
@@ -33,7 +35,7 @@ class Ocr:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [b] float32 of pictures [b, 3, h, w] in [0, 1]."""
-        pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = eight_bits(images)
         scores = [likeness(self._text(image), text_of(prompt)) for image, prompt in zip(pixels, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 

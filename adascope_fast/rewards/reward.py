@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,11 @@ def given(reward: Any, name: str | None = None) -> Reward:
     if _fits(signature, 3):
         return _WithMetadata(reward)
     raise ValueError(f"{rule}, got {shown[1:-1]}{signature}; take these and return a score for each image")
+
+
+def eight_bits(images: Tensor) -> np.ndarray:
+    """Images [b, 3, h, w] in [0, 1] as [b, h, w, 3] of 8 bits, as a file holds them."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def takes_metadata(reward: Any) -> bool:

@@ -156,7 +156,7 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one iteration to `stats.jsonl`; what is not finite is null there."""
         with (self.path / "stats.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
     def stats(self) -> list[dict[str, Any]]:
         """The logged iterations. A line cut short by a kill is ignored."""
@@ -190,7 +190,7 @@ class RunFolder:
 
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Replace a JSON file of the folder in one go; what is not finite is null there."""
-        write_whole(self.path / name, json.dumps(_plain(values), indent=1, allow_nan=False))
+        write_whole(self.path / name, json.dumps(plain(values), indent=1, allow_nan=False))
 
     def describe(
         self, status: str, device: torch.device, seconds: float, chosen: Mapping[str, str], **more: Any
@@ -214,7 +214,7 @@ class RunFolder:
                 "device": torch.cuda.get_device_name()
                 if on_gpu
                 else f"{platform.machine()} CPU, {os.cpu_count()} cores",
-                "versions": {"python": platform.python_version(), **_versions()},
+                "versions": {"python": platform.python_version(), **versions()},
                 "commit": _commit(),
                 "peak_memory_mb": max(round(peak / 2**20), round(self._peak)),
                 "seconds_total": round(self._seconds + seconds, 1),
@@ -344,19 +344,20 @@ def _number(value: Any) -> float:
     return float(value) if is_one else 0.0
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same for JSON, which has no numbers that are not finite: null in their place."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """The version of each package that is installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

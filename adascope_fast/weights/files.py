@@ -6,7 +6,7 @@ A pickle is opened with `weights_only`: tensors, numbers and containers, never c
 import json
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +112,26 @@ def save_processor(side: int, folder: Path) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def shapes_of(named: Mapping[str, Tensor], path: Path, what: str) -> Callable[[str, int], tuple[int, ...]]:
+    """A function of a weight's name and its number of dimensions that gives its shape.
+
+    It raises ValueError where there is none such.
+
+    Args:
+        what: what the file at `path` must have, for that error.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        value = named.get(name)
+        if value is None or value.ndim != dimensions:
+            raise ValueError(f"{path} must have {what}, and lacks {name}")
+        return tuple(value.shape)
+
+    return shape
+
+
+def layers_of(named: Mapping[str, Tensor], start: str) -> int:
+    """How many layers have weights whose names begin with `start` and the layer's number."""
+    return len({name.removeprefix(start).partition(".")[0] for name in named if name.startswith(start)})

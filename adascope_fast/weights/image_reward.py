@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adascope_fast.weights import tokenizers
 from adascope_fast.weights.aesthetic import shapes
-from adascope_fast.weights.files import parted, refuse_others, save, save_processor, tensors_of
+from adascope_fast.weights.files import layers_of, parted, refuse_others, save, save_processor, shapes_of, tensors_of
 
 MOST_TOKENS = 35
 BLOCK = {
@@ -82,12 +82,7 @@ def _config(path: Path, named: dict[str, Tensor]) -> Any:
     """A BlipConfig from the shapes of weights; ValueError where what says it is missing."""
     from transformers import BlipConfig
 
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        value = named.get(name)
-        if value is None or value.ndim != dimensions:
-            raise ValueError(f"{path} must have the weights of ImageReward in its authors' names, and lacks {name}")
-        return tuple(value.shape)
-
+    shape = shapes_of(named, path, "the weights of ImageReward in its authors' names")
     width, _, patch, _ = shape("vision_model.embeddings.patch_embedding.weight", 4)
     _, places, _ = shape("vision_model.embeddings.position_embedding", 3)
     hidden, _ = shape("vision_model.encoder.layers.0.mlp.fc1.weight", 2)
@@ -100,21 +95,17 @@ def _config(path: Path, named: dict[str, Tensor]) -> Any:
             "hidden_size": text_width,
             "encoder_hidden_size": width,
             "intermediate_size": text_hidden,
-            "num_hidden_layers": _layers(named, "text_encoder.encoder.layer."),
+            "num_hidden_layers": layers_of(named, "text_encoder.encoder.layer."),
             "num_attention_heads": max(1, text_width // 64),
             "max_position_embeddings": length,
         },
         vision_config={
             "hidden_size": width,
             "intermediate_size": hidden,
-            "num_hidden_layers": _layers(named, "vision_model.encoder.layers."),
+            "num_hidden_layers": layers_of(named, "vision_model.encoder.layers."),
             "num_attention_heads": max(1, width // 64),
             "image_size": patch * round((places - 1) ** 0.5),
             "patch_size": patch,
             "layer_norm_eps": 1e-6,
         },
     )
-
-
-def _layers(named: dict[str, Tensor], start: str) -> int:
-    return len({name.removeprefix(start).partition(".")[0] for name in named if name.startswith(start)})

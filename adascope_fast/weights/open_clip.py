@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adascope_fast.weights import tokenizers
-from adascope_fast.weights.files import parted, refuse_others, save, save_processor, tensors_of
+from adascope_fast.weights.files import layers_of, parted, refuse_others, save, save_processor, shapes_of, tensors_of
 
 BLOCK = {
     "ln_1": "layer_norm1",
@@ -101,12 +101,7 @@ def _config(path: Path, named: dict[str, Tensor]) -> Any:
     """A CLIPConfig from the shapes of weights; ValueError where what says it is missing."""
     from transformers import CLIPConfig
 
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        value = named.get(name)
-        if value is None or value.ndim != dimensions:
-            raise ValueError(f"{path} must have the weights of a CLIP in open_clip's names, and lacks {name}")
-        return tuple(value.shape)
-
+    shape = shapes_of(named, path, "the weights of a CLIP in open_clip's names")
     vocabulary, width = shape("text_model.embeddings.token_embedding.weight", 2)
     length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
     hidden, _ = shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)
@@ -120,7 +115,7 @@ def _config(path: Path, named: dict[str, Tensor]) -> Any:
             "hidden_size": width,
             "intermediate_size": hidden,
             "projection_dim": projected,
-            "num_hidden_layers": _layers(named, "text_model"),
+            "num_hidden_layers": layers_of(named, "text_model.encoder.layers."),
             "num_attention_heads": max(1, width // 64),
             "max_position_embeddings": length,
             "hidden_act": "gelu",
@@ -132,7 +127,7 @@ def _config(path: Path, named: dict[str, Tensor]) -> Any:
             "hidden_size": channels,
             "intermediate_size": vision_hidden,
             "projection_dim": projected,
-            "num_hidden_layers": _layers(named, "vision_model"),
+            "num_hidden_layers": layers_of(named, "vision_model.encoder.layers."),
             "num_attention_heads": max(1, channels // (80 if channels % 80 == 0 else 64)),
             "image_size": patch * round((places - 1) ** 0.5),
             "patch_size": patch,
@@ -140,8 +135,3 @@ def _config(path: Path, named: dict[str, Tensor]) -> Any:
         },
         projection_dim=projected,
     )
-
-
-def _layers(named: dict[str, Tensor], tower: str) -> int:
-    start = f"{tower}.encoder.layers."
-    return len({name.removeprefix(start).partition(".")[0] for name in named if name.startswith(start)})

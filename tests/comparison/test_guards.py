@@ -6,7 +6,8 @@ import torch
 from image_folders import folder
 
 from adascope_fast.comparison.guards import Contrast, DistanceToBase, PixelDiversity, parting, verdict
-from adascope_fast.comparison.measuring import Estimate, batches, pixels_of
+from adascope_fast.comparison.measuring import Estimate
+from adascope_fast.comparison.reading import batches, pixels_of
 
 
 def test_contrast_is_the_standard_deviation_of_an_images_values():

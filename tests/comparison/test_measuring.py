@@ -8,7 +8,8 @@ from image_folders import folder
 from torch import Tensor
 
 from adascope_fast.comparison.arms import Arm
-from adascope_fast.comparison.measuring import Asking, Line, batches, measure, pixels_of
+from adascope_fast.comparison.measuring import Asking, Line, measure
+from adascope_fast.comparison.reading import batches, pixels_of
 from adascope_fast.metrics import MeanScore, Metric
 from adascope_fast.metrics.sources import Sources
 from adascope_fast.metrics.table import Row
@@ -46,14 +47,16 @@ def no_weights(sources: Sources) -> Metric:
 
 def asking(key: str, make: Callable[[Sources], Metric], *, needs_reference: bool = False) -> Asking:
     row = Row(key, key, key, "quality", True, make, needs_reference)
-    return Asking(row, Sources(), "quality", counts=True)
+    return Asking(row, "quality", counts=True)
 
 
 def measured(tmp_path: Path, asked: Sequence[Asking], reference: str | None = None, batch: int = 3) -> list[Line]:
     greys = {"base": [51.0, 0.0], "trained": [102.0, 0.0], "other": [255.0, 255.0]}
     folders = {name: folder(tmp_path / name, {"a": [one, one], "b": [two, two]}) for name, (one, two) in greys.items()}
     arms = [Arm("trained", "run", "x", base="base"), Arm("base", "base", "y"), Arm("other", "images", "z")]
-    return measure(arms, folders, asked, reference=reference, batch=batch, device=torch.device("cpu"), seed=0)
+    return measure(
+        arms, folders, asked, Sources(), reference=reference, batch=batch, device=torch.device("cpu"), seed=0
+    )
 
 
 def test_a_metric_of_every_arm_with_its_gain_over_the_base(tmp_path: Path):
@@ -115,6 +118,7 @@ def test_images_too_small_for_one_metric_leave_the_others(tmp_path: Path):
         [Arm("small", "images", "z")],
         folders,
         [asking("large", lambda _: Large()), asking("brightness", lambda _: Brightness())],
+        Sources(),
         reference=None,
         batch=2,
         device=torch.device("cpu"),
