@@ -51,7 +51,11 @@ class Wrapped:
         self._before = _Before(self._denoiser, pipeline.vae)
         pipeline._adascope_wrapped = True
         self._told = {"step": self._replace_step()}
-        self._told |= accelerate(self._denoiser, acceleration, pipeline.device, decoder=pipeline.vae)
+        try:
+            self._told |= accelerate(self._denoiser, acceleration, pipeline.device, decoder=pipeline.vae)
+        except ValueError:
+            self.unwrap()
+            raise
         for key in ("fused_optimizer", "fold_adapter", "cuda_graphs"):  # of a training
             del self._told[key]
 

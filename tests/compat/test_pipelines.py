@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adascope_fast.compat import ddpo_pytorch, flow_grpo
 from adascope_fast.compat.wrap import wrap
+from adascope_fast.engine.settings import Acceleration
 
 PROMPTS = ["a red circle on a grey background", "a blue cross on a black background"]
 
@@ -213,3 +214,13 @@ def test_what_is_not_replaced_says_why():
         assert "clips its guess" in fast.explain()["step"]
     with pytest.raises(ValueError, match="must be one of"):
         wrap(torch.nn.Linear(1, 1))
+
+
+def test_a_pipeline_that_cannot_be_wrapped_is_left_as_it_was():
+    pipeline = made("sd")
+    own = pipeline.scheduler
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        wrap(pipeline, Acceleration(cuda_graphs="on"))
+    assert pipeline.scheduler is own
+    with wrap(pipeline) as fast:
+        assert fast.explain()["step"].startswith("one pass")
