@@ -304,7 +304,7 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     from adascope_fast.engine.collection import Collection
     from adascope_fast.engine.engine import Engine
     from adascope_fast.engine.settings import Updates
-    from adascope_fast.rollout import EncodedPrompts, Trajectory
+    from adascope_fast.rollout import EncodedPrompts, OwnNoise, Trajectory
     from adascope_fast.schedules.settings import Sampler
     from adascope_fast.schedules.tail import Tails
     from adascope_fast.selectors.simple import StaticRange
@@ -326,7 +326,8 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
     scoring: Any = SimpleNamespace(clear=lambda: None, submit=lambda rows, latents: None)
     pairs, generator = keep.nonzero().cuda(), torch.Generator("cuda").manual_seed(1)
     policy = engine.policy(encoded, schedule)
-    collection = Collection(engine, policy, encoded, prompts, schedule, generator, 1)
+    collection = Collection(engine, policy, encoded, prompts, schedule, OwnNoise(1), 1)
+    collection._deal(len(prompts))
     with _no_waiting():
         trajectory, _ = collection._rollout(prompts, scoring, keep if is_one_pass else None, total=24, tails=tails)
     assert isinstance(trajectory, Trajectory)

@@ -21,7 +21,7 @@ PACKAGE = CHECKOUT / "adascope_fast"
 # Python files; `__init__.py` and `settings.py` of a folder not counted, nor `commands`, which has a file a command.
 MOST_IN_ROOT, MOST_IN_FOLDER = 8, 12
 
-_LATENTS = {"backbone", "ops", "rollout", "schedules"}
+_LATENTS = {"backbone", "distributed", "ops", "rollout", "schedules"}
 _ITERATION = _LATENTS | {
     "adascope",
     "algorithms",
@@ -47,7 +47,7 @@ BELOW: dict[str, set[str]] = {
     "distributed": set(),
     "prompts": set(),
     "reporting": set(),
-    "rollout": {"backbone", "ops", "reference", "schedules"},
+    "rollout": {"backbone", "distributed", "ops", "reference", "schedules"},
     "theory": {"ops", "rollout", "schedules"},
     "selectors": _LATENTS | {"theory"},
     "adascope": _LATENTS | {"distributed", "loading", "selectors", "theory"},

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from adascope_fast import ops
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules import samplers as schedules
 from adascope_fast.theory import (
@@ -155,7 +155,7 @@ def test_our_samplers_have_the_correlation_of_the_ideal_chain(name: str, varianc
         EncodedPrompts.of(backbone, ["a"]),
         ["a"] * 48,
         guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(3),
+        noise=OwnNoise(3),
         batch=24,
     )
     found, chain = measured_correlation(trajectory.latents).double(), ideal_chain(schedule, variance)

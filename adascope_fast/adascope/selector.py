@@ -86,6 +86,8 @@ class AdaScope(settings.AdaScope, IntervalRule):
     ) -> Bool[Tensor, "b t"]:
         """The steps to train of samples whose curves were sensed by whatever means; on the CPU.
 
+        With several processes each gives its own samples, and a prompt's samples on all of them have one interval.
+
         Args:
             curves: None where nothing was sensed: the decision is made from memory.
             log_snr: [t], of the state that enters each step; places the fallback.
@@ -94,10 +96,21 @@ class AdaScope(settings.AdaScope, IntervalRule):
         """
         t = num_steps if curves is None else curves.preference.shape[1] - 1
         t = t if t is not None else len(log_snr)
-        log_snr = None if log_snr is None else host(log_snr)
         usable = np.ones(t, dtype=bool) if trainable is None else host(trainable) > 0
         sensed = None if curves is None else _to_host(curves)
         every_prompt, sensed, own = gathered(prompts, sensed)
+        return self._decided(every_prompt, sensed, None if log_snr is None else host(log_snr), usable, own)
+
+    def _decided(
+        self,
+        every_prompt: list[str],
+        sensed: dict[str, np.ndarray] | None,
+        log_snr: np.ndarray | None,
+        usable: np.ndarray,
+        own: slice,
+    ) -> Bool[Tensor, "m t"]:
+        """The steps of the samples `own` of all ranks' samples."""
+        t = len(usable)
         pools = self._pools(every_prompt)
         remembered = [self._remembered(prompt, t, log_snr) for prompt, _ in pools]
         if sensed is None:
@@ -120,7 +133,8 @@ class AdaScope(settings.AdaScope, IntervalRule):
         It does with mask_source "previous", and in an iteration that is not sensed.
         """
         if not self.senses(iteration):
-            return nonempty(self.decide(None, prompts, log_snr=schedule.log_snr, trainable=schedule.trainable))
+            usable = host(schedule.trainable) > 0
+            return nonempty(self._decided(prompts, None, host(schedule.log_snr), usable, slice(None)))
         if self.mask_source != "previous":
             return None
         t, pools = schedule.num_steps, self._pools(prompts)

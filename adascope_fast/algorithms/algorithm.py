@@ -9,6 +9,7 @@ Axes: `b` samples, `t` steps, `n` rows. The selector is not the algorithm's busi
 samples are kept, and an algorithm trains these, or draws its noise levels among them.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from adascope_fast.backbone import Backbone
+from adascope_fast.distributed import Ranks
 from adascope_fast.reference import Kind
-from adascope_fast.rollout import Branches, PreferenceModel, Stills, StoredImage, Trajectory
+from adascope_fast.rollout import Branches, OwnNoise, PreferenceModel, Stills, StoredImage, Trajectory
 from adascope_fast.schedules import Schedule
 
 
@@ -171,6 +173,26 @@ class Context:
     """Updates that will be made of the rows; before all but the first the policy has moved."""
     microbatch: int = 64
     """Rows of a denoiser call."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes of the run."""
+    noise: OwnNoise = field(default_factory=lambda: OwnNoise(0))
+    """For the rows of the batch, by their numbers."""
+
+    def of_all(self, rows: "Rows", compute: Callable[[Any], Tensor]) -> Float[Tensor, "*k n"]:
+        """What `compute` gives [*k, m] of `Rows.take`, for all rows: in microbatches, on each rank a share of them."""
+        count, ranks = len(rows), self.ranks
+        every = torch.arange(count, device=self.keep.device)
+        bounds = [count * rank // ranks.size for rank in range(ranks.size + 1)]
+        shares = [every[start:stop] for start, stop in itertools.pairwise(bounds)]
+        if count < ranks.size:  # so few that each computes all
+            shares = [every] * ranks.size
+        mine = rows if ranks.is_alone else rows.held(shares, ranks.rank)
+        num_calls = -(-max(len(share) for share in shares) // self.microbatch)  # as many on each rank
+        parts = torch.arange(len(mine), device=every.device).tensor_split(max(1, num_calls))
+        own = torch.cat([compute(mine.take(part)) for part in parts], -1)
+        if count < ranks.size:
+            return own
+        return ranks.whole(own.movedim(-1, 0).contiguous(), bounds).movedim(0, -1)
 
 
 class Rows(Protocol):
@@ -195,6 +217,13 @@ class Rows(Protocol):
 
     def ordered(self, rows: Int64[Tensor, " m"]) -> "Rows":
         """These rows, in their order: those of an update. Copies no latents."""
+        ...
+
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> "Rows":
+        """The rows `shares[rank]` in their order, with what they need of tables that are spread over ranks.
+
+        Every rank calls it, with the same shares.
+        """
         ...
 
     def take(self, rows: Int64[Tensor, " m"] | slice) -> Any:

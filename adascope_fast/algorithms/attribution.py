@@ -62,7 +62,10 @@ def similarity_gains(trajectory: Trajectory) -> Float32[Tensor, "b t"]:
 
     Step i leads from guess i to the next; the last leads to the final latent, whose cosine is 1.
     """
-    final = trajectory.latents[:, -1].flatten(1).float()
-    guesses = trajectory.x0.unbind(1)
-    cosines = [cosine_similarity(guess.flatten(1).float(), final) for guess in guesses]
-    return torch.stack([*cosines, torch.ones_like(cosines[0])], 1).diff(dim=1)
+
+    def gains(own: Trajectory, _: slice) -> Tensor:
+        final = own.latents[:, -1].flatten(1).float()
+        cosines = [cosine_similarity(guess.flatten(1).float(), final) for guess in own.x0.unbind(1)]
+        return torch.stack([*cosines, torch.ones_like(cosines[0])], 1).diff(dim=1)
+
+    return trajectory.over(gains)

@@ -21,6 +21,7 @@ from adascope_fast.algorithms.algorithm import Context, Samples
 from adascope_fast.algorithms.objectives import Clipped, clipped_value_loss
 from adascope_fast.algorithms.policy_gradient import PolicyGradient, clipped, shared_by
 from adascope_fast.loading import load_optimizer_tensors, optimizer_tensors, prefixed, select
+from adascope_fast.rollout import Trajectory
 
 SIDE = 8  # of the latents that the critic sees
 
@@ -76,7 +77,7 @@ class Dpok(WithCritic):
         """Standardised reward minus the critic's estimate at each step, after the critic has learned of the samples."""
         trajectory = samples.trajectory
         target = self.advantage(samples.rewards, samples.prompts, 1)[:, 0]
-        seen = features(trajectory.latents[:, :-1], trajectory.schedule.timesteps, context, trajectory.prompt_index)
+        seen = trajectory.over(lambda own, _: features(own, context))
         critic = self._made(seen.shape[-1], seen.device)
         self._remember(seen, target)
         self._train(context.generator)
@@ -160,22 +161,27 @@ class Tdpo(WithCritic):
         return standardised(target - values, keep).clamp(-clip, clip)
 
     def _seen(self, samples: Samples, context: Context) -> Float32[Tensor, "b t f"]:
-        trajectory = samples.trajectory
-        latents = trajectory.latents[:, :-1]
         if self.settings.critic_features == "latents":
-            return features(latents, trajectory.schedule.timesteps, context, trajectory.prompt_index)
+            return samples.trajectory.over(lambda own, _: features(own, context))
         if self.encode is None:
             raise ValueError(
                 'critic_features = "images" needs an encoder of pictures, got none; give algorithm.encode one, such as '
                 "ClipSimilarity.load(...).embed_images, or name algorithm.critic_clip in a configuration"
             )
-        sample, step = context.keep.to(latents.device).nonzero().unbind(1)
-        size = context.microbatch
+        return samples.trajectory.over(lambda own, rows: self._of_images(own, context.keep[rows], context))
+
+    def _of_images(self, own: Trajectory, keep: Bool[Tensor, "m t"], context: Context) -> Float32[Tensor, "m t f"]:
+        """Vectors of the pictures that the kept states decode to, zero elsewhere; of one rank's samples."""
+        assert self.encode is not None
+        latents, size = own.latents[:, :-1], context.microbatch
+        sample, step = keep.to(latents.device).nonzero().unbind(1)
+        if not len(sample):  # nothing is kept of them: one state tells how long a vector is
+            sample = step = torch.zeros(1, dtype=torch.int64, device=latents.device)
         parts = [latents[b, t] for b, t in zip(sample.split(size), step.split(size), strict=True)]
         found = torch.cat([self.encode(context.policy.decode(part)).float() for part in parts])
         seen = found.new_zeros(*latents.shape[:2], found.shape[1])
         seen[sample, step] = found
-        return seen
+        return seen * keep.to(seen.device)[..., None]
 
     def _learn(
         self,
@@ -268,15 +274,14 @@ def is_active_neuron(activation: Float[Tensor, "n k"]) -> Bool[Tensor, " k"]:
     return score / (score.mean() + 1e-9) > 0
 
 
-def features(
-    latents: Float[Tensor, "b t *latent"], timesteps: Float32[Tensor, " t"], context: Context, prompt_index: Tensor
-) -> Float32[Tensor, "b t f"]:
+def features(trajectory: Trajectory, context: Context) -> Float32[Tensor, "b t f"]:
     """What the critic sees of each state that enters a step; zeros for states that were not sampled."""
+    latents, timesteps = trajectory.latents[:, :-1], trajectory.schedule.timesteps
     b, t = latents.shape[:2]
     side = min(SIDE, *latents.shape[-2:])
     small = F.adaptive_avg_pool2d(latents.flatten(0, 1).float().nan_to_num(0.0, 0.0, 0.0), side).view(b, t, -1)
     text = [part.float().flatten(1, -2).mean(1) if part.dim() > 2 else part.float() for part in _floating(context)]
-    said = torch.cat(text, 1)[prompt_index]
+    said = torch.cat(text, 1)[trajectory.prompt_index]
     time = timesteps.float()[:, None] / 1000
     angles = time * torch.tensor([1.0, 2.0, 4.0, 8.0], device=time.device) * torch.pi
     clock = torch.cat([time, angles.sin(), angles.cos()], 1)

@@ -4,10 +4,10 @@ DDPO, REINFORCE, GRPO and DPOK are compositions of these two; the fused operatio
 objective that has one. `b` samples, `t` steps, `n` (sample, step) pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -28,6 +28,9 @@ from adascope_fast.schedules import Schedule
 @dataclass(frozen=True)
 class Pairs:
     """`n` (sample, step) pairs and their advantages, of which a few at a time are gathered from the trajectory."""
+
+    needs_guesses: ClassVar[bool] = False
+    """Whether a loss is given what the rollout guessed at the pairs."""
 
     trajectory: Trajectory
     pairs: Int64[Tensor, "n 2"]
@@ -51,6 +54,12 @@ class Pairs:
     def ordered(self, rows: Int64[Tensor, " m"]) -> Self:
         """These pairs, in their order."""
         return replace(self, pairs=self.pairs[rows], advantage=self.advantage[rows], is_live=None)
+
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> Self:
+        """These pairs with their states."""
+        trajectory: Any = self.trajectory
+        wanted = [self.pairs[share] for share in shares]
+        return replace(self.ordered(shares[rank]), trajectory=trajectory.brought(wanted, guesses=self.needs_guesses))
 
     def take(self, rows: Int64[Tensor, " m"] | slice) -> Any:
         """Steps and advantages of some pairs."""
@@ -227,10 +236,12 @@ class PolicyGradient(Algorithm):
 class GuardedPairs(Pairs):
     """Pairs whose loss compares with the outputs of the rollout, which its guesses of the image tell."""
 
+    needs_guesses = True
+
     def take(self, rows: Int64[Tensor, " m"] | slice) -> Any:
         """Steps and advantages of some pairs, and the rollout's guesses there."""
         sample, step = self.pairs[rows].unbind(1)
-        return *super().take(rows), self.trajectory.x0[sample, step]
+        return *super().take(rows), self.trajectory.guess(sample, step)
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ the worse one's; SPO (sample, step) and Diffusion-KTO (image, step) have `n` row
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ class PairedSteps:
     def ordered(self, rows: Int64[Tensor, " m"]) -> "PairedSteps":
         """These rows, in their order."""
         return PairedSteps(self.trajectory, self.rows[rows], self.weight)
+
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> "PairedSteps":
+        """These rows with the states of both samples."""
+        trajectory: Any = self.trajectory
+        rows = [self.rows[share] for share in shares]
+        wanted = [torch.cat([part[:, [0, 2]], part[:, [1, 2]]]) for part in rows]
+        return replace(self.ordered(shares[rank]), trajectory=trajectory.brought(wanted))
 
     def take(self, rows: Int64[Tensor, " m"] | slice) -> tuple[StepBatch, Float32[Tensor, " m"]]:
         """The steps of the better samples, then those of the worse ones; and the weight of each row."""
@@ -138,12 +146,20 @@ class BranchedSteps:
         """These rows, in their order."""
         return replace(self, rows=self.rows[rows])
 
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> "BranchedSteps":
+        """These rows with their states."""
+        trajectory: Any = self.trajectory
+        wanted = [self.rows[share] for share in shares]
+        branches: Any = self.branches
+        branches = branches.brought(wanted)
+        return replace(self.ordered(shares[rank]), trajectory=trajectory.brought(wanted), branches=branches)
+
     def take(self, rows: Int64[Tensor, " m"] | slice) -> tuple[StepBatch, Tensor, Tensor, Tensor, Tensor]:
         """The steps, the better and the worse states, their log-probabilities [2, m], and the weight of each row."""
         sample, step = self.rows[rows].unbind(1)
         branches, column = self.branches, self.branches.column[step]
         recorded = branches.log_prob[sample, column].T
-        states = branches.better[sample, column], branches.worse[sample, column]
+        states = branches.states(sample, column)
         return self.trajectory.gather(self.rows[rows]), *states, recorded, self.weight[step]
 
 
@@ -337,6 +353,10 @@ class NoisedPairs:
         """These rows, in their order."""
         return NoisedPairs(self.better.ordered(rows), self.worse.ordered(rows))
 
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> "NoisedPairs":
+        """These rows with both pictures."""
+        return NoisedPairs(self.better.held(shares, rank), self.worse.held(shares, rank))
+
     def take(self, rows: Int64[Tensor, " m"] | slice) -> NoisedBatch:
         """The better pictures of the rows, then the worse ones."""
         both = [self.better.take(rows), self.worse.take(rows)]
@@ -367,6 +387,10 @@ class NoisedJudged:
     def ordered(self, rows: Int64[Tensor, " m"]) -> "NoisedJudged":
         """These rows, in their order."""
         return NoisedJudged(self.noised.ordered(rows), self.ref_error[rows], self.divergence)
+
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> "NoisedJudged":
+        """These rows with their pictures."""
+        return NoisedJudged(self.noised.held(shares, rank), self.ref_error[shares[rank]], self.divergence)
 
     def take(
         self, rows: Int64[Tensor, " m"] | slice
@@ -401,13 +425,11 @@ class _Offline(Algorithm):
         self._records, self._told = records, ["" if rng.random() < dropout else prompt for prompt in prompts]
         return prompts + self._told
 
-    def _noised(self, stills: Stills, keep: Bool[Tensor, "r t"], count: int, generator: torch.Generator) -> Noised:
+    def _noised(self, stills: Stills, keep: Bool[Tensor, "r t"], count: int, context: Context) -> Noised:
         """`count` noise levels of each of the first `r` pictures among its kept steps, and noise for each."""
-        sample, step = noise_levels(keep, count, generator)
-        shape = (len(step), *stills.latents.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=stills.latents.device)
-        ones = torch.ones(len(step), device=noise.device)
-        return Noised(stills.latents, noise, sample, step, stills.prompt_index, stills.schedule, ones)
+        sample, step = noise_levels(keep, count, context.generator)
+        ones = torch.ones(len(step), device=step.device)
+        return Noised.of(stills.latents, context.noise, sample, step, stills.prompt_index, stills.schedule, ones)
 
 
 @dataclass(kw_only=True)
@@ -438,7 +460,7 @@ class DiffusionDpo(_Offline):
     def batch(self, samples: Stills, context: Context) -> NoisedPairs:
         """`num_draws` noise levels of each pair, among the steps that are kept of its chosen picture."""
         count = len(samples.prompts) // 2
-        better = self._noised(samples, context.keep[:count], self.settings.num_draws, context.generator)
+        better = self._noised(samples, context.keep[:count], self.settings.num_draws, context)
         worse = replace(better, sample_index=better.sample_index + count, advantage=-better.advantage)
         return NoisedPairs(better, worse)
 
@@ -499,16 +521,16 @@ class DiffusionKto(_Offline):
     def batch(self, samples: Stills, context: Context) -> NoisedJudged:
         """`num_draws` noise levels of each picture among its kept steps; its error before training, and k."""
         policy = context.policy
-        noised = self._noised(samples, context.keep, self.settings.num_draws, context.generator)
+        noised = self._noised(samples, context.keep, self.settings.num_draws, context)
         labels = [1.0 if self.judged.records[number].is_liked else -1.0 for number in self._records]
-        sign = torch.tensor(labels, device=noised.noise.device)[noised.sample_index]
-        noised, errors = replace(noised, advantage=sign), []
-        for part in torch.arange(len(noised), device=sign.device).split(context.microbatch):
-            batch = noised.take(part)
-            where = batch.sample, batch.timestep, batch.prompt_index
-            outputs = policy.reference(*where, is_guided=False), policy.frozen(*where)
-            errors.append(torch.stack([mean_square(output - batch.target) for output in outputs]))
-        ref_error, error = torch.cat(errors, 1)
+        sign = torch.tensor(labels, device=noised.step.device)[noised.sample_index]
+        noised = replace(noised, advantage=sign)
+
+        def errors(batch: NoisedBatch) -> Float32[Tensor, "2 m"]:
+            outputs = policy.reference(*batch.where, is_guided=False), policy.frozen(*batch.where)
+            return torch.stack([mean_square(output - batch.target) for output in outputs])
+
+        ref_error, error = context.of_all(noised, errors)
         return NoisedJudged(noised, ref_error, divergence_of(error, ref_error))
 
     def loss(

@@ -5,6 +5,7 @@ signal * x0 + sigma * noise; the target is the output with which the model would
 flows, the noise for epsilon models, whatever the schedule's x0 table says.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from adascope_fast.algorithms.advantages import GroupRelative
 from adascope_fast.algorithms.algorithm import Algorithm, Collector, Context, Loss, Policy, Samples
 from adascope_fast.backbone import Ema
 from adascope_fast.reference.rows import per_row
+from adascope_fast.rollout import OwnNoise, Spread
 from adascope_fast.schedules import Schedule
 
 
@@ -25,8 +27,9 @@ from adascope_fast.schedules import Schedule
 class Noised:
     """`n` images at a noise level each."""
 
-    x0: Float[Tensor, "b *latent"]
-    noise: Float[Tensor, "n *latent"]
+    x0: Float[Tensor, "b *latent"] | Spread
+    noise: Float[Tensor, "n *latent"] | OwnNoise
+    """Where images are spread over ranks, what it will be drawn by."""
     sample_index: Int64[Tensor, " n"]
     step: Int64[Tensor, " n"]
     prompt_index: Int64[Tensor, " b"]
@@ -38,6 +41,12 @@ class Noised:
     place: Int64[Tensor, " n"] | None = None
     """Where each row's noise lies; None: in order."""
 
+    @classmethod
+    def of(cls, x0: Any, noise: OwnNoise, sample_index: Tensor, step: Tensor, *rest: Any, **keys: Any) -> "Noised":
+        """With noise for each row that depends neither on the other rows nor on the rank that asks for it."""
+        drawn = noise.of(range(len(step)), x0.shape[1:], step.device) if isinstance(x0, Tensor) else noise
+        return cls(x0, drawn, sample_index, step, *rest, **keys)
+
     def __len__(self) -> int:
         return len(self.step)
 
@@ -47,9 +56,18 @@ class Noised:
         each = {name: getattr(self, name)[rows] for name in ("sample_index", "step", "advantage")}
         return replace(self, **each, old_log_prob=old, is_live=None, place=rows)
 
+    def held(self, shares: Sequence[Int64[Tensor, " m"]], rank: int) -> "Noised":
+        """These rows with their images and their noise."""
+        assert isinstance(self.x0, Spread)
+        assert isinstance(self.noise, OwnNoise)
+        x0 = self.x0.brought([self.sample_index[share] for share in shares])
+        noise = self.noise.of(shares[rank].tolist(), x0.shape[1:], self.step.device)
+        return replace(self.ordered(shares[rank]), x0=x0, noise=noise, place=None)
+
     def take(self, rows: Int64[Tensor, " m"] | slice) -> "NoisedBatch":
         """The noised latents of some rows, and what they were made of."""
         sample, step = self.sample_index[rows], self.step[rows]
+        assert isinstance(self.noise, Tensor), "`held` draws it"
         x0, noise = self.x0[sample].float(), self.noise[rows if self.place is None else self.place[rows]]
         signal, sigma = (level.to(x0.device, torch.float32)[step] for level in self.schedule.levels())
         return NoisedBatch(
@@ -139,14 +157,13 @@ class _Noising(Algorithm):
         return self._ema
 
     def _drawn(self, samples: Samples, context: Context) -> Noised:
-        trajectory, device = samples.trajectory, samples.trajectory.latents.device
+        trajectory = samples.trajectory
         scaled = GroupRelative(self.settings.advantage_scale, self.settings.advantage_clip)
         advantages = scaled(samples.rewards, samples.prompts, 1)[:, 0] / self.settings.advantage_clip
         sample, step = noise_levels(context.keep, self.settings.num_draws, context.generator)
-        noise = torch.randn((len(step), *trajectory.latents.shape[2:]), generator=context.generator, device=device)
-        return Noised(
-            trajectory.latents[:, -1],
-            noise,
+        return Noised.of(
+            trajectory.finals(),
+            context.noise,
             sample,
             step,
             trajectory.prompt_index,
@@ -177,7 +194,7 @@ class Awm(_Noising):
         if self.settings.kl_weight == 0 and not self.settings.has_average:
             rows = replace(rows, is_live=rows.advantage != 0)
         if context.num_updates > 1:  # the policy will have moved: what it says now is what ratios are to
-            rows = replace(rows, old_log_prob=self._old_log_prob(context.policy, rows, context.microbatch))
+            rows = replace(rows, old_log_prob=self._old_log_prob(context, rows))
         return rows
 
     def loss(self, policy: Policy, rows: NoisedBatch, *, is_on_policy: bool, scale: float) -> Loss:
@@ -206,12 +223,8 @@ class Awm(_Noising):
             mean_square(output - rows.target), rows.level, self.settings.weighting, power=self.settings.huber_power
         )
 
-    def _old_log_prob(self, policy: Policy, rows: Noised, microbatch: int) -> Float[Tensor, " n"]:
-        parts = []
-        for part in torch.arange(len(rows), device=rows.step.device).split(microbatch):
-            batch = rows.take(part)
-            parts.append(self.log_prob(policy.frozen(*batch.where), batch))
-        return torch.cat(parts)
+    def _old_log_prob(self, context: Context, rows: Noised) -> Float[Tensor, " n"]:
+        return context.of_all(rows, lambda batch: self.log_prob(context.policy.frozen(*batch.where), batch))
 
     def _new_average(self, policy: Policy) -> Ema:
         return Ema(policy.parameters(), 0.3, growth=0.001)

@@ -1,1 +1,6 @@
-"""Several processes: what the ranks of a run tell each other."""
+"""Several processes of one run: what they tell each other, and how work is dealt out to them."""
+
+from adascope_fast.distributed.ranks import RankLostError as RankLostError
+from adascope_fast.distributed.ranks import Ranks as Ranks
+from adascope_fast.distributed.ranks import bounds_of as bounds_of
+from adascope_fast.distributed.ranks import dealt as dealt

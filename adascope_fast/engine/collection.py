@@ -15,6 +15,7 @@ from torch import Tensor
 from adascope_fast.algorithms.algorithm import Policy, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbones.folding import Folding
+from adascope_fast.distributed import bounds_of
 from adascope_fast.engine.acceleration import halving
 from adascope_fast.engine.one_pass import OnePass
 from adascope_fast.engine.per_sample import PerSampleGradients
@@ -26,8 +27,12 @@ from adascope_fast.rollout import (
     Branching,
     Denoising,
     EncodedPrompts,
+    OwnNoise,
     PreferenceModel,
     SharedStart,
+    Spread,
+    SpreadBranches,
+    SpreadTrajectory,
     Stills,
     StoredImage,
     Trajectory,
@@ -54,7 +59,7 @@ class Collection:
         encoded: EncodedPrompts,
         prompts: list[str],
         schedule: Schedule,
-        generator: torch.Generator,
+        noise: OwnNoise,
         iteration: int,
     ) -> None:
         self.prompts, self.num_updates = prompts, engine.settings.num_updates
@@ -63,8 +68,13 @@ class Collection:
         """The steps to train, where they were decided before the rollout."""
         self.gradients: PerSampleGradients | None = None
         self.num_forwards = self.num_dropped = 0
+        """Of this rank; of all."""
         self.schedule, self.iteration = schedule, iteration
-        self._engine, self._encoded, self._generator = engine, encoded, generator
+        self._engine, self._encoded, self._noise = engine, encoded, noise
+        self._num_rollouts = 0
+        self._ranks = engine.ranks
+        self.bounds: list[int] = []
+        """Rank r has samples bounds[r] to bounds[r + 1] of those that were collected last."""
 
     def __call__(self, prompts: list[str] | None = None) -> Samples:
         """A trajectory and a reward for each prompt; None: for the iteration's."""
@@ -88,57 +98,93 @@ class Collection:
             engine._recording.graphs.refuse(STEP, "its candidates are judged on the way")
 
         def branching(denoising: Denoising) -> Branching:
+            own = self.own
             return Branching(
                 denoising,
-                chosen & where.cpu(),
-                prompts,
+                chosen[own] & where.cpu(),
+                prompts[own],
                 scores,
                 num_candidates=num_candidates,
                 margin=margin,
                 temperature=temperature,
-                generator=self._generator,
+                noise=self._noise.of_use(-2 - self._num_rollouts),
+                numbers=range(own.start, own.stop),
             )
 
         return self._collect(prompts, branching)
 
+    @property
+    def own(self) -> slice:
+        """This rank's samples of those that were collected last."""
+        return slice(*self.bounds[self._ranks.rank : self._ranks.rank + 2])
+
+    def whole(self, values: Tensor | None) -> Tensor | None:
+        """Rows of this rank's samples and of all others'."""
+        return None if values is None else self._ranks.whole(values, self.bounds)
+
+    def chosen(self, trajectory: Trajectory) -> Bool[Tensor, "b t"]:
+        """The selector's steps of all samples. Where it looks at a rollout it is shown this rank's."""
+        engine = self._engine
+        if not isinstance(trajectory, SpreadTrajectory):
+            return engine.selector(trajectory, self.iteration)
+        if not engine.selector.senses(self.iteration):
+            keep = engine.selector.ahead(trajectory.prompts, trajectory.schedule, self.iteration)
+            if keep is not None:
+                return keep.to(trajectory.device)
+        return self._ranks.whole(engine.selector(trajectory.local, self.iteration), trajectory.bounds)
+
     def _collect(self, prompts: list[str], branching: Callable[[Denoising], Branching] | None) -> Samples:
         engine, schedule = self._engine, self.schedule
         is_one_pass = engine.settings.update == "one_pass"
-        share = engine.sampler.tail_share
+        share, own = engine.sampler.tail_share, self._deal(len(prompts))
         with engine._part("sensing"):
             saves = share < 1 and not engine.selector.senses(self.iteration)
             self.keep = self._ahead(prompts) if is_one_pass or saves else None
             tails = Tails.of(schedule, self.keep, share) if saves and self.keep is not None else None
-            shared = SharedStart.of(prompts, schedule, tails) if engine.algorithm.shares_noise else None
-        num_forwards = len(prompts) * schedule.num_steps if tails is None else tails.num_forwards
+            shared = SharedStart.of(prompts, schedule, tails, own) if engine.algorithm.shares_noise else None
+            tails = None if tails is None else tails.rows(own)
+        mine = prompts[own]
+        num_forwards = len(mine) * schedule.num_steps if tails is None else tails.num_forwards
         num_forwards -= 0 if shared is None else shared.num_saved
-        with Scoring(engine.backbone, engine.score, prompts) as scoring:
+        with Scoring(engine.backbone, engine.score, mine) as scoring:
             with engine._part("rollout"):
-                keep = self.keep if is_one_pass else None
+                keep = self.keep[own] if is_one_pass and self.keep is not None else None
                 ways: dict[str, Any] = {"tails": tails, "shared": shared, "branching": branching, "total": num_forwards}
-                trajectory, branches = self._rollout(prompts, scoring, keep, **ways)
+                trajectory, branches = self._rollout(mine, scoring, keep, **ways)
             with engine._part("reward"):
                 rewards = scoring.rewards()
                 parts = scoring.parts
         self.num_forwards += num_forwards
         weights = getattr(engine.score, "weights", {})
-        return self._finite(Samples(trajectory, rewards, branches, parts, weights))
+        samples = self._finite(Samples(trajectory, rewards, branches, parts, weights))
+        return samples if self._ranks.is_alone else self._spread(samples)
 
     def stills(self, images: Sequence[StoredImage], prompts: list[str], told: list[str]) -> Stills:
         """See `algorithms.Collector`."""
-        device = self.schedule.coef.device
+        device, own = self.schedule.coef.device, self._deal(len(prompts))
         with self._engine._part("rollout"):
-            latents = self._engine._images(images, device)
+            found = self._engine._images(images[own], device)
+        latents: Any = found if self._ranks.is_alone else Spread.of(found, self.bounds, self._ranks)
         return Stills(latents, self.schedule, prompts, self._encoded.index(told, device))
 
     def sensed(self, prompts: list[str]) -> Trajectory:
         """A rollout of each distinct prompt, for the selector to look at; nobody judges it."""
+        bounds = self.bounds
         with self._engine._part("rollout"):
             distinct = list(dict.fromkeys(prompts))
-            total = len(distinct) * self.schedule.num_steps
-            trajectory, _ = self._rollout(distinct, None, None, total=total)
+            own = self._deal(len(distinct))
+            total = len(distinct[own]) * self.schedule.num_steps
+            trajectory, _ = self._rollout(distinct[own], None, None, total=total)
         self.num_forwards += total
-        return trajectory
+        nothing = Samples(trajectory, torch.zeros(len(trajectory.prompts), device=trajectory.device))
+        found = trajectory if self._ranks.is_alone else self._spread(nothing).trajectory
+        self.bounds = bounds
+        return found
+
+    def _deal(self, count: int) -> slice:
+        """This rank's samples of `count`."""
+        self.bounds = bounds_of(count, self._engine.settings.rollout_batch, self._ranks.size)
+        return self.own
 
     def _finite(self, samples: Samples) -> Samples:
         """The samples whose image is finite; the others leave the iteration, and the groups that they were drawn for.
@@ -146,21 +192,46 @@ class Collection:
         Raises:
             NothingFiniteError: there are none.
         """
-        is_finite = samples.rewards.isfinite()
-        if bool(is_finite.all()):
+        own, ranks = self.own, self._ranks
+        whole = ranks.whole(samples.rewards.isfinite(), self.bounds)
+        if bool(whole.all()):
             return samples
-        rows = is_finite.nonzero()[:, 0]
-        self.num_dropped += len(is_finite) - len(rows)
+        rows = whole.nonzero()[:, 0]
+        self.num_dropped += len(whole) - len(rows)
+        self.bounds = [int((rows < bound).sum()) for bound in self.bounds]
         if not len(rows):
             raise NothingFiniteError
         if self.keep is not None:
             self.keep = self.keep[rows.to(self.keep.device)]
+        rows = whole[own].nonzero()[:, 0]
         if self.gradients is not None:
             self.gradients.keep(rows)
         branches = None if samples.branches is None else samples.branches.rows(rows)
         parts = {name: scores[rows] for name, scores in samples.parts.items()}
         kept = samples.trajectory.rows(rows), samples.rewards[rows], branches, parts
         return Samples(*kept, samples.weights)
+
+    def _spread(self, samples: Samples) -> Samples:
+        """The samples of all ranks: what is a number of each is told to every rank, in one message."""
+        own, ranks, bounds = samples.trajectory, self._ranks, self.bounds
+        told = ranks.objects((own.prompts, sorted(samples.parts)))
+        prompts = [prompt for part, _ in told for prompt in part]
+        names = next((names for _, names in told if names), [])  # a rank without samples has none
+        t, device = own.num_steps, own.device
+        columns: dict[str, Tensor] = {"log_prob": own.log_prob, "rewards": samples.rewards[:, None]}
+        columns |= {name: getattr(own, name) for name in ("x0_correlation", "sample_correlation")}
+        columns |= {f"part {name}": samples.parts[name][:, None] for name in names if name in samples.parts}
+        widths = {"log_prob": t, "rewards": 1, "x0_correlation": t, "sample_correlation": t}
+        widths |= {f"part {name}": 1 for name in names}
+        nothing = torch.zeros(len(own.prompts), t, device=device)
+        mine = torch.cat([columns.get(name, nothing[:, :width]).float() for name, width in widths.items()], 1)
+        whole = dict(zip(widths, ranks.whole(mine, bounds).split(list(widths.values()), 1), strict=True))
+        numbers = {name: whole[name].contiguous() for name in ("log_prob", "x0_correlation", "sample_correlation")}
+        numbers["prompt_index"] = self._encoded.index(prompts, device)
+        trajectory: Any = SpreadTrajectory.of(own, bounds, ranks, prompts, numbers)
+        branches: Any = None if samples.branches is None else SpreadBranches.of(samples.branches, bounds, ranks)
+        parts = {name: whole[f"part {name}"][:, 0].contiguous() for name in names}
+        return Samples(trajectory, whole["rewards"][:, 0].contiguous(), branches, parts, samples.weights)
 
     def _ahead(self, prompts: list[str]) -> Bool[Tensor, "b t"]:
         keep = self._engine.selector.ahead(prompts, self.schedule, self.iteration)
@@ -183,7 +254,8 @@ class Collection:
         branching: Callable[[Denoising], Branching] | None = None,
     ) -> tuple[Trajectory, Branches | None]:
         engine, schedule = self._engine, self.schedule
-        start, scale = self._generator.get_state(), engine.sampler.guidance_scale
+        noise, scale = self._noise.of_use(self._num_rollouts), engine.sampler.guidance_scale
+        self._num_rollouts += 1
         recording = engine._recording
         folding = None
         if engine.folds_adapter:
@@ -201,7 +273,6 @@ class Collection:
             nonlocal branched
             branched = None if branching is None else branching(denoising)
             done, advance = 0, branched or denoising
-            self._generator.set_state(start)
             if scoring is not None:
                 scoring.clear()
             if keep is not None:
@@ -229,8 +300,9 @@ class Collection:
                     self._encoded,
                     prompts,
                     guidance_scale=scale,
-                    generator=self._generator,
+                    noise=noise,
                     batch=batch,
+                    numbers=range(self.own.start, self.own.stop),
                     kind=kind,
                     advance=advance,
                     tails=tails,

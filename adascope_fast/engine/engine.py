@@ -12,7 +12,7 @@ update of an iteration takes its own log-probability as the old one (no paramete
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from adascope_fast.algorithms.algorithm import Algorithm, Context, Rows, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbone import Backbone, Reward
+from adascope_fast.distributed import Ranks, dealt
 from adascope_fast.engine.acceleration import halving
 from adascope_fast.engine.collection import Collection, NothingFiniteError
 from adascope_fast.engine.graphs import Graphs
@@ -35,6 +36,7 @@ from adascope_fast.engine.statistics import UpdateStatistics, as_json
 from adascope_fast.rollout import (
     EncodedPrompts,
     ImageCache,
+    OwnNoise,
     Stills,
     Trajectory,
 )
@@ -79,6 +81,7 @@ class Engine:
         autocast: context in which the denoiser runs.
         progress: called with (part, done, total) as an iteration advances.
         graphs: what steps of a rollout and microbatches of an update are recorded by; None: they are not.
+        ranks: the processes of the run: each samples and trains a share; None: those that torch.distributed knows.
     """
 
     def __init__(
@@ -96,9 +99,13 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
         graphs: Graphs | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
         self.sampler = Sampler() if sampler is None else sampler
         refuse(algorithm, settings, self.sampler)
+        if self.ranks.are_in_step:
+            refuse_in_step(algorithm, settings, self.sampler)
         algorithm.suit(backbone)
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
@@ -110,6 +117,7 @@ class Engine:
         self._images = ImageCache(backbone)
         self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
         self._seconds: dict[str, float] = {}
+        self._own_rows: list[int] = []
 
     @property
     def train_guidance(self) -> str:
@@ -121,13 +129,13 @@ class Engine:
 
         For an algorithm that learns from a set, the prompts are those that its `draw` gave.
         """
-        self._seconds = {}
+        self._seconds, self._own_rows = {}, []
         schedule = self.algorithm.schedule(self.selector.sampler(self.schedule, iteration))
         if self._recording is not None:
             self._recording.start()
         generator = torch.Generator(self.schedule.coef.device).manual_seed(seed)
-        policy = self.policy(encoded, schedule)
-        collection = Collection(self, policy, encoded, prompts, schedule, generator, iteration)
+        policy, noise = self.policy(encoded, schedule), OwnNoise(seed)
+        collection = Collection(self, policy, encoded, prompts, schedule, noise, iteration)
         try:
             samples = self.algorithm.collect(collection)
         except NothingFiniteError:
@@ -143,17 +151,24 @@ class Engine:
             self._refuse_too_few(keep)
             measured = {} if trajectory is None else {"uncertainty": as_json(measured_uncertainty(trajectory))}
         context = Context(
-            policy, keep, generator, self.selector.gains, self.settings.num_updates, max(1, self.microbatch)
+            policy,
+            keep,
+            generator,
+            lambda: collection.whole(self.selector.gains()),
+            self.settings.num_updates,
+            max(1, self.microbatch),
+            self.ranks,
+            noise.of_use(-1),
         )
         with self._part("update"):
             per_row = 1
             if collection.gradients is None:
                 rows = self.algorithm.batch(samples, context)
                 per_row = rows.num_forwards
-                statistics = self._replay(policy, rows, schedule.num_steps, generator)
+                statistics = self._replay(policy, rows, schedule.num_steps, generator, collection.bounds)
             else:
                 assert isinstance(samples, Samples)
-                statistics = self._apply(collection.gradients, samples, context, schedule)
+                statistics = self._apply(collection.gradients, samples, context, schedule, collection.own)
             values = dict(statistics.read())
         rewards, parts = (samples.rewards, samples.parts) if isinstance(samples, Samples) else (None, {})
         values |= {
@@ -162,12 +177,13 @@ class Engine:
             "fraction_trained": per_row * values["pairs_trained"] / (chosen.numel() * self.settings.inner_epochs),
             **({"reward_parts": _means(parts)} if parts else {}),
             "samples_dropped": collection.num_dropped,
-            "forwards_sampled": collection.num_forwards,
+            "forwards_sampled": self._of_all_ranks(collection.num_forwards),
             "microbatch": self.microbatch,
             "selector": self.selector.telemetry(),
             "steps": measured | statistics.by_step(),
         }
         seconds = dict.fromkeys(PARTS, 0.0) | self._seconds
+        values |= self._told_by_ranks(seconds)
         return IterationStatistics(values, seconds, *([] if rewards is None else [rewards]))
 
     def _chosen(
@@ -180,18 +196,33 @@ class Engine:
         """
         if isinstance(samples, Samples):
             with self._part("sensing"):
-                return self.selector(samples.trajectory, collection.iteration), samples.trajectory
+                return collection.chosen(samples.trajectory), samples.trajectory
         chosen = None
         with self._part("sensing"):
             if not self.selector.senses(collection.iteration):
                 chosen = self.selector.ahead(samples.prompts, samples.schedule, collection.iteration)
         if chosen is not None:
             return chosen.to(samples.latents.device), None
-        trajectory = collection.sensed(samples.prompts)
+        sensed = collection.sensed(samples.prompts)
         with self._part("sensing"):
-            keep = self.selector(trajectory, collection.iteration)
-            row = {prompt: number for number, prompt in enumerate(trajectory.prompts)}
-            return keep[torch.tensor([row[prompt] for prompt in samples.prompts], device=keep.device)], trajectory
+            keep = collection.chosen(sensed)
+            row = {prompt: number for number, prompt in enumerate(sensed.prompts)}
+            rows = torch.tensor([row[prompt] for prompt in samples.prompts], device=keep.device)
+            return keep[rows], sensed
+
+    def _of_all_ranks(self, count: int) -> int:
+        return sum(self.ranks.objects(count))
+
+    def _told_by_ranks(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """What the iteration cost each rank, and how uneven the pairs lay before they were dealt; alone, nothing."""
+        ranks = self.ranks
+        exchange, num_bytes = ranks.take_cost()
+        if ranks.is_alone:
+            return {}
+        own = {"seconds": {name: round(part, 4) for name, part in seconds.items()}}
+        told = ranks.objects(own | {"exchange_seconds": round(exchange, 4), "bytes_sent": num_bytes})
+        mean = sum(self._own_rows) / ranks.size
+        return {"ranks": told, "imbalance": max(self._own_rows) / mean - 1 if mean else 0.0}
 
     def _nothing(self, collection: Collection) -> IterationStatistics:
         """An iteration that had too few finite images to learn from: nothing has changed."""
@@ -203,7 +234,7 @@ class Engine:
             "loss": math.nan,
             "fraction_trained": 0.0,
             "samples_dropped": collection.num_dropped,
-            "forwards_sampled": collection.num_forwards,
+            "forwards_sampled": self._of_all_ranks(collection.num_forwards),
             "microbatch": self.microbatch,
             "selector": {},
             "steps": {},
@@ -224,7 +255,10 @@ class Engine:
         )
 
     def update(self, policy: ModelPolicy, rows: Rows, num_steps: int, generator: torch.Generator) -> dict[str, Any]:
-        """The iteration's optimiser updates on `rows`, in an order drawn from `generator`; their statistics."""
+        """The iteration's optimiser updates on `rows`, in an order drawn from `generator`; their statistics.
+
+        Of a process alone: what several hold is known to `step`.
+        """
         return self._replay(policy, rows, num_steps, generator).read()
 
     def planned(self, rows: Rows, generator: torch.Generator) -> list[Update]:
@@ -262,15 +296,26 @@ class Engine:
             )
         return ""
 
-    def _replay(self, policy: ModelPolicy, rows: Rows, num_steps: int, generator: torch.Generator) -> UpdateStatistics:
-        """The updates; after their plan nothing here waits for the device, if the optimiser can skip a step itself."""
+    def _replay(
+        self,
+        policy: ModelPolicy,
+        rows: Rows,
+        num_steps: int,
+        generator: torch.Generator,
+        bounds: Sequence[int] = (),
+    ) -> UpdateStatistics:
+        """The updates; after their plan nothing here waits for the device, if the optimiser can skip a step itself.
+
+        Args:
+            bounds: of the samples of each rank; a rank trains as many rows as the others, its own first.
+        """
         updates = self.planned(rows, generator)
         num_forwards, recording = rows.num_forwards, self._recording
         cut = even_parts if recording is None or not recording.records_updates else halved_parts
-        total = sum(len(update.rows) for update in updates)
-        statistics, done = UpdateStatistics(num_steps), 0
+        total = sum(len(update.rows) for update in updates) // self.ranks.size
+        statistics, done = UpdateStatistics(num_steps, self.ranks), 0
         for number, update in enumerate(updates):
-            before, mine = done, rows.ordered(update.rows)
+            before, mine = done, self._share(rows, update, bounds)
 
             def attempt(
                 microbatch: int, mine: Rows = mine, update: Update = update, before: int = before, number: int = number
@@ -285,14 +330,24 @@ class Engine:
                     self._progress("update", done, total)
                 return parts
 
-            if len(update.rows):
+            if len(mine):
                 parts, self.microbatch = halving(self._freeing(attempt), self.microbatch, "train.microbatch")
-            else:  # all without effect: their gradient is zero
+            else:
                 parts = []
-                for parameter in self._parameters:
+            for parameter in self._parameters:
+                if parameter.grad is None:  # all without effect, or none is this rank's: its gradient is zero
                     parameter.grad = torch.zeros_like(parameter)
+            self.ranks.add([parameter.grad for parameter in self._parameters if parameter.grad is not None])
             statistics.add(parts, self._optimizer_step(), num_skipped=update.divisor - len(update.rows))
         return statistics
+
+    def _share(self, rows: Rows, update: Update, bounds: Sequence[int]) -> Rows:
+        """What this rank trains of an update."""
+        if self.ranks.is_alone:
+            return rows.ordered(update.rows)
+        sample, ends = rows.sample_index[update.rows], torch.tensor(bounds[1:], device=update.rows.device)
+        shares, self._own_rows = dealt(update.rows, torch.searchsorted(ends, sample, right=True), self.ranks.size)
+        return rows.held(shares, self.ranks.rank)
 
     def _accumulate(
         self, policy: ModelPolicy, rows: Any, divisor: int, *, is_on_policy: bool
@@ -345,15 +400,17 @@ class Engine:
             self._recording.gradients.clear()
 
     def _apply(
-        self, gradients: PerSampleGradients, samples: Samples, context: Context, schedule: Schedule
+        self, gradients: PerSampleGradients, samples: Samples, context: Context, schedule: Schedule, own: slice
     ) -> UpdateStatistics:
         """The one update of a one-pass iteration: each sample's gradient times the slope of its loss at ratio 1."""
         assert isinstance(self.algorithm, PolicyGradient)
         loss, slope = self.algorithm.slopes(samples, context)
         pairs = samples.trajectory.pairs(context.keep)
         weights = self.algorithm.weights(context.keep, schedule)
-        for parameter, gradient in zip(self._parameters, gradients.weighted(slope), strict=True):
-            parameter.grad = gradient / len(pairs)
+        found = [gradient / len(pairs) for gradient in gradients.weighted(slope[own])]
+        self.ranks.add(found)
+        for parameter, gradient in zip(self._parameters, found, strict=True):
+            parameter.grad = gradient
         sample, step = pairs.unbind(1)
         losses = (loss[sample] * weights[sample, step]).float()
         statistics = UpdateStatistics(samples.trajectory.num_steps)
@@ -378,6 +435,21 @@ class Engine:
         if self.schedule.coef.is_cuda:
             torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def refuse_in_step(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:
+    """ValueError where ranks would call a model that is spread over them a different number of times."""
+    for is_so, what, instead in (
+        (settings.update == "one_pass", 'train.update = "one_pass"', 'set train.update = "replay"'),
+        (sampler.tail_share < 1, f"sampler.tail_share = {sampler.tail_share:g}", "set sampler.tail_share = 1"),
+        (algorithm.shares_noise, 'algorithm.initial_noise = "group"', 'set algorithm.initial_noise = "own"'),
+        (algorithm.name == "spo", 'algorithm.name = "spo"', "choose another algorithm"),
+    ):
+        if is_so:
+            raise ValueError(
+                f"processes that share one model (FSDP, ZeRO-3) call it alike, and with {what} each calls it as its "
+                f"own images need; {instead}, or give each process the whole model"
+            )
 
 
 def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:

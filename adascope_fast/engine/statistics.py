@@ -1,5 +1,6 @@
 """What the updates of an iteration did, gathered on the device and read by the host once."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Float32
 from torch import Tensor
+
+from adascope_fast.distributed import Ranks
 
 MEANS = ("loss", "kl", "approx_kl", "clipfrac", "rollout_drift")
 KNOWN = {*MEANS, "ratio", "step", "nonfinite", "output_gradient", "log_prob", "rollout_log_prob"}
@@ -22,6 +25,8 @@ class UpdateStatistics:
     """
 
     num_steps: int
+    ranks: Ranks = field(default_factory=Ranks)
+    """Whose rows are read together; each adds those that it trained."""
     _rows: list[dict[str, Float32[Tensor, " n"]]] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _num_skipped: int = 0
@@ -71,16 +76,20 @@ class UpdateStatistics:
         rows |= {name: self._column(name, norms.device) for name in ("output_gradient", "log_prob", "rollout_log_prob")}
         rows["ratio"] = self._column("ratio", norms.device, nothing=1.0)
         rows["rollout_drift"] = (rows["log_prob"] - rows["rollout_log_prob"]).abs()
+        own = sorted({name for part in self._rows for name in part} - KNOWN)
+        rows |= {name: self._column(name, norms.device) for name in own}
+        num_first = self._num_first
+        if not self.ranks.is_alone:
+            rows, own, num_first = self._of_all(rows, own)
         deviation = (rows["ratio"] - 1).abs()
         num_trained = len(deviation)
-        first = rows["rollout_drift"][: self._num_first]
+        first = rows["rollout_drift"][:num_first]
         largest = torch.stack([part.max() if len(part) else norms.new_zeros(()) for part in (deviation, first)])
         sums = torch.stack([*(rows[name] for name in MEANS), (~rows["loss"].isfinite()).float()]).sum(1)
         good = norms.isfinite()
         norm = torch.where(good, norms, 0.0).sum() / good.sum()  # nan if every update was skipped
         by_step = self._by_step(rows, deviation)
-        own = sorted({name for part in self._rows for name in part} - KNOWN)
-        means_of_own = torch.stack([norm] + [self._column(name, norms.device).mean() for name in own])[1:]
+        means_of_own = torch.stack([norm] + [rows[name].mean() for name in own])[1:]
         told = torch.cat([means_of_own, sums, largest, torch.stack([norm, (~good).sum()]), by_step.flatten()]).cpu()
         own_values, told = dict(zip(own, told.tolist(), strict=False)), told[len(own) :]
         *means, nonfinite, deviation, drift, norm, skipped = told[: len(MEANS) + 5].tolist()
@@ -97,6 +106,20 @@ class UpdateStatistics:
             **own_values,
         }
         return values, _told_by_step(told[len(MEANS) + 5 :].view_as(by_step).double())
+
+    def _of_all(self, rows: dict[str, Tensor], own: list[str]) -> tuple[dict[str, Tensor], list[str], int]:
+        """The rows of all ranks, those of first updates first; the algorithm's own names; how many are of the first."""
+        told = self.ranks.objects((len(rows["loss"]), self._num_first, own))
+        every = sorted({name for *_, names in told for name in names})
+        names = [*(name for name in rows if name not in own), *every]
+        nothing = torch.zeros_like(rows["loss"])
+        mine = torch.stack([rows.get(name, nothing) for name in names], 1)
+        bounds = [0, *itertools.accumulate(count for count, *_ in told)]
+        whole = self.ranks.whole(mine, bounds)
+        where = [torch.arange(bounds[rank], bounds[rank] + first) for rank, (_, first, _) in enumerate(told)]
+        where += [torch.arange(bounds[rank] + first, bounds[rank + 1]) for rank, (_, first, _) in enumerate(told)]
+        whole = whole[torch.cat(where).to(whole.device)]
+        return dict(zip(names, whole.unbind(1), strict=True)), every, sum(first for _, first, _ in told)
 
     def _column(self, name: str, device: torch.device, *, nothing: float = 0.0) -> Float32[Tensor, " n"]:
         """What is told of every row under a name, `nothing` where it is not."""

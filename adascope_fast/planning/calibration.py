@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from adascope_fast import rewards
 from adascope_fast.adascope.interval_rule import finite_mean, host
@@ -22,7 +21,7 @@ from adascope_fast.adascope.sensing import Curves, DecodedSensor
 from adascope_fast.adascope.settings import KNEES, Latent, RewardOnly
 from adascope_fast.adascope.settings import AdaScope as AdaScopeSettings
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.rollout import EncodedPrompts, SharedStart, Trajectory, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, SharedStart, Trajectory, rollout
 from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
 from adascope_fast.training.building import selector_of, sensor_of
 from adascope_fast.training.trainer import Trainer
@@ -165,7 +164,7 @@ def _looking(config: Config) -> tuple[AdaScopeSettings, Latent | RewardOnly]:
 
 
 def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
-    device, schedule = made.schedule.coef.device, made.algorithm.schedule(made.schedule)
+    schedule = made.algorithm.schedule(made.schedule)
     with made.accelerator.autocast():
         return rollout(
             made.backbone,
@@ -173,7 +172,7 @@ def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
             EncodedPrompts.of(made.backbone, prompts),
             prompts,
             guidance_scale=made.config.sampler.guidance_scale,
-            generator=torch.Generator(device).manual_seed(made.config.run.seed),
+            noise=OwnNoise(made.config.run.seed),
             batch=made.config.train.rollout_batch,
             shared=SharedStart.of(prompts, schedule) if made.algorithm.shares_noise else None,
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.preferences.files import LABELLED, MANIFEST, PAIRS
-from adascope_fast.rollout import PromptCache, rollout
+from adascope_fast.rollout import OwnNoise, PromptCache, rollout
 from adascope_fast.schedules import Schedule
 
 PICTURES = "pictures"
@@ -159,21 +159,21 @@ def _judged(
 
     Their noise is drawn from the seed, for `DRAWN_AT_ONCE` pictures in one go whatever the batch.
     """
-    device, cache, number = schedule.coef.device, PromptCache(backbone), 0
+    cache, number = PromptCache(backbone), 0
     group = max(1, DRAWN_AT_ONCE // images_per_prompt)
     while True:
         order = random.Random(f"{seed}/{number}").sample(prompts, len(prompts))
         for start in range(0, len(order), group):
             chosen = order[start : start + group]
             repeated = [prompt for prompt in chosen for _ in range(images_per_prompt)]
-            generator = torch.Generator(device).manual_seed(random.Random(f"{seed}/{number}/{start}").getrandbits(63))
+            noise = OwnNoise(random.Random(f"{seed}/{number}/{start}").getrandbits(62))
             trajectory = rollout(
                 backbone,
                 schedule,
                 cache(chosen),
                 repeated,
                 guidance_scale=guidance_scale,
-                generator=generator,
+                noise=noise,
                 batch=batch,
             )
             images = backbone.decode(trajectory.latents[:, -1])

@@ -9,7 +9,7 @@ from adascope_fast import rewards
 from adascope_fast.algorithms.settings import Awm
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.preferences import RatedImages, StepAwareModel, fit, held_out_accuracy
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.selectors.settings import EveryStep
 from adascope_fast.training.trainer import Trainer
 
@@ -54,8 +54,9 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
     trainer.prepare()
     generator = torch.Generator(trainer.schedule.coef.device).manual_seed(config.run.seed)
     held_out = trainer.held_out[: max(1, num_prompts // 4)]
-    trained = _judged(trainer, trainer.train_prompts[:num_prompts], num_samples, generator)
-    other = _judged(trainer, held_out, num_samples, generator)
+    noise = OwnNoise(config.run.seed)
+    trained = _judged(trainer, trainer.train_prompts[:num_prompts], num_samples, noise.of_use(0))
+    other = _judged(trainer, held_out, num_samples, noise.of_use(1))
     if not len(other.pairs()):
         raise ConfigError(
             "the images of held-out prompts must differ in their rewards, or nobody can tell what was learned, got "
@@ -79,7 +80,7 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
 
 
 @torch.no_grad()
-def _judged(trainer: Trainer, prompts: list[str], num_samples: int, generator: torch.Generator) -> RatedImages:
+def _judged(trainer: Trainer, prompts: list[str], num_samples: int, noise: OwnNoise) -> RatedImages:
     """Images of the model and their rewards, some prompts at a time: a trajectory holds every state."""
     config, backbone = trainer.config, trainer.backbone
     encoded, at_once = EncodedPrompts.of(backbone, prompts), max(1, config.train.rollout_batch // num_samples)
@@ -94,7 +95,8 @@ def _judged(trainer: Trainer, prompts: list[str], num_samples: int, generator: t
                 encoded,
                 texts,
                 guidance_scale=config.sampler.guidance_scale,
-                generator=generator,
+                noise=noise,
+                numbers=range(start, start + len(texts)),
                 batch=config.train.rollout_batch,
             )
         clean.append(trajectory.latents[:, -1].clone())

@@ -8,9 +8,8 @@ Axes: `b` samples, `t` steps, `s` of them branched, `m` samples of a step, `n` c
 are the better and the worse state of each branched step: 2 s latents a sample, where the trajectory has 2 t + 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,7 +18,10 @@ from torch import Tensor
 
 from adascope_fast import ops
 from adascope_fast.backbone import Condition, take
+from adascope_fast.distributed import Ranks
 from adascope_fast.rollout.denoising import Denoising, predict
+from adascope_fast.rollout.noise import OwnNoise
+from adascope_fast.rollout.spread import Spread
 from adascope_fast.rollout.trajectory import Tables
 
 
@@ -58,10 +60,45 @@ class Branches:
     column: Int64[Tensor, " t"]
     """Where a branched step lies in the tables."""
 
+    def states(
+        self, sample: Int64[Tensor, " n"], column: Int64[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n *latent"], Float[Tensor, "n *latent"]]:
+        """The better and the worse state of some branched steps."""
+        return self.better[sample, column], self.worse[sample, column]
+
     def rows(self, samples: Int64[Tensor, " m"]) -> "Branches":
         """Those of some samples alone."""
         own = {name: getattr(self, name)[samples] for name in ("better", "worse", "log_prob", "is_live")}
         return replace(self, **own)
+
+
+@dataclass(frozen=True)
+class SpreadBranches:
+    """Those of all ranks: the states on the ranks where they were drawn, or to which they were brought."""
+
+    better: Spread
+    worse: Spread
+    log_prob: Float32[Tensor, "b s 2"]
+    is_live: Bool[Tensor, "b t"]
+    column: Int64[Tensor, " t"]
+
+    @classmethod
+    def of(cls, own: Branches, bounds: list[int], ranks: Ranks) -> "SpreadBranches":
+        """From what each rank has of its own samples."""
+        s = own.log_prob.shape[1]
+        better, worse = (Spread.of(x.flatten(0, 1), bounds, ranks, rows=s) for x in (own.better, own.worse))
+        return cls(better, worse, ranks.whole(own.log_prob, bounds), ranks.whole(own.is_live, bounds), own.column)
+
+    def states(self, sample: Int64[Tensor, " n"], column: Int64[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """As `Branches`, of states that are here."""
+        row = sample * self.log_prob.shape[1] + column
+        return self.better[row], self.worse[row]
+
+    def brought(self, pairs: Sequence[Int64[Tensor, "n 2"]]) -> "SpreadBranches":
+        """Those that each rank trains, on that rank."""
+        s = self.log_prob.shape[1]
+        rows = [sample * s + self.column[step] for sample, step in (part.unbind(1) for part in pairs)]
+        return replace(self, better=self.better.brought(rows), worse=self.worse.brought(rows))
 
 
 class Branching:
@@ -72,7 +109,8 @@ class Branching:
         prompts: of the samples.
         num_candidates: k.
         margin: a pair is live if p - (1 - p) exceeds it, with p = sigmoid(difference of scores / temperature).
-        generator: of the candidates' noise: a sample's depends neither on its batch nor on the other steps.
+        noise: of the candidates: a sample's depends neither on its batch nor on the other steps.
+        numbers: of the samples among all of the iteration; None: 0, 1, ...
     """
 
     def __init__(
@@ -85,10 +123,12 @@ class Branching:
         num_candidates: int,
         margin: float,
         temperature: float,
-        generator: torch.Generator,
+        noise: OwnNoise,
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        self._numbers = range(len(prompts)) if numbers is None else numbers
         self.denoising, self.preference, self.num_guesses = denoising, preference, 0
-        self._where, self._prompts, self._generator = where, prompts, generator
+        self._where, self._prompts, self._noise = where, prompts, noise
         self._num_candidates, self._margin, self._temperature = num_candidates, margin, temperature
         device, shape = denoising.schedule.coef.device, denoising.backbone.latent_shape
         steps = where.any(0)
@@ -120,7 +160,7 @@ class Branching:
         numbers = samples[is_branched]
         rows, inside = numbers.to(sample.device), is_branched.nonzero()[:, 0].to(sample.device)
         states, log_probs = [tables.latents[rows, step + 1]], [tables.log_prob[rows, step]]
-        for noise in self._noise(step, len(prompt_index), tables.latents)[rows].unbind(1):
+        for noise in self._drawn(step, numbers, tables.latents).unbind(1):
             state, log_prob = ops.transition_step(
                 sample[inside],
                 output[inside],
@@ -142,17 +182,11 @@ class Branching:
         """As `Denoising`."""
         return self.denoising.guess(step, sample, prompt_index)
 
-    @cached_property
-    def _seed(self) -> int:
-        """Drawn after the rollout's own noise, which it leaves as it is."""
-        device = self._generator.device
-        return int(torch.randint(2**62, (), generator=self._generator, device=device))
-
-    def _noise(self, step: int, num_samples: int, latents: Tensor) -> Float[Tensor, "b k-1 *latent"]:
-        """Of all samples, whichever batch asks: drawn again for each batch, so that none has to be kept."""
-        own = torch.Generator(latents.device).manual_seed(self._seed + step)
-        shape = (num_samples, self._num_candidates - 1, *latents.shape[2:])
-        return torch.randn(shape, generator=own, device=latents.device, dtype=latents.dtype)
+    def _drawn(self, step: int, rows: Int64[Tensor, " m"], latents: Tensor) -> Float[Tensor, "m k-1 *latent"]:
+        """Of some samples, for one step."""
+        shape = (self._num_candidates - 1, *latents.shape[2:])
+        numbers = [self._numbers[row] for row in rows.tolist()]
+        return self._noise.of_use(step).of(numbers, shape, latents.device).to(latents.dtype)
 
     def _score(
         self, state: int, sample: Float[Tensor, "m *latent"], prompt_index: Int64[Tensor, " m"], prompts: list[str]

@@ -1,7 +1,7 @@
 """Sampling trajectories: every step is one row of a table, every sample has its own noise.
 
 `b` samples, `t` steps. Noise is drawn into the table that the latents then overwrite, so it costs no memory, and a
-sample's noise depends neither on how many are denoised at once nor on the layout of the table.
+sample's noise depends neither on the samples beside it nor on the layout of the table.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
 from adascope_fast.rollout.denoising import Advance, Denoising
+from adascope_fast.rollout.noise import OwnNoise
 from adascope_fast.rollout.prompts import EncodedPrompts
 from adascope_fast.rollout.shared_start import SharedStart
 from adascope_fast.rollout.trajectory import Tables, Trajectory
@@ -28,8 +29,9 @@ def rollout(
     prompts: Sequence[str],
     *,
     guidance_scale: float,
-    generator: torch.Generator,
+    noise: OwnNoise,
     batch: int,
+    numbers: Sequence[int] | None = None,
     initial: Float[Tensor, "b *latent"] | None = None,
     kind: Kind = "gaussian",
     advance: Advance | None = None,
@@ -45,8 +47,9 @@ def rollout(
         schedule: on the device of the backbone.
         encoded: must hold every prompt.
         guidance_scale: classifier-free guidance; 1 means none.
-        generator: draws the initial latents and the noise of every step; on the device of the schedule.
+        noise: of initial latents and every step.
         batch: samples denoised at once.
+        numbers: of the samples among all that have that noise, here or elsewhere; None: 0, 1, ...
         initial: latents to start from in place of drawn ones.
         kind: of the log-probability that is recorded; an `advance` of one's own has its own.
         advance: takes the steps; None: `Denoising`.
@@ -59,14 +62,14 @@ def rollout(
     device, num_steps = schedule.coef.device, schedule.num_steps
     advance = advance or Denoising(backbone, schedule, encoded, guidance_scale, kind)
     prompt_index = encoded.index(prompts, device)
-    shape = (len(prompts), num_steps + 1, *backbone.latent_shape)
-    noise = torch.randn(shape, generator=generator, device=device)
-    tables = Tables.of(noise, backbone.denoiser) if tables is None else tables.again(noise)
+    drawn = torch.empty(len(prompts), num_steps + 1, *backbone.latent_shape, device=device)
+    noise.fill([drawn[:, 0], drawn[:, 1:]], range(len(prompts)) if numbers is None else numbers)
+    if shared is not None:
+        noise.fill([drawn[:, 0]], shared.first)
+    tables = Tables.of(drawn, backbone.denoiser) if tables is None else tables.again(drawn)
     latents = tables.latents
     if initial is not None:
         latents[:, 0] = initial
-    if shared is not None:
-        shared.start(latents)
     for start in range(0, len(prompts), batch):
         rows = slice(start, min(start + batch, len(prompts)))
         for step in range(num_steps):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from adascope_fast.rollout.trajectory import Tables
@@ -21,26 +21,38 @@ from adascope_fast.schedules.tail import Tails
 
 @dataclass(frozen=True)
 class SharedStart:
-    """Which sample each of `b` samples starts like, and for how many steps it stays so."""
+    """Which of an iteration's samples each of `b` samples starts like, and for how many steps it stays so."""
 
-    leader: Int64[Tensor, " b"]
-    """The first sample of the same prompt; on the CPU."""
+    first: list[int]
+    """The number of the first sample of the same prompt, whose initial noise they have."""
     num_shared: int
-    """Steps that the leaders alone take, as the sampler has no noise there."""
+    """Steps that the first of them here alone takes, as the sampler has no noise there."""
 
     @classmethod
-    def of(cls, prompts: Sequence[str], schedule: Schedule, tails: Tails | None = None) -> "SharedStart":
+    def of(
+        cls, prompts: Sequence[str], schedule: Schedule, tails: Tails | None = None, own: slice = slice(None)
+    ) -> "SharedStart":
         """The samples of a prompt start alike, and part at the sampler's first step with noise.
 
         Where a sample leaves the sampler before that step, each walks alone.
+
+        Args:
+            prompts: of all samples of the iteration.
+            own: those that are sampled here.
         """
-        first: dict[str, int] = {}
-        leader = torch.tensor([first.setdefault(prompt, number) for number, prompt in enumerate(prompts)])
+        number: dict[str, int] = {}
+        first = [number.setdefault(prompt, row) for row, prompt in enumerate(prompts)]
         noisy = (schedule.coef[:, 2] > 0).cpu().nonzero()
         num_shared = int(noisy[0]) if len(noisy) else 0
         if tails is not None and int(tails.start.min()) < num_shared:
             num_shared = 0
-        return cls(leader, num_shared)
+        return cls(first[own], num_shared)
+
+    @cached_property
+    def leader(self) -> Int64[Tensor, " b"]:
+        """The first sample here that starts like each; on the CPU."""
+        row: dict[int, int] = {}
+        return torch.tensor([row.setdefault(number, place) for place, number in enumerate(self.first)])
 
     @cached_property
     def is_leader(self) -> Bool[Tensor, " b"]:
@@ -51,10 +63,6 @@ class SharedStart:
     def num_saved(self) -> int:
         """Steps of single samples that are copied instead."""
         return self.num_shared * int((~self.is_leader).sum())
-
-    def start(self, latents: Float[Tensor, "b t+1 *latent"]) -> None:
-        """Give each sample the initial latent of its leader."""
-        latents[:, 0] = latents[self.leader.to(latents.device), 0]
 
     def part(self, rows: slice, tables: Tables) -> None:
         """Give the samples of a batch what their leaders have found on the shared steps, and let them go on alone."""

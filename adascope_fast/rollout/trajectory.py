@@ -3,6 +3,7 @@
 `b` samples, `t` steps, `n` packed pairs; latents keep their own trailing shape.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,8 +61,46 @@ class StepBatch:
         return StepBatch(states=self.states, **each)
 
 
+class Recorded:
+    """What is known of the steps of samples, wherever their latents are."""
+
+    log_prob: Float32[Tensor, "b t"]
+    schedule: Schedule
+    prompts: list[str]
+    prompt_index: Int64[Tensor, " b"]
+
+    @property
+    def num_steps(self) -> int:
+        return self.log_prob.shape[1]
+
+    def pairs(self, keep: Bool[Tensor, "b t"]) -> Int64[Tensor, "n 2"]:
+        """The chosen (sample, step) pairs, sample by sample. A deterministic step is refused: it has no log_prob."""
+        trainable = self.schedule.trainable.to(keep.device)
+        if bool((keep & ~trainable).any()):
+            step = int((keep & ~trainable).any(0).nonzero()[0, 0])
+            usable = trainable.nonzero()[:, 0].tolist()
+            span = f"{usable[0]}..{usable[-1]}" if usable else "none"
+            raise ValueError(
+                f"step {step} is deterministic (std = 0), so it has no log_prob and cannot be trained; "
+                f"raise eta or noise_level, or keep the selector to steps {span}"
+            )
+        return keep.nonzero()
+
+    def _batch(self, states: Tensor, rows: Tensor, sample: Tensor, step: Tensor) -> StepBatch:
+        return StepBatch(
+            states=states,
+            rows=rows,
+            timestep=self.schedule.timesteps[step],
+            coef=self.schedule.coef[step],
+            old_log_prob=self.log_prob[sample, step],
+            sample_index=sample,
+            step_index=step,
+            prompt_index=self.prompt_index[sample],
+        )
+
+
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Recorded):
     """A rollout of `b` samples over `t` steps.
 
     `latents[:, i]` enters step i and `latents[:, t]` is the final picture's; `log_prob[:, i]` is that of
@@ -78,10 +117,6 @@ class Trajectory:
     """Of each guess with the next one; the last has none. None where the rollout did not tell."""
     sample_correlation: Float32[Tensor, "b t"] | None = None
     """Of the latents that enter each step with those that leave it."""
-
-    @property
-    def num_steps(self) -> int:
-        return self.log_prob.shape[1]
 
     def rows(self, samples: Int64[Tensor, " m"]) -> "Trajectory":
         """The trajectories of some samples alone."""
@@ -101,32 +136,26 @@ class Trajectory:
         tables = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tables)
 
-    def pairs(self, keep: Bool[Tensor, "b t"]) -> Int64[Tensor, "n 2"]:
-        """The chosen (sample, step) pairs, sample by sample. A deterministic step is refused: it has no log_prob."""
-        trainable = self.schedule.trainable.to(keep.device)
-        if bool((keep & ~trainable).any()):
-            step = int((keep & ~trainable).any(0).nonzero()[0, 0])
-            usable = trainable.nonzero()[:, 0].tolist()
-            span = f"{usable[0]}..{usable[-1]}" if usable else "none"
-            raise ValueError(
-                f"step {step} is deterministic (std = 0), so it has no log_prob and cannot be trained; "
-                f"raise eta or noise_level, or keep the selector to steps {span}"
-            )
-        return keep.nonzero()
+    @property
+    def device(self) -> torch.device:
+        return self.latents.device
+
+    def over(self, compute: Callable[["Trajectory", slice], Tensor]) -> Tensor:
+        """What `compute` gives of the samples, a row for each, and which they are; of several ranks, each its own."""
+        return compute(self, slice(0, len(self.prompts)))
+
+    def finals(self) -> Float[Tensor, "b *latent"]:
+        """The final latents, by number of the sample."""
+        return self.latents[:, -1]
+
+    def guess(self, sample: Int64[Tensor, " n"], step: Int64[Tensor, " n"]) -> Float[Tensor, "n *latent"]:
+        """The guesses at some pairs. A copy."""
+        return self.x0[sample, step]
 
     def gather(self, pairs: Int64[Tensor, "n 2"]) -> StepBatch:
         """The batch of the given (sample, step) pairs, in their order."""
         sample, step = pairs.unbind(1)
-        return StepBatch(
-            states=self.latents.flatten(0, 1),
-            rows=sample * self.latents.shape[1] + step,
-            timestep=self.schedule.timesteps[step],
-            coef=self.schedule.coef[step],
-            old_log_prob=self.log_prob[sample, step],
-            sample_index=sample,
-            step_index=step,
-            prompt_index=self.prompt_index[sample],
-        )
+        return self._batch(self.latents.flatten(0, 1), sample * self.latents.shape[1] + step, sample, step)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class Tails:
         device = schedule.coef.device
         return cls(start, count, step.to(device), coef.to(device))
 
+    def rows(self, samples: slice) -> "Tails":
+        """Those of some samples."""
+        return Tails(self.start[samples], self.count[samples], self.step[samples], self.coef[samples])
+
     @property
     def num_forwards(self) -> int:
         """Of all samples together, in the sampler's steps and the tails."""

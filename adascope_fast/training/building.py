@@ -31,18 +31,12 @@ def accelerator_of(config: Config) -> Accelerator:
                 f"log.trackers are installed ones ({', '.join(sorted(installed)) or 'none'}), got {tracker!r}; "
                 f"pip install it, or set log.trackers = []"
             )
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=train.device == "cpu",
         mixed_precision=train.mixed_precision,
         log_with=config.log.trackers or None,  # type: ignore[arg-type]
         project_dir=config.run.folder,
     )
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"a run uses one process, and accelerate started {accelerator.num_processes}; "
-            f"launch it with one, on one GPU"
-        )
-    return accelerator
 
 
 def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from adascope_fast import backbones
 from adascope_fast.backbone import Backbone, Ema
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.scoring import decoded_whole
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.training import checkpoint, origin
 from adascope_fast.training.run_folder import load_run_files
 
@@ -70,7 +70,7 @@ def draw_each(
         EncodedPrompts.of(backbone, list(dict.fromkeys(prompts))),
         prompts,
         guidance_scale=guidance_scale,
-        generator=torch.Generator(device).manual_seed(0),
+        noise=OwnNoise(0),
         batch=batch,
         initial=initial_latents(backbone, seeds).to(device),
     )

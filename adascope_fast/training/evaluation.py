@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adascope_fast.backbone import Backbone
 from adascope_fast.engine.scoring import decoded_whole, score_finite
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import Schedule
 
 NORMAL_95 = 1.959964
@@ -113,14 +113,13 @@ def evaluate(
         FloatingPointError: no image is finite.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    generator = torch.Generator(schedule.coef.device).manual_seed(seed)
     trajectory = rollout(
         backbone,
         schedule,
         EncodedPrompts.of(backbone, prompts),
         repeated,
         guidance_scale=guidance_scale,
-        generator=generator,
+        noise=OwnNoise(seed),
         batch=batch,
         on_step=on_step,
     )

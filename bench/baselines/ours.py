@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from adascope_fast.algorithms.policy_gradient import Pairs
 from adascope_fast.config import Config
 from adascope_fast.engine.engine import Engine
-from adascope_fast.rollout import PromptCache, rollout
+from adascope_fast.rollout import OwnNoise, PromptCache, rollout
 from adascope_fast.selectors.simple import EveryStep, StaticRange
 from adascope_fast.training.trainer import Trainer
 
@@ -56,7 +56,7 @@ class Ours(Variant):
             encoded,
             prompts,
             guidance_scale=setting.guidance_scale,
-            generator=generator,
+            noise=OwnNoise(setting.seed),
             batch=setting.batch,
         )
         for start, end in keeps:

@@ -62,7 +62,7 @@ def test_the_baseline_differs_from_step_to_step():
 def test_what_the_critic_sees_is_the_latent_the_prompt_and_the_time():
     samples = _samples([0.0] * 4, PROMPTS)
     trajectory = samples.trajectory
-    seen = features(trajectory.latents[:, :-1], trajectory.schedule.timesteps, _context(), trajectory.prompt_index)
+    seen = features(trajectory, _context())
     assert seen.shape == (4, T, 2 * 3 * 3 + 2 + 9)
     torch.testing.assert_close(seen[1, 2, :18], trajectory.latents[1, 2].flatten())
     assert seen[0, 0, 18:20].tolist() == [2.0, 1.0]  # the mean over the tokens of prompt a
@@ -73,7 +73,10 @@ def test_what_the_critic_sees_is_the_latent_the_prompt_and_the_time():
 def test_large_latents_are_averaged_and_states_that_were_not_sampled_are_zero():
     latents = torch.arange(16.0 * 16).view(1, 1, 1, 16, 16).repeat(1, 2, 1, 1, 1)
     latents[0, 1] = torch.nan
-    seen = features(latents, torch.tensor([999.0, 1.0]), _context(), torch.tensor([0]))
+    timesteps: Any = SimpleNamespace(timesteps=torch.tensor([999.0, 1.0]))
+    states = torch.cat([latents, latents[:, :1]], 1)
+    trajectory = Trajectory(states, latents, torch.zeros(1, 2), timesteps, ["a"], torch.tensor([0]))
+    seen = features(trajectory, _context())
     assert seen[0, 0, :64].tolist() == latents[0, 0, 0].view(8, 2, 8, 2).mean((1, 3)).flatten().tolist()
     assert seen[0, 1, :64].abs().max() == 0
 

@@ -19,7 +19,7 @@ from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.graphs import GradientBuffers, Graphs
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.settings import Updates
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
 from adascope_fast.training.draw import draw, initial_latents
@@ -85,7 +85,7 @@ def test_without_noise_the_latents_are_plain_diffusers_own(model, plain, family:
         EncodedPrompts.of(model, CAPTIONS),
         CAPTIONS,
         guidance_scale=guidance_scale,
-        generator=torch.Generator(),
+        noise=OwnNoise(0),
         batch=2,
         initial=initial,
     )
@@ -114,10 +114,7 @@ def test_the_prompt_and_its_absence_matter(model):
 def test_log_prob_of_the_rollout_is_the_replays_exactly(model, guidance_scale: float):
     schedule = model.schedule(STEPS)
     encoded = EncodedPrompts.of(model, CAPTIONS)
-    generator = torch.Generator().manual_seed(3)
-    trajectory = rollout(
-        model, schedule, encoded, CAPTIONS, guidance_scale=guidance_scale, generator=generator, batch=2
-    )
+    trajectory = rollout(model, schedule, encoded, CAPTIONS, guidance_scale=guidance_scale, noise=OwnNoise(3), batch=2)
     optimizer = torch.optim.SGD(model.trainable_parameters())
     engine = Engine(
         model, schedule, ddpo(), EveryStep(), lambda images, prompts: images, optimizer,

@@ -15,7 +15,7 @@ from adascope_fast import backbones, reference
 from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Updates
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
 
@@ -87,7 +87,7 @@ def test_the_eager_gradient_is_the_packed_one_at_every_step(bench: Any, model: s
     )  # fmt: skip
     encoded = EncodedPrompts.of(backbone, PROMPTS)
     trajectory = rollout(
-        backbone, schedule, encoded, PROMPTS, guidance_scale=GUIDANCE, generator=generator, batch=2
+        backbone, schedule, encoded, PROMPTS, guidance_scale=GUIDANCE, noise=OwnNoise(1), batch=2
     )  # fmt: skip
     assert schedule.trainable.all()
     advantages, keep = torch.tensor([0.7, -1.3]), torch.ones(2, T, dtype=torch.bool)

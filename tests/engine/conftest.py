@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Updates
-from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, Trajectory, rollout
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import StaticRange
 
@@ -75,10 +75,10 @@ def sample() -> Callable[..., Trajectory]:
 
 
 def _sample(engine: Engine) -> Trajectory:
-    toy, generator = engine.backbone, torch.Generator().manual_seed(SEED)
+    toy = engine.backbone
     encoded, scale = EncodedPrompts.of(toy, PROMPTS), engine.sampler.guidance_scale
     kind = engine.algorithm.log_prob_kind(engine.schedule)
-    shared: dict[str, Any] = {"guidance_scale": scale, "generator": generator, "batch": 4, "kind": kind}
+    shared: dict[str, Any] = {"guidance_scale": scale, "noise": OwnNoise(SEED), "batch": 4, "kind": kind}
     return rollout(toy, engine.schedule, encoded, PROMPTS, **shared)
 
 

@@ -13,7 +13,7 @@ from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
 from adascope_fast.engine.acceleration import accelerate, halving
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Acceleration, Updates
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.training import checkpoint
 
@@ -189,7 +189,7 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_momentum(make_toy: Callab
         encoded = EncodedPrompts.of(toy, ["a", "bb"])
         for worth in worths:
             generator = torch.Generator().manual_seed(1)
-            sampler = {"guidance_scale": 1.0, "generator": generator, "batch": 4}
+            sampler = {"guidance_scale": 1.0, "noise": OwnNoise(1), "batch": 4}
             trajectory = rollout(toy, schedule, encoded, ["a", "bb"], **sampler)
             pairs = trajectory.pairs(torch.ones(2, 4, dtype=torch.bool))
             rows = Pairs(trajectory, pairs, torch.tensor([worth, -worth])[pairs[:, 0]], None)

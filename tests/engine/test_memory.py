@@ -11,7 +11,7 @@ from adascope_fast import backbones
 from adascope_fast.algorithms.policy_gradient import Pairs, ddpo
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Updates
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.selectors.simple import EveryStep
 
 CAPTIONS = ["a small red circle on a grey background", "two large blue crosses on a black background"]
@@ -50,7 +50,7 @@ def _peak(num_kept: int, *, microbatch: int = 2, checkpointing: bool = False) ->
     score = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
     engine = Engine(model, schedule, ddpo(clip_range=1e-4), EveryStep(), score, optimizer, settings)
     encoded = EncodedPrompts.of(model, CAPTIONS)
-    sampler = {"guidance_scale": 1.0, "generator": generator, "batch": 2}
+    sampler = {"guidance_scale": 1.0, "noise": OwnNoise(0), "batch": 2}
     trajectory = rollout(model, schedule, encoded, CAPTIONS, **sampler)
     keep = torch.zeros(2, NUM_STEPS, dtype=torch.bool)
     keep[:, :num_kept] = True

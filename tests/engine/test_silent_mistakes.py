@@ -20,7 +20,7 @@ from adascope_fast.algorithms.policy_gradient import (
     mix_grpo,
     reinforce,
 )
-from adascope_fast.rollout import EncodedPrompts, SharedStart, Trajectory, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, SharedStart, Trajectory, rollout
 from adascope_fast.schedules import Schedule, dance_sde, ddim, flow_cps, flow_sde, shifted_sigmas
 
 T, WEIGHT = 6, 0.25
@@ -125,7 +125,7 @@ def test_each_step_of_a_window_is_replayed_as_it_was_sampled(
     """Also of samples that share the steps before it: the recorded log-probability is the replay's, elsewhere none."""
     toy, schedule = make_toy(torch.float64), SAMPLERS[name].window(start, start + 2)
     prompts = ["a red one", "see", "a red one", "see", "the green"]
-    keys: dict[str, Any] = {"guidance_scale": 2.0, "generator": torch.Generator().manual_seed(1), "batch": 2}
+    keys: dict[str, Any] = {"guidance_scale": 2.0, "noise": OwnNoise(1), "batch": 2}
     encoded, shared = EncodedPrompts.of(toy, prompts), SharedStart.of(prompts, schedule)
     assert shared.num_shared == start
     trajectory = rollout(toy, schedule, encoded, prompts, shared=shared, **keys)

@@ -17,7 +17,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.planning import calibration
 from adascope_fast.planning.calibration import PAPER, Calibration, calibrate
 from adascope_fast.reporting import write_calibration
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import samplers as schedules
 from adascope_fast.theory import ideal_chain, schedule_correlation
 from adascope_fast.training.trainer import Trainer
@@ -55,7 +55,7 @@ def test_curves_are_those_of_the_rollout(found: tuple[Config, Calibration]):
         EncodedPrompts.of(trainer.backbone, prompts),
         prompts,
         guidance_scale=config.sampler.guidance_scale,
-        generator=torch.Generator().manual_seed(config.run.seed),
+        noise=OwnNoise(config.run.seed),
         batch=100,
     )
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adascope_fast.rollout import Branching, Candidates, Denoising, EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import Branching, Candidates, Denoising, EncodedPrompts, OwnNoise, Trajectory, rollout
 
 PROMPTS = ["a red one", "a red one", "the green", "see", "see"]
 T, K, FIRST = 5, 4, 2
@@ -44,7 +44,6 @@ def _branched(
     temperature: float = 1.0,
 ) -> tuple[Trajectory, Branching]:
     schedule, encoded = toy.schedule(T), EncodedPrompts.of(toy, PROMPTS)
-    generator = torch.Generator().manual_seed(3)
     branching = Branching(
         Denoising(toy, schedule, encoded, guidance_scale),
         _from(FIRST) if where is None else where,
@@ -53,9 +52,9 @@ def _branched(
         num_candidates=K,
         margin=margin,
         temperature=temperature,
-        generator=generator,
+        noise=OwnNoise(4),
     )
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "generator": generator, "batch": batch}
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "noise": OwnNoise(3), "batch": batch}
     return rollout(toy, schedule, encoded, PROMPTS, advance=branching, **options), branching
 
 
@@ -63,8 +62,7 @@ def _branched(
 def test_the_walk_is_that_of_a_plain_rollout_and_costs_as_many_forwards(make_toy: Callable, guidance_scale: float):
     toy, plain = make_toy(), make_toy()
     got, _ = _branched(toy, guidance_scale=guidance_scale)
-    generator = torch.Generator().manual_seed(3)
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "generator": generator, "batch": 5}
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "noise": OwnNoise(3), "batch": 5}
     want = rollout(plain, plain.schedule(T), EncodedPrompts.of(plain, PROMPTS), PROMPTS, **options)
     for name in ("latents", "x0", "log_prob"):
         assert getattr(got, name).equal(getattr(want, name)), name

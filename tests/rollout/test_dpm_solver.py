@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from adascope_fast import ops
 from adascope_fast.adascope.sensing import LatentSensor, curves_of_guesses
-from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, Trajectory, rollout
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules.tail import tail
 
@@ -61,8 +61,8 @@ SAMPLERS: dict[str, Callable[[], tuple[Schedule, Any]]] = {
 
 
 def _rollout(toy: Any, schedule: Schedule, guidance_scale: float = 1.0, **options: Any) -> Trajectory:
-    encoded, generator = EncodedPrompts.of(toy, PROMPTS), torch.Generator().manual_seed(3)
-    shared: dict[str, Any] = {"guidance_scale": guidance_scale, "generator": generator, "batch": 4} | options
+    encoded = EncodedPrompts.of(toy, PROMPTS)
+    shared: dict[str, Any] = {"guidance_scale": guidance_scale, "noise": OwnNoise(3), "batch": 4} | options
     return rollout(toy, schedule, encoded, PROMPTS, **shared)
 
 

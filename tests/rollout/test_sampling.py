@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 from torch import Tensor
 
 from adascope_fast import backbones, ops
-from adascope_fast.rollout import EncodedPrompts, PromptCache, Trajectory, predict, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, PromptCache, Trajectory, predict, rollout
 from adascope_fast.schedules import Schedule
 from adascope_fast.training.draw import draw, initial_latents
 
@@ -42,8 +42,7 @@ def _sample(
     initial: Tensor | None = None,
 ) -> tuple[EncodedPrompts, Trajectory]:
     encoded = EncodedPrompts.of(backbone, prompts)
-    generator = torch.Generator().manual_seed(3)
-    options = {"guidance_scale": guidance_scale, "generator": generator, "batch": batch, "initial": initial}
+    options = {"guidance_scale": guidance_scale, "noise": OwnNoise(3), "batch": batch, "initial": initial}
     return encoded, rollout(backbone, schedule, encoded, prompts, **options)
 
 
@@ -181,7 +180,7 @@ def test_given_latents_are_where_the_rollout_starts_and_progress_counts_every_st
         encoded,
         ["a"] * 5,
         guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(0),
+        noise=OwnNoise(0),
         batch=2,
         initial=initial,
         on_step=counted.append,

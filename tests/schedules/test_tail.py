@@ -15,7 +15,7 @@ from adascope_fast.adascope.sensing import LatentSensor
 from adascope_fast.algorithms.policy_gradient import ddpo
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Updates
-from adascope_fast.rollout import EncodedPrompts, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import Schedule, flow_sde
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.schedules.tail import Tails, tail
@@ -120,10 +120,10 @@ def test_a_rollout_costs_what_its_tails_say(make_toy: Callable, selector: Timest
 
 
 def _rollout(toy: Any, keep: Tensor | None, batch: int, guidance_scale: float = 1.0) -> Any:
-    schedule, generator = _sampler(toy), torch.Generator().manual_seed(0)
+    schedule = _sampler(toy)
     tails = None if keep is None else Tails.of(schedule, keep, 0.4)
     encoded = EncodedPrompts.of(toy, PROMPTS)
-    sampler = {"guidance_scale": guidance_scale, "generator": generator, "batch": batch}
+    sampler = {"guidance_scale": guidance_scale, "noise": OwnNoise(0), "batch": batch}
     return rollout(toy, schedule, encoded, PROMPTS, tails=tails, **sampler)
 
 

@@ -16,7 +16,7 @@ from adascope_fast.adascope.settings import Rule
 from adascope_fast.cli import app
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rewards.settings import JpegCompressibility
-from adascope_fast.rollout import EncodedPrompts, Trajectory, rollout
+from adascope_fast.rollout import EncodedPrompts, OwnNoise, Trajectory, rollout
 from adascope_fast.training.building import selector_of, sensor_of
 from adascope_fast.training.trainer import Trainer
 
@@ -106,7 +106,7 @@ def rollouts(backbone: Any) -> list[Trajectory]:
     return [
         rollout(
             backbone, schedule, encoded, prompts,
-            guidance_scale=1.0, batch=2, generator=torch.Generator().manual_seed(seed),
+            guidance_scale=1.0, batch=2, noise=OwnNoise(seed),
         )
         for seed in (0, 1)
     ]  # fmt: skip
