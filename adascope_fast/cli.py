@@ -2,7 +2,7 @@
 
 A user's mistake is one line on standard error and exit code 2; what failed on the way, numbers that are not finite or a
 full disk, is one line and exit code 1; ADASCOPE_FAST_DEBUG=1 shows where it was raised. SIGINT, SIGTERM and SIGHUP end
-with exit code 130. What each command does is in `commands`.
+with exit code 130, `train` after SIGTERM with 143. What each command does is in `commands`.
 """
 
 # ruff: noqa: E402 - a signal is answered from the first line on, while libraries are being imported
@@ -76,7 +76,8 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError, RuntimeError) as error:
         if os.environ.get("ADASCOPE_FAST_DEBUG") == "1" or _is_a_fault(error):
             raise
-        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        if not getattr(error, "is_told", False):  # the first process of a run has told it
+            print(f"error: {_in_one_line(error)}", file=sys.stderr)
         sys.exit(1 if _came_on_the_way(error) else 2)
 
 

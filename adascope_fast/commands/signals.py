@@ -20,9 +20,17 @@ def leave(*_: int | FrameType | None) -> None:
     os._exit(130)
 
 
-def interrupt(*_: int | FrameType | None) -> None:
-    """KeyboardInterrupt, whatever the signal was."""
-    raise KeyboardInterrupt
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends a command; `code` is what it ends with: of SIGTERM 143, as schedulers know it, else 130."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number if number == signal.SIGTERM else 130
+
+
+def interrupt(number: int, _: FrameType | None = None) -> None:
+    """`Interrupted`, which is a KeyboardInterrupt."""
+    raise Interrupted(number)
 
 
 @contextmanager

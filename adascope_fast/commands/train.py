@@ -1,8 +1,11 @@
 """`adascope-fast train`: a training from its configuration, or the rest of one that was stopped."""
 
 import math
+import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +28,9 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume with a reward, prompts or model that have changed.")
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the run if its folder holds one, else start it.")
+    ] = False,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Resume a run of someone else's that imports Python code.")
     ] = False,
@@ -32,22 +38,51 @@ def train(
     """Train a model and write a report."""
     arguments = arguments or []
     refuse_without_resume(resume, arguments, overwrite=overwrite, accept_changes=accept_changes, trust_code=trust_code)
+    go_on = _goes_on(go_on, resume, overwrite=overwrite)
     config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
     from adascope_fast.training.trainer import Trainer  # torch takes a second; a mistake in the config should not
 
+    begun: list[Trainer] = []
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        """SIGTERM lets an iteration end whose beginning is in no checkpoint, the first time."""
+        if number == signal.SIGTERM and begun and begun[0].stops_later():
+            os.write(2, b"told to stop: the run ends after this iteration, with a checkpoint; again: at once\n")
+            return
+        interrupt(number, frame)
+
     try:
-        with answered_by(interrupt):
-            trainer = Trainer(config)
-            result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)
-    except KeyboardInterrupt:
+        with answered_by(answer):
+            begun.append(trainer := Trainer(config))
+            if go_on:
+                result = trainer.train_or_resume()
+            else:
+                result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)
+    except KeyboardInterrupt as stopped:
         line = "interrupted"
         if (Path(config.run.folder) / "config.toml").is_file():  # else there is nothing to continue
             line += (
                 f"; the run continues from its newest checkpoint with: adascope-fast train --resume {config.run.folder}"
             )
-        print(line, file=sys.stderr)
-        sys.exit(130)
-    print(outcome(result))
+        if is_first_process():
+            print(line, file=sys.stderr)
+        sys.exit(getattr(stopped, "code", 128 + signal.SIGTERM))
+    if is_first_process():
+        print(outcome(result))
+
+
+def _goes_on(is_asked: bool, resume: Path | None, *, overwrite: bool) -> bool:
+    """Whether a run that is there is gone on with: where that is asked for, or torchrun starts its processes again."""
+    if is_asked and (resume or overwrite):
+        raise ConfigError(
+            "--continue goes on with a run or starts it, got --resume or --overwrite besides; give one of them"
+        )
+    return is_asked or (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and resume is None)
+
+
+def is_first_process() -> bool:
+    """Whether this process of a run tells what is to be told: rank 0, as torchrun and accelerate name it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def refuse_without_resume(resume: Path | None, arguments: list[str], *, overwrite: bool, **flags: bool) -> None:

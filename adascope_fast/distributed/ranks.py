@@ -8,13 +8,15 @@ Axes: `m` rows of a rank, `b` rows of all of them.
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 2**26
 """Of gradients that are added over the ranks in one call."""
@@ -27,6 +29,9 @@ class RankLostError(OSError):
 class Ranks:
     """This process among those of a run, which `torch.distributed` has brought together.
 
+    Args:
+        device: of what this rank computes; None: the CPU.
+
     Attributes:
         rank, size: number of this process from 0 on, and how many there are.
         seconds: spent in collectives since `take_cost`: the wait for other ranks, and the transfer.
@@ -34,7 +39,8 @@ class Ranks:
         are_in_step: the model is spread over the ranks, so each must call it as often as the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = torch.device("cpu") if device is None else device
         is_one_of_several = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if is_one_of_several else 0
         self.size = distributed.get_world_size() if is_one_of_several else 1
@@ -68,6 +74,49 @@ class Ranks:
         with self._counted(None, 0):
             distributed.broadcast_object_list(told, src=0)
         return told[0]
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank, which alone does it; what it raises is raised on every rank.
+
+        On the others it has an attribute `is_told`, since the first rank tells it.
+        """
+        if self.is_alone:
+            return work()
+        found: tuple[Any, Exception | None] = None, None
+        if self.is_first:
+            try:
+                found = work(), None
+            except Exception as error:
+                found = None, error
+        value, error = self.of_first((found[0], _plain(found[1])))
+        if error is None:
+            return value
+        if self.is_first and found[1] is not None:
+            raise found[1]
+        error.is_told = True
+        raise error
+
+    def tensors_of_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the first rank, on the CPU of each."""
+        if self.is_alone:
+            return tensors
+        shapes = self.of_first({name: (value.shape, value.dtype) for name, value in tensors.items()})
+        found = {}
+        for name, (shape, dtype) in shapes.items():
+            value = tensors[name] if self.is_first else torch.empty(shape, dtype=dtype)
+            sent = value.to(self.device)
+            with self._counted(sent, sent.nbytes if self.is_first else 0):
+                distributed.broadcast(sent, src=0)
+            found[name] = value if self.is_first else sent.cpu()
+        return found
+
+    def to_first(self, values: Tensor, bounds: Sequence[int]) -> Tensor:
+        """The rows of all ranks on the first one, on the others none."""
+        if self.is_alone:
+            return values
+        rows = [values if rank == 0 else values[:0] for rank in range(self.size)]
+        counts = [stop - start if self.is_first else 0 for start, stop in itertools.pairwise(bounds)]
+        return self.exchanged(rows, counts)
 
     def whole(self, values: Tensor, bounds: Sequence[int]) -> Tensor:
         """The rows [b, ...] of all ranks; of this one rows bounds[rank] to bounds[rank + 1], [m, ...]."""
@@ -158,6 +207,15 @@ class Ranks:
             self.seconds += time.perf_counter() - start
 
 
+def _plain(error: Exception | None) -> Any:
+    """An error that other processes can be sent: its words, and whether it is of a value or of the system."""
+    if error is None:
+        return None
+    kinds: tuple[type[Exception], ...] = (FloatingPointError, ValueError, OSError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+    return kind(str(error))
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in groups of one type and about `BUCKET_BYTES`."""
     bucket: list[Tensor] = []
@@ -170,17 +228,20 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def bounds_of(count: int, batch: int, size: int) -> list[int]:
+def bounds_of(count: int, batch: int, size: int, *, needs_all: bool = True) -> list[int]:
     """Which samples each of `size` ranks has: rank r those from bounds[r] to bounds[r + 1].
 
     They are dealt out in whole batches, the same ones for any number of ranks: a sample is denoised with the same
     neighbours, and so has the same bits.
 
+    Args:
+        needs_all: whether a rank without samples is a mistake.
+
     Raises:
-        ValueError: there are fewer batches than ranks.
+        ValueError: there are fewer batches than ranks, and all are needed.
     """
     num_batches = -(-count // batch)
-    if num_batches < size:
+    if num_batches < size and needs_all:
         raise ValueError(
             f"each process needs a batch of its own, and train.rollout_batch = {batch} makes {num_batches} of "
             f"{count} images, for {size} processes; set train.rollout_batch to {max(1, count // size)} or less, or "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adascope_fast.rewards.reward import hand_metadata as hand_metadata
     from adascope_fast.rewards.reward import has_parts as has_parts
     from adascope_fast.rewards.reward import load as load
+    from adascope_fast.rewards.reward import refuses_several as refuses_several
     from adascope_fast.rewards.reward import score as score
     from adascope_fast.rewards.reward import score_guesses as score_guesses
     from adascope_fast.rewards.reward import takes_metadata as takes_metadata
@@ -47,6 +48,7 @@ __getattr__ = lazy(
         "jpeg_compressibility": "jpeg",
         "jpeg_incompressibility": "jpeg",
         "load": "reward",
+        "refuses_several": "reward",
         "score": "reward",
         "score_guesses": "reward",
         "training_begins": "reward",

@@ -30,6 +30,7 @@ class Judged:
     """
 
     name = "judge"
+    refuses_several = "the judge has one page, which one process shows"
 
     def __init__(self, *, question: str, votes_per_image: int, host: str, port: int, out: str | None = None) -> None:
         require()

@@ -11,6 +11,7 @@ from adascope_fast.rewards.reward import (
     check_prompts,
     given,
     hand_metadata,
+    refuses_several,
     score_guesses,
     takes_metadata,
     training_begins,
@@ -42,6 +43,11 @@ class Mixed:
     def of(cls, parts: Mapping[str, float]) -> "Mixed":
         """Of rewards by the names that `reward.name` takes, or `module:object`; each with its defaults."""
         return cls({name: reward_named(name).build() for name in parts}, parts)
+
+    @property
+    def refuses_several(self) -> str:
+        """What the first of its rewards says that cannot serve several processes."""
+        return next(filter(None, map(refuses_several, self.rewards.values())), "")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The weighted sum [b]."""

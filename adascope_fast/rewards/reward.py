@@ -215,6 +215,11 @@ def training_begins(reward: Reward, folder: Path, *, images: Mapping[str, int]) 
         return method(folder, images)
 
 
+def refuses_several(reward: Any) -> str:
+    """Why a reward cannot serve several processes at once, by its attribute `refuses_several`; "" where it can."""
+    return getattr(reward, "refuses_several", "")
+
+
 def training_stage(reward: Reward, words: str) -> None:
     """Tell a reward that has a method `training_stage` what the next images are of."""
     method = getattr(reward, "training_stage", None)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone
+from adascope_fast.distributed import Ranks, bounds_of
 from adascope_fast.engine.scoring import decoded_whole, score_finite
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import Schedule
@@ -103,33 +104,58 @@ def evaluate(
     breakdown: Callable[[Tensor, list[str]], dict[str, float]] | None = None,
     similarity: Callable[[Tensor, list[str]], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> HeldOutScores:
     """Score `samples_per_prompt` images of each prompt; the same seed gives the same noise to any policy.
 
     Args:
         similarity: of image and prompt, whose mean is the CLIP score.
+        ranks: the processes among which images are dealt out; each has the result, and the first one the images shown.
 
     Raises:
         FloatingPointError: no image is finite.
     """
+    ranks = Ranks() if ranks is None else ranks
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    bounds = bounds_of(len(repeated), batch, ranks.size, needs_all=False)
+    own = slice(*bounds[ranks.rank : ranks.rank + 2])
+    mine = repeated[own]
     trajectory = rollout(
         backbone,
         schedule,
         EncodedPrompts.of(backbone, prompts),
-        repeated,
+        mine,
         guidance_scale=guidance_scale,
         noise=OwnNoise(seed),
         batch=batch,
+        numbers=range(own.start, own.stop),
         on_step=on_step,
     )
-    images = decoded_whole(backbone, trajectory.latents[:, -1])
-    scores = score_finite(score, images, repeated).cpu()
-    rows = scores.isfinite().nonzero()[:, 0]
-    if not len(rows):
-        raise FloatingPointError(f"none of the {len(images)} held-out images is finite")
-    whole, named = images[rows.to(images.device)], [repeated[row] for row in rows.tolist()]
+    side, device = backbone.resolution, schedule.coef.device
+    images = torch.empty(0, 3, side, side, device=device)
+    if mine:
+        images = decoded_whole(backbone, trajectory.latents[:, -1])
+    scores = score_finite(score, images, mine) if mine else torch.empty(0, device=device)
+    scores = ranks.whole(scores.to(device, torch.float32), bounds).cpu()
+    if not scores.isfinite().any():
+        raise FloatingPointError(f"none of the {len(scores)} held-out images is finite")
+    images = ranks.to_first(images, bounds)
     shape = len(prompts), samples_per_prompt
+    found = ranks.by_first(lambda: _of_images(images, scores, repeated, shape, breakdown, similarity))
+    return HeldOutScores(scores.view(shape), images[: num_shown * samples_per_prompt].cpu(), **found)
+
+
+def _of_images(
+    images: Float[Tensor, "n 3 h w"],
+    scores: Float32[Tensor, " n"],
+    prompts: list[str],
+    shape: tuple[int, int],
+    breakdown: Callable[[Tensor, list[str]], dict[str, float]] | None,
+    similarity: Callable[[Tensor, list[str]], Tensor] | None,
+) -> dict[str, Any]:
+    """What `HeldOutScores` has besides scores and images."""
+    rows = scores.isfinite().nonzero()[:, 0]
+    whole, named = images[rows.to(images.device)], [prompts[row] for row in rows.tolist()]
     of_pairs, by_clip = _diversities(images.unflatten(0, shape)), None
     spread = {"contrast": _spread(_contrasts(images).view(shape))}
     spread |= {} if of_pairs is None else {"diversity": _spread(of_pairs)}
@@ -138,12 +164,10 @@ def evaluate(
         spread["clip_score"] = _spread(
             torch.full((len(images),), torch.nan).double().index_copy(0, rows, by_clip.cpu()).view(shape)
         )
-    return HeldOutScores(
-        scores.view(shape),
-        images[: num_shown * samples_per_prompt].cpu(),
-        breakdown(whole, named) if breakdown else {},
-        None if of_pairs is None else of_pairs.nanmean().item(),
-        contrast(images),
-        None if by_clip is None else by_clip.mean().item(),
-        spread,
-    )
+    return {
+        "breakdown": breakdown(whole, named) if breakdown else {},
+        "diversity": None if of_pairs is None else of_pairs.nanmean().item(),
+        "contrast": contrast(images),
+        "clip_score": None if by_clip is None else by_clip.mean().item(),
+        "spread": spread,
+    }

@@ -226,6 +226,21 @@ class RunFolder:
         return text_of(self.path / "stats.jsonl")
 
 
+class NoFolder:
+    """What the other processes of a run have in place of its folder, which the first one writes: nothing is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(RunFolder, name):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
 def load_config(folder: Path) -> Config:
     """The configuration of a run; ConfigError where the folder is none, or an earlier version's.
 

@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,17 @@ from adascope_fast.adascope.settings import RewardOnly, Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.distributed import Ranks
 from adascope_fast.engine.acceleration import accelerate, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
+from adascope_fast.reporting.files import is_run
 from adascope_fast.reporting.images import save_grid
 from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
-from adascope_fast.training import checkpoint, origin, trust
+from adascope_fast.training import checkpoint, origin, run_folder, trust
 from adascope_fast.training.building import (
     accelerator_of,
     algorithm_of,
@@ -49,9 +51,24 @@ from adascope_fast.training.building import (
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
 from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.progress import Progress
-from adascope_fast.training.run_folder import RunFolder, load_run_files, refuse_another
+from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
 
 logger = logging.getLogger(__name__)
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and has a checkpoint of its last iteration."""
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What a run that goes on was made of."""
+
+    first: int
+    before: dict[str, origin.Part]
+    changes: list[str]
+    signature: str
+    state: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,9 @@ class Trainer:
         if selector is not None:
             complete(selector, TimestepSelector, "selector", "given")
         self._pipeline, self._algorithm, self._selector = pipeline, algorithm, selector
-        self._progress = Progress(quiet=quiet)
+        self._progress, self._is_stopped = Progress(quiet=quiet), False
+        self._found: checkpoint.Checkpoint | None = None
+        self.sharing = "each process has the whole model"
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
             clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
@@ -145,12 +164,15 @@ class Trainer:
             ConfigError: `config.run.folder` exists and is not to be overwritten, or another process has it.
         """
         self._start = time.perf_counter()
-        RunFolder.check(self.config, overwrite=overwrite)
+        self._join()
+        self.ranks.by_first(lambda: RunFolder.check(self.config, overwrite=overwrite))
         self.prepare()  # may refuse; only then is an older run replaced
         parts = self._parts()
-        folder = RunFolder.create(self.config, overwrite=overwrite, heading=_heading(parts))
+        self._refuse_unlike(parts)
+        folder = self._folder(lambda: RunFolder.create(self.config, overwrite=overwrite, heading=_heading(parts)))
         try:
-            origin.write(folder.path, parts, signature=trust.signature(self.config))
+            if self.ranks.is_first:
+                origin.write(folder.path, parts, signature=trust.signature(self.config))
             return self._run(folder, 0)
         finally:
             folder.close()
@@ -167,30 +189,100 @@ class Trainer:
                 changes what must be repeated, or what the run was made of is not what it was. Nothing has changed.
         """
         self._start = time.perf_counter()
-        folder = RunFolder.open(Path(self.config.run.folder))
+        self._join()
+        folder = self._folder(lambda: RunFolder.open(Path(self.config.run.folder)))
         try:
-            started = load_run_files(folder.path)
-            refuse_another(started.config, self.config)
-            first = 0 if started.checkpoint is None else started.checkpoint.next_iteration
-            self._refuse_nothing_to_do(folder, first)
-            before, changes, signature = origin.read(folder.path)
-            if not accept_changes:
-                origin.refuse_changed(folder.path, origin.differences(before, self._named_parts()))
+            found = self.ranks.by_first(lambda: self._started(folder, accept_changes=accept_changes))
             self.prepare()
             now = self._parts()
-            changed = origin.differences(before, now)
-            if not accept_changes:
-                origin.refuse_changed(folder.path, changed)
-            if started.checkpoint is not None:
-                self._restore(started.checkpoint)
-            folder.restore(started.checkpoint)
-            folder.write_config(self.config)
-            if changed:
-                changes = [*changes, *(f"from iteration {first} on: {change}" for change in changed)]
-                origin.write(folder.path, now, signature=signature, changes=changes)
-            return self._run(folder, first)
+            self._refuse_unlike(now)
+            self.ranks.by_first(lambda: self._goes_on(folder, found, now, accept_changes=accept_changes))
+            if found.state is not None:
+                self._restore(self.ranks.tensors_of_first(self._found.tensors if self._found else {}), found.state)
+            return self._run(folder, found.first)
         finally:
             folder.close()
+
+    def train_or_resume(self) -> Result:
+        """`resume` where the run's folder has a checkpoint, else `train`, in place of a run that has none.
+
+        So the same command starts a run and, after a failure or a preemption, goes on with it.
+        """
+        self._join()
+        path = Path(self.config.run.folder)
+        if self.ranks.by_first(lambda: bool(checkpoint.numbered(path / "checkpoints"))):
+            return self.resume()
+        return self.train(overwrite=self.ranks.by_first(lambda: is_run(path)))
+
+    def _join(self) -> None:
+        """Meet the other processes of the run, if there are any."""
+        if hasattr(self, "accelerator"):
+            return
+        self.accelerator = accelerator_of(self.config)
+        self.ranks = Ranks(self.accelerator.device)
+        if not self.ranks.is_first:
+            self._progress = Progress(quiet=True)
+
+    def _folder(self, opened: Callable[[], RunFolder]) -> Any:
+        """The run's folder on the first rank, which has it alone; on the others what takes its place."""
+        held: list[RunFolder] = []
+        self.ranks.by_first(lambda: held.append(opened()))
+        return held[0] if held else NoFolder(Path(self.config.run.folder))
+
+    def _refuse_unlike(self, parts: Mapping[str, origin.Part]) -> None:
+        """ValueError where processes would train different things."""
+        if self.ranks.is_alone:
+            return
+        if not_shared := rewards.refuses_several(self.reward):
+            raise ConfigError(
+                f"each process asks the reward for its own images, and {not_shared}; start one process, or use another "
+                f"reward"
+            )
+        self.ranks.refuse_difference("versions", run_folder.versions())
+        own = self.config.model_copy(update={"run": self.config.run.model_copy(update={"folder": "."})})
+        self.ranks.refuse_difference("configuration", own.to_toml())
+        for name, part in parts.items():
+            self.ranks.refuse_difference(name, [part.name, part.digest])
+        self._refuse_unlike_weights()
+
+    def _refuse_unlike_weights(self) -> None:
+        """OSError where the trained weights are not the same on all ranks, which they are unless a device fails."""
+        if self.ranks.is_alone or self.ranks.are_in_step:
+            return
+        sums = torch.stack([parameter.detach().double().sum() for parameter in self.backbone.trainable_parameters()])
+        told = self.ranks.objects(sums.tolist())
+        other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
+        if other is not None:
+            raise OSError(
+                f"the trained weights must be the same in all processes, and those of rank {other} are not those of "
+                f"rank 0: a device computes otherwise; continue from the newest checkpoint without it"
+            )
+
+    def _started(self, folder: RunFolder, *, accept_changes: bool) -> "_Started":
+        """What the run to be continued has, by the files of its folder; ConfigError where that cannot be."""
+        started = load_run_files(folder.path)
+        refuse_another(started.config, self.config)
+        found = started.checkpoint
+        first = 0 if found is None else found.next_iteration
+        self._refuse_nothing_to_do(folder, first)
+        before, changes, signature = origin.read(folder.path)
+        if not accept_changes:
+            origin.refuse_changed(folder.path, origin.differences(before, self._named_parts()))
+        self._found = found
+        return _Started(first, before, changes, signature, None if found is None else found.state)
+
+    def _goes_on(
+        self, folder: RunFolder, started: "_Started", now: dict[str, origin.Part], *, accept_changes: bool
+    ) -> None:
+        """Write down that the run goes on, with what has changed; ConfigError where that was not accepted."""
+        changed = origin.differences(started.before, now)
+        if not accept_changes:
+            origin.refuse_changed(folder.path, changed)
+        folder.restore(self._found)
+        folder.write_config(self.config)
+        if changed:
+            changes = [*started.changes, *(f"from iteration {started.first} on: {change}" for change in changed)]
+            origin.write(folder.path, now, signature=started.signature, changes=changes)
 
     def _refuse_nothing_to_do(self, folder: RunFolder, done: int) -> None:
         wanted, is_finished = self.config.train.iterations, folder.read("run.json").get("status") == "finished"
@@ -239,18 +331,20 @@ class Trainer:
         components, dtype = self.backbone.pipeline.components, getattr(torch, self.config.model.dtype)
         return origin.of_pipeline(components, self.backbone.name, dtype, is_given=self._pipeline is not None)
 
-    def _run(self, folder: RunFolder, first: int) -> Result:
-        if self.config.log.trackers:
+    def _run(self, folder: Any, first: int) -> Result:
+        if self.config.log.trackers and self.ranks.is_first:
             self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
         self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
-        if self._not_read:
+        if self._not_read and self.ranks.is_first:
             logger.warning("%s", self._not_read)
         self._describe(folder, "running")
-        status, why = "failed", ""
+        status, why, report = "failed", "", folder.path / "report.html"
+        has_before = self.ranks.of_first("before" in (folder.read("evaluation.json") or {}))
+        ahead = self._images_ahead(first, has_before=has_before)
         try:
-            if said := rewards.training_begins(self.reward, folder.path, images=self._images_ahead(folder, first)):
+            if (said := rewards.training_begins(self.reward, folder.path, images=ahead)) and self.ranks.is_first:
                 self._progress.say(said)
-            self._iterate(folder, first)
+            self._iterate(folder, first, has_before=has_before)
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -260,20 +354,24 @@ class Trainer:
             raise
         finally:
             self._progress.close()
-            self.accelerator.end_training()
             try:
                 # Where a full disk stopped the run, it is what is told, and not that no more can be written.
                 with nullcontext() if status == "finished" else suppress(OSError):
                     self._describe(folder, status, **({"reason": why} if why else {}))
-                    report = reporting.write_report(folder.path)
+                    if self.ranks.is_first:
+                        reporting.write_report(folder.path)
             finally:
                 rewards.training_ends(self.reward)
-        return self._result(folder, report)
+                if status != "finished":
+                    self.accelerator.end_training()
+        result = self.ranks.by_first(lambda: self._result(folder, report))
+        self.accelerator.end_training()
+        return result
 
-    def _images_ahead(self, folder: RunFolder, first: int) -> dict[str, int]:
+    def _images_ahead(self, first: int, *, has_before: bool) -> dict[str, int]:
         """The images that the reward will be asked for, by what they are of."""
         train, every = self.config.train, self.config.evaluation.every
-        evaluations = 1 + ("before" not in folder.read("evaluation.json"))
+        evaluations = 1 + (not has_before)
         evaluations += sum((done + 1) % every == 0 for done in range(first, train.iterations - 1)) if every else 0
         an_evaluation = len(self.held_out) * self.config.evaluation.samples_per_prompt
         iterations = train.iterations - first if self.algorithm.preferences is None else 0
@@ -283,16 +381,17 @@ class Trainer:
             f"{evaluations} evaluations of {an_evaluation}": evaluations * an_evaluation,
         }
 
-    def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
+    def _describe(self, folder: Any, status: str, **more: Any) -> None:
         seconds = time.perf_counter() - self._start
         more |= {"prompts_not_read": self._not_read} if self._not_read else {}
+        more |= {} if self.ranks.is_alone else {"processes": self.ranks.size, "sharing": self.sharing}
         chosen = self.acceleration | ({} if self.graphs is None else {"cuda_graphs": self.graphs.words()})
         folder.describe(status, self.accelerator.device, seconds, chosen, **more)
 
     def prepare(self) -> None:
         """Load the model and build what trains it, as `train` does first; may refuse."""
         config, train = self.config, self.config.train
-        self.accelerator = accelerator_of(config)
+        self._join()
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
         self._refuse_preferences()
@@ -340,6 +439,7 @@ class Trainer:
             autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
             graphs=self.graphs,
+            ranks=self.ranks,
         )
 
     def _refuse_preferences(self) -> None:
@@ -352,10 +452,10 @@ class Trainer:
         if isinstance(self.config.sensing, RewardOnly):
             rewards.check_prompts(self.reward, known.prompts, "algorithm.preferences")
 
-    def _iterate(self, folder: RunFolder, first: int) -> None:
-        train = self.config.train
-        watch, has_hinted, has_warned = NonFinite(self.config, folder.stats()), False, False
-        if "before" not in folder.read("evaluation.json"):
+    def _iterate(self, folder: Any, first: int, *, has_before: bool) -> None:
+        train, ranks = self.config.train, self.ranks
+        watch, has_hinted, has_warned = NonFinite(self.config, ranks.of_first(folder.stats())), False, False
+        if not has_before:
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
         cache = PromptCache(self.backbone)
@@ -374,7 +474,8 @@ class Trainer:
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
-            folder.log(record | {"seconds": report.seconds})
+            record |= self._speed(record, taken)
+            ranks.by_first(lambda record=record, report=report: folder.log(record | {"seconds": report.seconds}))
             if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
                 self._progress.say(hint)
                 has_hinted = True
@@ -387,22 +488,45 @@ class Trainer:
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
             # The checkpoint has the log and the evaluations so far; what comes after it is made again after a kill.
-            if (iteration + 1) % train.checkpoint_every == 0 or is_last:
+            is_stopped = any(ranks.objects(self._is_stopped))
+            if (iteration + 1) % train.checkpoint_every == 0 or is_last or is_stopped:
+                self._refuse_unlike_weights()
                 self._save(folder, iteration + 1)
                 self._describe(folder, "running")
+            if is_stopped and not is_last:
+                raise Stopped
             self._progress.done(record, watch.words())
-            if self.config.log.trackers:
+            if self.config.log.trackers and ranks.is_first:
                 numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
                 self.accelerator.log(numbers | {f"seconds/{k}": v for k, v in report.seconds.items()}, step=iteration)
         watch.refuse_nothing_learned()
         self._evaluate(folder, "after", iteration=train.iterations)
         with self._averaged():
             self._refuse_not_finite(self.backbone.adapter_tensors())
-            try:
-                self.backbone.save_adapter(folder.adapter)
-            except SafetensorError as error:
-                raise OSError(f"{folder.adapter} could not be written ({checkpoint.reason(error)})") from None
-            follow_umask(folder.adapter)
+            ranks.by_first(lambda: self._export(folder))
+
+    def _export(self, folder: RunFolder) -> None:
+        try:
+            self.backbone.save_adapter(folder.adapter)
+        except SafetensorError as error:
+            raise OSError(f"{folder.adapter} could not be written ({checkpoint.reason(error)})") from None
+        follow_umask(folder.adapter)
+
+    def stops_later(self) -> bool:
+        """Let the run end with `Stopped` after the iteration at work, with a checkpoint; what a signal calls.
+
+        False, and nothing is done, where it may as well end at once: it was told before, or every iteration begins at a
+        checkpoint.
+        """
+        if self._is_stopped or self.config.train.checkpoint_every == 1:
+            return False
+        self._is_stopped = True
+        return True
+
+    def _speed(self, record: Mapping[str, Any], seconds: float) -> dict[str, float]:
+        """Images sampled and pairs trained a second, of all processes."""
+        images = self.config.train.prompts_per_iteration * self.config.train.samples_per_prompt
+        return {"images_per_second": images / seconds, "pairs_per_second": record["pairs_trained"] / seconds}
 
     def _refuse_not_finite(self, tensors: dict[str, Tensor]) -> None:
         if name := checkpoint.not_finite(tensors):
@@ -411,9 +535,8 @@ class Trainer:
     def _not_finite(self, name: str) -> str:
         return f"weights must be finite, and {name} is not any more; {remedy(self.config)}"
 
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take weights, moments and states from a checkpoint."""
-        tensors, state = found.tensors, found.state
         self.backbone.load_adapter_tensors(checkpoint.select(tensors, "adapter"))
         if self.ema is not None:
             self.ema.load(checkpoint.select(tensors, "ema"))
@@ -423,17 +546,21 @@ class Trainer:
         self.selector.load_state_dict(state["selector"])
         self.sensor.load_tensors(checkpoint.select(tensors, "sensor"))
 
-    def _save(self, folder: RunFolder, next_iteration: int) -> None:
+    def _save(self, folder: Any, next_iteration: int) -> None:
         tensors = checkpoint.prefixed(self.backbone.adapter_tensors(), "adapter")
         tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(self.optimizer), "optimizer")
         tensors |= checkpoint.prefixed(self.ema.tensors() if self.ema else {}, "ema")
         tensors |= checkpoint.prefixed(self.algorithm.tensors(), "algorithm")
         tensors |= checkpoint.prefixed(self.sensor.tensors(), "sensor")
         state = {"algorithm": self.algorithm.state_dict(), "selector": self.selector.state_dict()}
-        try:
-            folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
-        except checkpoint.NotFiniteError as error:
-            raise FloatingPointError(self._not_finite(error.name)) from None
+
+        def save() -> None:
+            try:
+                folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
+            except checkpoint.NotFiniteError as error:
+                raise FloatingPointError(self._not_finite(error.name)) from None
+
+        self.ranks.by_first(save)
 
     def _batch(self, iteration: int) -> list[str]:
         """What this iteration trains on: the prompts of a set's records, or those of a rollout."""
@@ -449,7 +576,7 @@ class Trainer:
         chosen = rng.sample(self.train_prompts * rounds, count)
         return [prompt for prompt in chosen for _ in range(self.config.train.samples_per_prompt)]
 
-    def _evaluate(self, folder: RunFolder, name: str | None, *, iteration: int) -> None:
+    def _evaluate(self, folder: Any, name: str | None, *, iteration: int) -> None:
         """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
         settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
@@ -470,10 +597,11 @@ class Trainer:
                     breakdown=lambda images, texts: rewards.breakdown(self.reward, images, texts),
                     similarity=self.similarity,
                     on_step=on_step,
+                    ranks=self.ranks,
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"after {iteration} iterations {error}; {remedy(self.config)}") from None
-        self._record(folder, evaluation, name, iteration)
+        self.ranks.by_first(lambda: self._record(folder, evaluation, name, iteration))
 
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self._reward_name(), "history": []}
