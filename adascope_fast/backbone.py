@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from adascope_fast.distributed.sharded import all_whole, copy_into, own
 from adascope_fast.schedules import Schedule
 
 Condition = dict[str, Tensor]
@@ -84,8 +85,12 @@ class Backbone(Protocol):
         """Within it, `predict` is the base model's."""
         ...
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in diffusers' LoRA format: `pipe.load_lora_weights(folder)` reads it."""
+    def save_adapter(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Write the adapter in diffusers' LoRA format: `pipe.load_lora_weights(folder)` reads it.
+
+        Args:
+            tensors: what `adapter_tensors` gave; None: it is asked now.
+        """
         ...
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -120,9 +125,8 @@ class Ema:
         """Move towards the weights as they are now; `num_updates` is what n grows by until the next call."""
         n = self._num_updates
         decay = (1 + n) / (10 + n) if self.growth is None else self.growth * max(0, n - self.delay)
-        torch._foreach_lerp_(
-            self._average, [parameter.data for parameter in self._parameters], 1 - min(self.decay, decay)
-        )
+        weights = [own(parameter.data) for parameter in self._parameters]
+        torch._foreach_lerp_([own(average) for average in self._average], weights, 1 - min(self.decay, decay))
         self._num_updates += num_updates
 
     @contextmanager
@@ -138,17 +142,18 @@ class Ema:
     def swap(self) -> None:
         """Exchange the model's weights and their averages."""
         for parameter, average in zip(self._parameters, self._average, strict=True):
-            trained = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(trained)
+            weight, mean = own(parameter.data), own(average)
+            trained = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(trained)
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages, by number, and how often they were moved."""
         count = torch.tensor(self._num_updates)
-        return {str(number): value for number, value in enumerate(self._average)} | {"num_updates": count}
+        return all_whole({str(number): value for number, value in enumerate(self._average)}) | {"num_updates": count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `tensors` gave."""
         self._num_updates = int(tensors["num_updates"])
         for number, average in enumerate(self._average):
-            average.copy_(tensors[str(number)])
+            copy_into(average, tensors[str(number)])

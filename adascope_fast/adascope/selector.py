@@ -73,7 +73,9 @@ class AdaScope(settings.AdaScope, IntervalRule):
             log_snr=schedule.log_snr,
             trainable=schedule.trainable,
         )
-        return nonempty(keep).to(trajectory.log_prob.device)
+        if not self._last["fraction"]:  # of all processes' samples: there may be none of this one
+            nonempty(keep)
+        return keep.to(trajectory.log_prob.device)
 
     def decide(
         self,

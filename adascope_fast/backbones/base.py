@@ -386,5 +386,5 @@ class PipelineBackbone:
     def load_adapter_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.weights.load(tensors)
 
-    def save_adapter(self, folder: Path) -> None:
-        self.weights.save(self.pipeline, folder)
+    def save_adapter(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+        self.weights.save(self.pipeline, folder, self.weights.tensors() if tensors is None else tensors)

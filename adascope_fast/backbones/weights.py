@@ -11,6 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from adascope_fast.distributed.sharded import all_whole, copy_into
 
 ADAPTER = "adascope"
 
@@ -30,12 +33,16 @@ class Weights(Protocol):
         """Put back what `tensors` gave."""
         ...
 
-    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
-        """Write them so that plain diffusers reads them."""
+    def save(self, pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Write what `tensors` gave so that plain diffusers reads it."""
         ...
 
     def merge(self) -> None:
         """Make the denoiser a plain trained one. Nothing is trained afterwards."""
+        ...
+
+    def frozen(self) -> nn.Module | None:
+        """The second denoiser that the reference policy is, where it is one."""
         ...
 
 
@@ -87,17 +94,21 @@ class LoraWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """`lora_A` and `lora_B` of every adapted layer."""
-        return get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return all_whole(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """ValueError where they are another adapter's."""
         advice = "use the model.name, model.lora_rank and model.lora_targets that it was trained with"
         _refuse_what_does_not_fit(tensors, self.tensors(), advice)
-        set_peft_model_state_dict(self.denoiser, tensors, adapter_name=ADAPTER)
+        if not isinstance(self.denoiser, FSDPModule):
+            set_peft_model_state_dict(self.denoiser, tensors, adapter_name=ADAPTER)
+            return
+        for name, value in get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER).items():
+            copy_into(value, tensors[name])
 
-    def save(self, pipeline: Any, folder: Path) -> None:
+    def save(self, pipeline: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
         """diffusers' LoRA format: `pipe.load_lora_weights(folder)`."""
-        layers = {name: value.detach().cpu().contiguous() for name, value in self.tensors().items()}
+        layers = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         settings = self.lora.to_dict()
         kept = {key: settings[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
         # JSON holds no sets, and peft's targets are one.
@@ -106,6 +117,9 @@ class LoraWeights:
             folder,
             **{f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata},
         )
+
+    def frozen(self) -> None:
+        """None: it is the same denoiser without its adapter."""
 
     def merge(self) -> None:
         """Add the adapter to the weights it adapts, and remove it."""
@@ -132,20 +146,29 @@ class FullWeights:
                 "load the model with keep_reference=True"
             )
         with torch.no_grad():
-            yield self._base.to(denoiser.device)
+            yield self._base if isinstance(self._base, FSDPModule) else self._base.to(denoiser.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state of the denoiser."""
-        return dict(self.denoiser.state_dict())
+        return all_whole(self.denoiser.state_dict())
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """ValueError where they are another model's."""
         _refuse_what_does_not_fit(tensors, self.tensors(), "use the model.name that it was trained with")
-        self.denoiser.load_state_dict(tensors)
+        for name, value in self.denoiser.state_dict().items():
+            copy_into(value, tensors[name])
 
-    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+    def save(self, pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor]) -> None:
         """A diffusers model folder: `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, say."""
-        self.denoiser.save_pretrained(folder / self.component, safe_serialization=True)
+        denoiser = self.denoiser
+        if isinstance(denoiser, FSDPModule):  # its weights are on other ranks too
+            denoiser = type(self.denoiser).__mro__[1].from_config(denoiser.config)
+            denoiser.load_state_dict(tensors)
+        denoiser.save_pretrained(folder / self.component, safe_serialization=True)
+
+    def frozen(self) -> nn.Module | None:
+        """The copy of what it was."""
+        return self._base
 
     def merge(self) -> None:
         """It is a plain denoiser already."""

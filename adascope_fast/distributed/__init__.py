@@ -4,3 +4,4 @@ from adascope_fast.distributed.ranks import RankLostError as RankLostError
 from adascope_fast.distributed.ranks import Ranks as Ranks
 from adascope_fast.distributed.ranks import bounds_of as bounds_of
 from adascope_fast.distributed.ranks import dealt as dealt
+from adascope_fast.distributed.ranks import most_batches as most_batches

@@ -250,6 +250,11 @@ def bounds_of(count: int, batch: int, size: int, *, needs_all: bool = True) -> l
     return [min(count, batch * (rank * num_batches // size)) for rank in range(size)] + [count]
 
 
+def most_batches(bounds: Sequence[int], batch: int) -> int:
+    """Batches of the rank that has most of them."""
+    return max(-(-(stop - start) // batch) for start, stop in itertools.pairwise(bounds))
+
+
 def dealt(rows: Tensor, owner: Tensor, size: int) -> tuple[list[Tensor], list[int]]:
     """As many of the rows for each of `size` ranks, but for one: its own, as far as that goes, then what others have.
 

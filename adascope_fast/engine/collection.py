@@ -15,8 +15,7 @@ from torch import Tensor
 from adascope_fast.algorithms.algorithm import Policy, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbones.folding import Folding
-from adascope_fast.distributed import bounds_of
-from adascope_fast.engine.acceleration import halving
+from adascope_fast.distributed import bounds_of, most_batches
 from adascope_fast.engine.one_pass import OnePass
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
@@ -161,9 +160,11 @@ class Collection:
 
     def stills(self, images: Sequence[StoredImage], prompts: list[str], told: list[str]) -> Stills:
         """See `algorithms.Collector`."""
-        device, own = self.schedule.coef.device, self._deal(len(prompts))
+        device, own = self.schedule.coef.device, self._deal(len(prompts), needs_all=False)
         with self._engine._part("rollout"):
-            found = self._engine._images(images[own], device)
+            found = torch.empty(0, *self._engine.backbone.latent_shape, device=device)
+            if images[own]:
+                found = self._engine._images(images[own], device)
         latents: Any = found if self._ranks.is_alone else Spread.of(found, self.bounds, self._ranks)
         return Stills(latents, self.schedule, prompts, self._encoded.index(told, device))
 
@@ -172,7 +173,7 @@ class Collection:
         bounds = self.bounds
         with self._engine._part("rollout"):
             distinct = list(dict.fromkeys(prompts))
-            own = self._deal(len(distinct))
+            own = self._deal(len(distinct), needs_all=False)
             total = len(distinct[own]) * self.schedule.num_steps
             trajectory, _ = self._rollout(distinct[own], None, None, total=total)
         self.num_forwards += total
@@ -181,9 +182,10 @@ class Collection:
         self.bounds = bounds
         return found
 
-    def _deal(self, count: int) -> slice:
+    def _deal(self, count: int, *, needs_all: bool = True) -> slice:
         """This rank's samples of `count`."""
-        self.bounds = bounds_of(count, self._engine.settings.rollout_batch, self._ranks.size)
+        batch = self._engine.settings.rollout_batch
+        self.bounds = bounds_of(count, batch, self._ranks.size, needs_all=needs_all)
         return self.own
 
     def _finite(self, samples: Samples) -> Samples:
@@ -303,6 +305,7 @@ class Collection:
                     noise=noise,
                     batch=batch,
                     numbers=range(self.own.start, self.own.stop),
+                    num_batches=most_batches(self.bounds, batch) if self._ranks.are_in_step else None,
                     kind=kind,
                     advance=advance,
                     tails=tails,
@@ -312,8 +315,7 @@ class Collection:
                     on_batch=None if scoring is None else scoring.submit,
                 )
 
-        freeing = engine._freeing(attempt)
-        trajectory, engine.rollout_batch = halving(freeing, engine.rollout_batch, "train.rollout_batch")
+        trajectory, engine.rollout_batch = engine.halving(attempt, engine.rollout_batch, "train.rollout_batch")
         if branched is not None:
             self.num_forwards += branched.num_guesses
             return trajectory, branched.branches

@@ -25,6 +25,7 @@ from adascope_fast.algorithms.algorithm import Algorithm, Context, Rows, Samples
 from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.distributed import Ranks, dealt
+from adascope_fast.distributed.sharded import sum_gradients, whole
 from adascope_fast.engine.acceleration import halving
 from adascope_fast.engine.collection import Collection, NothingFiniteError
 from adascope_fast.engine.graphs import Graphs
@@ -312,45 +313,68 @@ class Engine:
         updates = self.planned(rows, generator)
         num_forwards, recording = rows.num_forwards, self._recording
         cut = even_parts if recording is None or not recording.records_updates else halved_parts
+        if self.ranks.are_in_step:
+            cut = self._parts_in_step
         total = sum(len(update.rows) for update in updates) // self.ranks.size
         statistics, done = UpdateStatistics(num_steps, self.ranks), 0
         for number, update in enumerate(updates):
-            before, mine = done, self._share(rows, update, bounds)
+            before, (mine, weight) = done, self._share(rows, update, bounds)
 
             def attempt(
-                microbatch: int, mine: Rows = mine, update: Update = update, before: int = before, number: int = number
+                microbatch: int,
+                mine: Rows = mine,
+                weight: float = weight,
+                update: Update = update,
+                before: int = before,
+                number: int = number,
             ) -> list:
                 nonlocal done
                 self._clear_gradients()
                 done, parts = before, []
-                for part in cut(len(mine), max(1, microbatch // num_forwards)):
+                pieces = cut(len(mine), max(1, microbatch // num_forwards))
+                for piece, part in enumerate(pieces):
+                    sum_gradients(self.backbone.denoiser, now=piece + 1 == len(pieces))
                     # The first update comes before any parameter moved, so log_prob is old_log_prob.
-                    parts.append(self._accumulate(policy, mine.take(part), update.divisor, is_on_policy=number == 0))
+                    scale = weight / update.divisor
+                    parts.append(self._accumulate(policy, mine.take(part), scale, is_on_policy=number == 0))
                     done += part.stop - part.start
                     self._progress("update", done, total)
                 return parts
 
             if len(mine):
-                parts, self.microbatch = halving(self._freeing(attempt), self.microbatch, "train.microbatch")
+                parts, self.microbatch = self.halving(attempt, self.microbatch, "train.microbatch")
             else:
                 parts = []
             for parameter in self._parameters:
                 if parameter.grad is None:  # all without effect, or none is this rank's: its gradient is zero
                     parameter.grad = torch.zeros_like(parameter)
-            self.ranks.add([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-            statistics.add(parts, self._optimizer_step(), num_skipped=update.divisor - len(update.rows))
+            if not self.ranks.are_in_step:  # a model that ranks share has added them up in its backward passes
+                self.ranks.add([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+            told = parts if weight else []
+            statistics.add(told, self._optimizer_step(), num_skipped=update.divisor - len(update.rows))
         return statistics
 
-    def _share(self, rows: Rows, update: Update, bounds: Sequence[int]) -> Rows:
-        """What this rank trains of an update."""
+    def _share(self, rows: Rows, update: Update, bounds: Sequence[int]) -> tuple[Rows, float]:
+        """What this rank trains of an update, and the weight of it.
+
+        Where ranks call one model in step, one without rows has a row of weight 0, to call it as often as the others.
+        """
         if self.ranks.is_alone:
-            return rows.ordered(update.rows)
+            return rows.ordered(update.rows), 1.0
         sample, ends = rows.sample_index[update.rows], torch.tensor(bounds[1:], device=update.rows.device)
         shares, self._own_rows = dealt(update.rows, torch.searchsorted(ends, sample, right=True), self.ranks.size)
-        return rows.held(shares, self.ranks.rank)
+        is_idle = not len(shares[self.ranks.rank])
+        if self.ranks.are_in_step and len(update.rows):
+            shares = [share if len(share) else update.rows[:1] for share in shares]
+        return rows.held(shares, self.ranks.rank), 0.0 if is_idle else 1.0
+
+    def _parts_in_step(self, length: int, size: int) -> list[slice]:
+        """As `even_parts`, and as many on a rank with a row less."""
+        lengths = self.ranks.objects(length)
+        return even_parts(length, size, count=min(-(-max(lengths) // size), min(lengths)))
 
     def _accumulate(
-        self, policy: ModelPolicy, rows: Any, divisor: int, *, is_on_policy: bool
+        self, policy: ModelPolicy, rows: Any, scale: float, *, is_on_policy: bool
     ) -> dict[str, Float32[Tensor, " n"]]:
         """Add a microbatch's gradient; what it tells of each row."""
 
@@ -358,10 +382,8 @@ class Engine:
             return self._add_gradient(policy, rows, scale, is_on_policy=is_on_policy)
 
         if self._recording is None or not self._recording.records_updates:
-            return add_gradient(rows, 1 / divisor)
-        return self._recording.microbatch(
-            add_gradient, rows, scale=1 / divisor, host=is_on_policy, fixed=policy.tensors()
-        )
+            return add_gradient(rows, scale)
+        return self._recording.microbatch(add_gradient, rows, scale=scale, host=is_on_policy, fixed=policy.tensors())
 
     def _add_gradient(
         self, policy: ModelPolicy, rows: Any, scale: Any, *, is_on_policy: bool
@@ -379,6 +401,12 @@ class Engine:
         norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in gradients])
         squares = norms.square().sum(0).view(-1, len(loss.values)).sum(0)  # a row may be several of the denoiser's
         return told | {"output_gradient": squares.sqrt() / scale}
+
+    def halving(self, attempt: Callable[[int], T], size: int, name: str) -> tuple[T, int]:
+        """`attempt(size)`, with half the size as often as memory runs out; ranks that are in step do not part."""
+        if self.ranks.are_in_step:
+            return attempt(size), size
+        return halving(self._freeing(attempt), size, name)
 
     def _freeing(self, attempt: Callable[[int], T]) -> Callable[[int], T]:
         """`attempt`; if memory runs out, the graphs give up theirs."""
@@ -419,7 +447,7 @@ class Engine:
 
     def _optimizer_step(self) -> Float32[Tensor, ""]:
         """One update with the gradient cut to its largest norm, none if that norm is not finite; the norm."""
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm))
         if self.optimizer.defaults.get("fused"):  # skips by itself, on the device
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -477,9 +505,9 @@ def _means(parts: dict[str, Tensor]) -> dict[str, float]:
     return {name: scores.mean().item() for name, scores in parts.items()}
 
 
-def even_parts(length: int, size: int) -> list[slice]:
-    """Slices of at most `size` rows that differ by one row at most."""
-    count = -(-length // size)
+def even_parts(length: int, size: int, *, count: int | None = None) -> list[slice]:
+    """Slices of at most `size` rows that differ by one row at most; `count` of them where that is given."""
+    count = -(-length // size) if count is None else count
     starts = [number * (length // count) + min(number, length % count) for number in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 

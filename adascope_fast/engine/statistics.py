@@ -25,8 +25,8 @@ class UpdateStatistics:
     """
 
     num_steps: int
-    ranks: Ranks = field(default_factory=Ranks)
-    """Whose rows are read together; each adds those that it trained."""
+    ranks: Ranks | None = None
+    """Whose rows are read together, as each adds those that it trained; None: every rank adds all."""
     _rows: list[dict[str, Float32[Tensor, " n"]]] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
     _num_skipped: int = 0
@@ -79,8 +79,8 @@ class UpdateStatistics:
         own = sorted({name for part in self._rows for name in part} - KNOWN)
         rows |= {name: self._column(name, norms.device) for name in own}
         num_first = self._num_first
-        if not self.ranks.is_alone:
-            rows, own, num_first = self._of_all(rows, own)
+        if self.ranks is not None and not self.ranks.is_alone:
+            rows, own, num_first = self._of_all(self.ranks, rows, own)
         deviation = (rows["ratio"] - 1).abs()
         num_trained = len(deviation)
         first = rows["rollout_drift"][:num_first]
@@ -107,15 +107,17 @@ class UpdateStatistics:
         }
         return values, _told_by_step(told[len(MEANS) + 5 :].view_as(by_step).double())
 
-    def _of_all(self, rows: dict[str, Tensor], own: list[str]) -> tuple[dict[str, Tensor], list[str], int]:
+    def _of_all(
+        self, ranks: Ranks, rows: dict[str, Tensor], own: list[str]
+    ) -> tuple[dict[str, Tensor], list[str], int]:
         """The rows of all ranks, those of first updates first; the algorithm's own names; how many are of the first."""
-        told = self.ranks.objects((len(rows["loss"]), self._num_first, own))
+        told = ranks.objects((len(rows["loss"]), self._num_first, own))
         every = sorted({name for *_, names in told for name in names})
         names = [*(name for name in rows if name not in own), *every]
         nothing = torch.zeros_like(rows["loss"])
         mine = torch.stack([rows.get(name, nothing) for name in names], 1)
         bounds = [0, *itertools.accumulate(count for count, *_ in told)]
-        whole = self.ranks.whole(mine, bounds)
+        whole = ranks.whole(mine, bounds)
         where = [torch.arange(bounds[rank], bounds[rank] + first) for rank, (_, first, _) in enumerate(told)]
         where += [torch.arange(bounds[rank] + first, bounds[rank + 1]) for rank, (_, first, _) in enumerate(told)]
         whole = whole[torch.cat(where).to(whole.device)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adascope_fast.backbone import Backbone
 from adascope_fast.reference import Kind
-from adascope_fast.rollout.denoising import Advance, Denoising
+from adascope_fast.rollout.denoising import Advance, Denoising, predict
 from adascope_fast.rollout.noise import OwnNoise
 from adascope_fast.rollout.prompts import EncodedPrompts
 from adascope_fast.rollout.shared_start import SharedStart
@@ -38,6 +38,7 @@ def rollout(
     tails: Tails | None = None,
     shared: SharedStart | None = None,
     tables: Tables | None = None,
+    num_batches: int | None = None,
     on_step: Callable[[int], None] | None = None,
     on_batch: Callable[[slice, Tensor], None] | None = None,
 ) -> Trajectory:
@@ -56,6 +57,7 @@ def rollout(
         tails: where samples leave the sampler for a shorter way to the picture. The states that they skip are NaN.
         shared: which samples start alike, and take the first steps together; None: each starts on its own.
         tables: what is written to, and what the trajectory is made of; None: new ones.
+        num_batches: of the rank that has most, where ranks call one model in step: the denoiser is called as often.
         on_step: called with the number of samples after each step of each batch.
         on_batch: called with (rows, final latents) as soon as a batch is done.
     """
@@ -88,6 +90,11 @@ def rollout(
             _finish(advance, tails, rows, latents, prompt_index, on_step)
         if on_batch is not None:
             on_batch(rows, latents[rows, -1])
+    idle = 0 if num_batches is None else num_batches + -len(prompts) // batch
+    for step in list(range(num_steps)) * idle:
+        nobody = torch.zeros(1, *backbone.latent_shape, device=device)
+        timestep, index = schedule.timesteps[step : step + 1], torch.zeros(1, dtype=torch.int64, device=device)
+        predict(backbone, encoded, nobody, timestep, index, guidance_scale)
     told = tables.x0_correlation, tables.sample_correlation
     return Trajectory(latents, tables.x0, tables.log_prob, schedule, list(prompts), prompt_index, *told)
 

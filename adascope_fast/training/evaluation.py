@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone
-from adascope_fast.distributed import Ranks, bounds_of
+from adascope_fast.distributed import Ranks, bounds_of, most_batches
 from adascope_fast.engine.scoring import decoded_whole, score_finite
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import Schedule
@@ -129,6 +129,7 @@ def evaluate(
         noise=OwnNoise(seed),
         batch=batch,
         numbers=range(own.start, own.stop),
+        num_batches=most_batches(bounds, batch) if ranks.are_in_step else None,
         on_step=on_step,
     )
     side, device = backbone.resolution, schedule.coef.device

@@ -6,6 +6,7 @@ and repeats the run that was left alone bit for bit.
 
 import hashlib
 import inspect
+import itertools
 import logging
 import math
 import random
@@ -27,7 +28,7 @@ from adascope_fast.adascope.settings import RewardOnly, Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.distributed import Ranks
+from adascope_fast.distributed import Ranks, bounds_of
 from adascope_fast.engine.acceleration import accelerate, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
@@ -52,6 +53,7 @@ from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
 from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
+from adascope_fast.training.sharing import WHOLE, settled, share
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +151,7 @@ class Trainer:
         self._pipeline, self._algorithm, self._selector = pipeline, algorithm, selector
         self._progress, self._is_stopped = Progress(quiet=quiet), False
         self._found: checkpoint.Checkpoint | None = None
-        self.sharing = "each process has the whole model"
+        self.sharing = WHOLE
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
             clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
@@ -318,7 +320,7 @@ class Trainer:
     def _parts(self) -> dict[str, origin.Part]:
         """What the run is made of, once `prepare` has loaded it and before it is trained."""
         found = {
-            "pipeline": self._pipeline_part(),
+            "pipeline": self.pipeline_part,
             "algorithm": origin.of_object(self.algorithm, is_given="algorithm" in self._given),
             "selector": origin.of_object(self.selector, is_given="selector" in self._given),
         }
@@ -390,8 +392,9 @@ class Trainer:
 
     def prepare(self) -> None:
         """Load the model and build what trains it, as `train` does first; may refuse."""
-        config, train = self.config, self.config.train
         self._join()
+        config, train = settled(self.config, self.accelerator, self.ranks), self.config.train
+        self._refuse_too_many_processes()
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
         self._refuse_preferences()
@@ -404,8 +407,6 @@ class Trainer:
         if (known := self.algorithm.preferences) is not None:
             known.refuse_small(self.backbone.resolution)
         self.backbone.to(self.accelerator.device)
-        decay = config.model.average_decay
-        self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         sampler, evaluation = config.sampler, config.evaluation
         own = sampler.table
         self.schedule = self.backbone.schedule(sampler.num_steps, **own)
@@ -422,6 +423,10 @@ class Trainer:
         device, vae = self.accelerator.device, self.backbone.vae
         chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)
         self.acceleration = {"attention": self.backbone.attention, **chosen}
+        self.pipeline_part = self._pipeline_part()  # its weights are read here, before processes cut them into parts
+        self.sharing = share(self.backbone, self.accelerator, self.ranks)
+        decay = config.model.average_decay
+        self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         self.graphs = graphs_of(acceleration, device, self._progress.say)
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
         self.sensor = sensor_of(config, self.backbone, self.reward)
@@ -441,6 +446,22 @@ class Trainer:
             graphs=self.graphs,
             ranks=self.ranks,
         )
+
+    def _refuse_too_many_processes(self) -> None:
+        """ConfigError where a process would have nothing to sample; a line where some have more to do than others."""
+        train, size = self.config.train, self.ranks.size
+        count = train.prompts_per_iteration * train.samples_per_prompt
+        bounds = bounds_of(count, train.rollout_batch, size)
+        shares = [stop - start for start, stop in itertools.pairwise(bounds)]
+        if max(shares) > min(shares) and self.ranks.is_first:
+            logger.warning(
+                "train.rollout_batch = %d deals %d images out unevenly, %d to %d for each of %d processes: some wait",
+                train.rollout_batch,
+                count,
+                min(shares),
+                max(shares),
+                size,
+            )
 
     def _refuse_preferences(self) -> None:
         """ValueError where the algorithm's set does not suit the evaluation or the reward; a warning for overlap."""
@@ -502,12 +523,13 @@ class Trainer:
         watch.refuse_nothing_learned()
         self._evaluate(folder, "after", iteration=train.iterations)
         with self._averaged():
-            self._refuse_not_finite(self.backbone.adapter_tensors())
-            ranks.by_first(lambda: self._export(folder))
+            tensors = self.backbone.adapter_tensors()
+            self._refuse_not_finite(tensors)
+            ranks.by_first(lambda: self._export(folder, tensors))
 
-    def _export(self, folder: RunFolder) -> None:
+    def _export(self, folder: RunFolder, tensors: dict[str, Tensor]) -> None:
         try:
-            self.backbone.save_adapter(folder.adapter)
+            self.backbone.save_adapter(folder.adapter, tensors)
         except SafetensorError as error:
             raise OSError(f"{folder.adapter} could not be written ({checkpoint.reason(error)})") from None
         follow_umask(folder.adapter)
