@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adascope_fast.distributed.sharded import all_whole, copy_into, own
+from adascope_fast.distributed.sharded import all_whole, copy_into, own, weights_changed
 from adascope_fast.schedules import Schedule
 
 Condition = dict[str, Tensor]
@@ -146,6 +146,7 @@ class Ema:
             trained = weight.clone()
             weight.copy_(mean)
             mean.copy_(trained)
+        weights_changed()
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages, by number, and how often they were moved."""

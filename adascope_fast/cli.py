@@ -24,6 +24,7 @@ from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
 from adascope_fast.commands.import_weights import import_weights
 from adascope_fast.commands.judge import judge
+from adascope_fast.commands.launch import launch
 from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
@@ -62,6 +63,7 @@ for command in (
     judge,
 ):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 
 
 def main() -> None:
@@ -77,7 +79,9 @@ def main() -> None:
         if os.environ.get("ADASCOPE_FAST_DEBUG") == "1" or _is_a_fault(error):
             raise
         if not getattr(error, "is_told", False):  # the first process of a run has told it
-            print(f"error: {_in_one_line(error)}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            where = "error" if rank == "0" else f"error in process {rank}"
+            print(f"{where}: {_in_one_line(error)}", file=sys.stderr)
         sys.exit(1 if _came_on_the_way(error) else 2)
 
 

@@ -96,7 +96,7 @@ class Watch:
         def batched(samples: Any, context: Any) -> Any:
             if isinstance(engine.algorithm, PolicyGradient):
                 with mock.patch.object(engine.algorithm, "advantages", wraps=engine.algorithm.advantages) as asked:
-                    found = batch(samples, context)
+                    found: Any = batch(samples, context)
                 advantages.append(asked.call_count)
                 advantages.append(found.advantage.double().sort().values.tolist())
                 return found

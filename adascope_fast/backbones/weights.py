@@ -160,9 +160,10 @@ class FullWeights:
 
     def save(self, pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor]) -> None:
         """A diffusers model folder: `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`, say."""
-        denoiser = self.denoiser
-        if isinstance(denoiser, FSDPModule):  # its weights are on other ranks too
-            denoiser = type(self.denoiser).__mro__[1].from_config(denoiser.config)
+        denoiser: Any = self.denoiser
+        if isinstance(self.denoiser, FSDPModule):  # its weights are on other ranks too
+            plain: Any = type(self.denoiser).__mro__[2]  # what it was before it was spread
+            denoiser = plain.from_config(denoiser.config)
             denoiser.load_state_dict(tensors)
         denoiser.save_pretrained(folder / self.component, safe_serialization=True)
 

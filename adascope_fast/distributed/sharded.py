@@ -6,11 +6,15 @@ is called, and let go after it. So every rank has to call the model as often as 
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_SPREAD: WeakSet[nn.Module] = WeakSet()
+"""The models that are spread in this process."""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -41,12 +45,13 @@ def copy_into(tensor: Tensor, value: Tensor) -> None:
     own(tensor).copy_(own(like(value, tensor)))
 
 
-def shard(model: nn.Module, device: torch.device, **options: Any) -> int:
+def shard(model: nn.Module, device: torch.device, *, reshards: bool = True, **options: Any) -> int:
     """Spread the weights of a model over all ranks, in place; the number of its parts that are gathered at once.
 
     These are the blocks that diffusers names as repeated, and what is left over. Gradients are summed over the ranks.
 
     Args:
+        reshards: whether a block's weights are let go after each call, or when their gradients have been added up.
         options: of `fully_shard`.
 
     Raises:
@@ -60,16 +65,25 @@ def shard(model: nn.Module, device: torch.device, **options: Any) -> int:
             f"repeated blocks; give each process the whole model"
         )
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in [
-        *blocks,
-        model,
-    ]:  # the rest of the model too is let go after a call: weights are exchanged in between
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, **options)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshards, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _SPREAD.add(model)
     return len(blocks) + 1
+
+
+def weights_changed() -> None:
+    """Let go what models have gathered of their weights, since other ones have taken their place.
+
+    An update does so itself; what exchanges weights between two calls without a gradient has to say it.
+    """
+    for model in _SPREAD:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def sum_gradients(model: nn.Module, *, now: bool) -> None:

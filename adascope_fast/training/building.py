@@ -17,10 +17,12 @@ from adascope_fast.backbones import EMBEDDED
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rewards import ClipSimilarity, Reward
 from adascope_fast.selectors.protocol import TimestepSelector
+from adascope_fast.training.sharing import refuse_other_engines
 
 
 def accelerator_of(config: Config) -> Accelerator:
     """The device, its precision and the trackers that a configuration names; ConfigError if one is not there."""
+    refuse_other_engines()
     train = config.train
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.config import Config, ConfigError
@@ -57,21 +58,31 @@ def share(backbone: PipelineBackbone, accelerator: Accelerator, ranks: Ranks) ->
         return WHOLE
     plugin, device = _plugin(accelerator), accelerator.device
     options: dict[str, Any] = {}
-    if plugin.cpu_offload:
-        from torch.distributed.fsdp import CPUOffloadPolicy
-
-        options["offload_policy"] = (
-            plugin.cpu_offload if not isinstance(plugin.cpu_offload, bool) else CPUOffloadPolicy()
-        )
+    if plugin.cpu_offload and device.type != "cpu":
+        options["offload_policy"] = CPUOffloadPolicy()
     if plugin.mixed_precision_policy is not None:
         options["mp_policy"] = plugin.mixed_precision_policy
     backbone.settle()  # weights are aligned before they are cut
+    options["reshards"] = bool(plugin.reshard_after_forward)
     parts = shard(backbone.denoiser, device, **options)
     reference = backbone.weights.frozen()
     if reference is not None:
         shard(reference.to(device), device, **options)
     ranks.are_in_step = True
-    return f"FSDP2: each process has a share of {parts} parts of the {backbone.denoiser_name}"
+    kept = "" if options["reshards"] else ", which stay whole from a call to the next"
+    return f"FSDP2: each process has a share of {parts} parts of the {backbone.denoiser_name}{kept}"
+
+
+def refuse_other_engines() -> None:
+    """ConfigError where accelerate is to use another engine than FSDP2 to share a model."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "a model is shared by FSDP2, got DeepSpeed in accelerate's configuration, whose engine wants to make each "
+            "update itself and whose checkpoints are pickles; for the same shares start with: adascope-fast launch "
+            "zero2 (or zero3)"
+        )
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
+        raise ConfigError("a model is shared by FSDP2, got Megatron-LM; start with: adascope-fast launch fsdp2")
 
 
 def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:

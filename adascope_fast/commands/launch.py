@@ -1,0 +1,61 @@
+"""`adascope-fast launch`: a training in several processes, by accelerate, with a configuration that is shipped here."""
+
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import typer
+
+from adascope_fast.config import ConfigError
+
+
+def launch(
+    context: typer.Context,
+    name: str = typer.Argument(help="single, multi_gpu, multi_node, fsdp2, zero2, zero3, or a file of accelerate's."),
+) -> None:
+    """Start a training in several processes, such as: launch fsdp2 --num_processes 4 train CONFIG.toml ."""
+    at = next((place for place, word in enumerate(context.args) if word == "train"), None)
+    if at is None:
+        raise ConfigError(
+            f"launch starts a training, got {' '.join(context.args) or 'nothing'!r} after {name}; for example: "
+            f"adascope-fast launch {name} --num_processes 2 train CONFIG.toml"
+        )
+    options, command, path = context.args[:at], context.args[at:], configuration(name)
+    program = ["accelerate.commands.launch", "--config_file", str(path), *options]
+    if "--cpu" in options:  # accelerate starts one process there, whatever number is asked for
+        program = ["torch.distributed.run", *_on_cpus(path, options)]
+    os.execv(sys.executable, [sys.executable, "-m", *program, "--module", "adascope_fast.cli", *command])
+
+
+def _on_cpus(path: Path, options: list[str]) -> list[str]:
+    """torchrun's options for processes on the CPUs of this machine; accelerate's variables are set in the environment.
+
+    ConfigError for an option that has no meaning there.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    given = load_config_from_file(str(path))
+    number, rest = str(given.num_processes), [option for option in options if option != "--cpu"]
+    if rest[:1] == ["--num_processes"] and len(rest) > 1:
+        number, rest = rest[1], rest[2:]
+    if rest or not number.isdigit():
+        raise ConfigError(
+            f"launch with --cpu takes --num_processes and a number, got {' '.join(rest) or number!r}; remove it, or "
+            f"use torchrun itself"
+        )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if sharing := getattr(given, "fsdp_config", None):
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        os.environ |= {name.upper(): str(value).lower() for name, value in sharing.items()}
+    return ["--nproc-per-node", number]
+
+
+def configuration(name: str) -> Path:
+    """The file of accelerate's configuration; ConfigError where there is none of that name."""
+    folder = Path(str(files("adascope_fast") / "assets" / "accelerate"))
+    found = folder / f"{name}.yaml" if not name.endswith((".yaml", ".yml", ".json")) else Path(name)
+    if not found.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(f"launch takes {known} or a file that `accelerate config` wrote, got {name!r}; name one")
+    return found
