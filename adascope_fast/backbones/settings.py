@@ -44,9 +44,10 @@ class Model(Options):
     base: Text | None = None
     """For a .safetensors file: folder or repository that describes it; absent: the one that diffusers knows it by."""
     revision: Text | None = None
-    """Branch, tag or commit of a repository."""
+    """Branch, tag or commit of a repository; absent: its main branch."""
     variant: Text | None = None
-    """Which of several files of the same weights: `fp16` for `diffusion_pytorch_model.fp16.safetensors`."""
+    """Which of several files of the same weights: `fp16` for `diffusion_pytorch_model.fp16.safetensors`; absent: those
+    without such a word."""
     ema_decay: Decay | None = None
     """Decay of the trained weights' average, which is judged and exported; absent: 0.8 for LoRA, else 0 (none)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
@@ -36,6 +35,7 @@ from adascope_fast.algorithms.settings import (
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
 from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
+from adascope_fast.config.writing import toml_of
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
 from adascope_fast.rewards.settings import (
@@ -66,7 +66,7 @@ from adascope_fast.selectors.settings import (
     Threshold,
     Window,
 )
-from adascope_fast.settings import OWN, Section, chosen_by, fields_of, or_none
+from adascope_fast.settings import OWN, Section, chosen_by, or_none
 
 # The registries: a choice of each section is one line.
 AnyReward = Annotated[
@@ -424,12 +424,8 @@ class Config(Section):
             raise ConfigError(explain(cls, values, error)) from None
 
     def to_toml(self) -> str:
-        """The resolved configuration as TOML, every field written out; fields that are None are left out."""
-        values = self.model_dump(exclude_none=True)
-        for section, fields in values.items():
-            order = [*fields_of(type(getattr(self, section))), *fields]
-            values[section] = {name: fields[name] for name in order if name in fields}
-        return tomli_w.dumps(values)
+        """The resolved configuration as TOML, every key written out; one that is not set is a comment."""
+        return toml_of(self)
 
 
 def _senses(selector: Any) -> bool:
