@@ -15,6 +15,8 @@ _loading.__enter__()
 import errno
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -42,7 +44,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays.",
 )
 for command in (
     train,
@@ -62,6 +63,21 @@ for command in (
     judge,
 ):
     app.command()(command)
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"adascope-fast {version('adascope-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Say which it is.")
+    ] = False,
+) -> None:
+    """RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays."""
 
 
 def main() -> None:
