@@ -39,13 +39,11 @@ def _refuse_prompts(config: Config) -> None:
     """ValueError where a training's prompts are not to be had or cannot be meant; torch is not imported for it."""
     if config.prompts.train is None:
         raise ConfigError(
-            f"prompts.train and prompts.held_out must be named where model.name is none of "
-            f'{", ".join(EMBEDDED_NAMES)}, got model.name = "{config.model.name}" without prompts; set both to files '
-            f'with a prompt a line, or prompts.train = "animals:train"'
+            f"prompts.train must be named where model.name is none of {', '.join(EMBEDDED_NAMES)}, got model.name = "
+            f'"{config.model.name}" without prompts; set it to a file with a prompt a line, or prompts.train = '
+            f'"animals:train"'
         )
-    named = {"prompts.train": config.prompts.train, "prompts.held_out": config.prompts.held_out}
-    found = {key: [prompt for _, prompt in prompts.read(source)] for key, source in named.items()}
-    prompts.overlap(*found.values())
+    found = dict(zip(("prompts.train", "prompts.held_out"), prompts.named(config.prompts), strict=True))
     if isinstance(config.reward, SceneAttributes):
         for key, texts in found.items():
             scenes.refuse_others(texts, key)
