@@ -31,6 +31,15 @@ from adascope_fast.loading import quiet as quiet
 
 EMBEDDED = ("scenes", "scenes-flow")
 ASSETS = Path(__file__).parent.parent / "assets"
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd35-large",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+}
+"""Repositories whose JSON files are in this package, in `assets/published`."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +290,11 @@ def locate(name: str, *, base: str | None = None, revision: str | None = None, v
     source = Source(name, name, None, revision, variant)
     source.json("model_index.json")
     return source
+
+
+def described(name: str) -> Source:
+    """A repository of `PUBLISHED` by the JSON files of it in this package, without asking any network."""
+    return Source(name, str(ASSETS / "published" / PUBLISHED[name]))
 
 
 def _described_by(path: Path) -> str:
