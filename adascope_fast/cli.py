@@ -25,6 +25,7 @@ from adascope_fast.commands.config import config
 from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
 from adascope_fast.commands.import_weights import import_weights
+from adascope_fast.commands.init import init
 from adascope_fast.commands.judge import judge
 from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
@@ -46,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
+    init,
     train,
     make_preferences,
     train_preference_model,

@@ -16,7 +16,7 @@ SAMPLES = ("train", "calibrate", "make-preferences", "train-preference-model")
 
 ConfigArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CONFIG.toml [section.field=value]...", help="A configuration, then what to change."),
+    typer.Argument(metavar="CONFIG [section.field=value]...", help="A .toml file or a preset, then what to change."),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
@@ -27,9 +27,9 @@ def configured(arguments: list[str] | None, *, command: str) -> Config:
         raise ConfigError(
             f"{command} needs a configuration file first, got "
             + (repr(arguments[0]) if arguments else "nothing")
-            + f"; for example: adascope-fast {command} configs/quickstart.toml train.iterations=5"
+            + f"; for example: adascope-fast {command} quickstart train.iterations=5"
         )
-    config = Config.load(Path(arguments[0]), arguments[1:])
+    config = Config.load(arguments[0], arguments[1:])
     if command in SAMPLES:
         _refuse_prompts(config)
     return config

@@ -33,8 +33,9 @@ from adascope_fast.algorithms.settings import (
     Tdpo,
 )
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
+from adascope_fast.config.presets import values_of
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
-from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
+from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain
 from adascope_fast.config.writing import toml_of
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
@@ -395,12 +396,14 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:
-        """The validated configuration of a TOML file (None: no file) with `section.field=value` overrides on top.
+        """The validated configuration of a TOML file or a preset (`sd15`), with `section.field=value` overrides on top.
+
+        None is neither, the defaults alone.
 
         An override that makes another choice (`selector.name=every_step`) drops the file's keys of the choice that it
         replaces; a warning says which.
         """
-        values: dict[str, Any] = {} if path is None else read_toml(Path(path))
+        values: dict[str, Any] = {} if path is None else values_of(path)
         values, left_out = apply_overrides(cls, values, overrides)
         config = cls.of(values)
         for line in left_out:

@@ -190,7 +190,7 @@ def test_prompts_are_the_scenes_for_embedded_models_alone(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["sd15", "sd35_medium"])
 def test_the_large_configurations_train_on_animals(name: str):
-    config = Config.load(Path(__file__).parents[2] / "configs" / f"{name}.toml")
+    config = Config.load(name)
     assert (config.prompts.train, config.prompts.held_out) == ("animals:train", "animals:held_out")
     assert config.evaluation.num_prompts == 9
 
