@@ -15,6 +15,8 @@ _loading.__enter__()
 import errno
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -23,6 +25,7 @@ from adascope_fast.commands.config import config
 from adascope_fast.commands.evaluate import evaluate
 from adascope_fast.commands.explain import explain
 from adascope_fast.commands.import_weights import import_weights
+from adascope_fast.commands.init import init
 from adascope_fast.commands.judge import judge
 from adascope_fast.commands.launch import launch
 from adascope_fast.commands.make_preferences import make_preferences
@@ -43,9 +46,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays.",
 )
 for command in (
+    init,
     train,
     make_preferences,
     train_preference_model,
@@ -64,6 +67,21 @@ for command in (
 ):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"adascope-fast {version('adascope-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Say which it is.")
+    ] = False,
+) -> None:
+    """RL fine-tuning of diffusion and flow image models that trains only the denoising steps where it pays."""
 
 
 def main() -> None:

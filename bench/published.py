@@ -2,9 +2,10 @@
 
     python bench/published.py [--models sd15 sdxl sd35-medium] [--seconds N] [--out FILE.json]
 
-Time and memory do not depend on the weights. The models are made from configs/published, and prompts are random rows of
-the right shape, as text encoders are no part of an iteration's cost. Nothing is compiled, since the plan beside it
-counts what eager PyTorch takes. Writes JSON after each model; a model that there is no time for is listed as such.
+Time and memory do not depend on the weights. The models are made from adascope_fast/assets/published, and prompts are
+random rows of the right shape, as text encoders are no part of an iteration's cost. Nothing is compiled, since the plan
+beside it counts what eager PyTorch takes. Writes JSON after each model; a model that there is no time
+for is listed as such.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from adascope_fast.planning.plan import GIB, Plan, plan
 from adascope_fast.rollout import PromptCache
 from adascope_fast.training.trainer import Trainer
 
-FOLDER = Path(__file__).parents[1] / "configs" / "published"
+FOLDER = Path(__file__).parents[1] / "adascope_fast" / "assets" / "published"
 SHARED = [
     "model.dtype=bfloat16",
     "model.lora_rank=16",

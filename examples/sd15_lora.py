@@ -8,12 +8,12 @@ first: AdaScope's default thresholds were chosen for another model.
 """
 
 import argparse
-from pathlib import Path
 
 from adascope_fast import Config, Trainer
 from adascope_fast.planning.plan import plan
 
-CONFIG = Path(__file__).parents[1] / "configs" / "sd15.toml"
+CONFIG = "sd15"
+"""The preset, or the path of a file."""
 
 
 def main() -> None:

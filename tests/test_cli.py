@@ -1,12 +1,14 @@
 """The entry point: a mistake is one line on standard error with exit code 2, and costs no import of torch."""
 
+import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from command_line import TINY, refused
+from command_line import TINY, call, refused
 
 from adascope_fast import cli
 
@@ -61,3 +63,15 @@ def test_neither_help_nor_a_mistake_waits_for_torch(arguments: list[str]):
     )
     finished = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert finished.stdout.splitlines()[-1] == "False False"
+
+
+def test_the_version_is_told():
+    outcome = call("--version")
+    assert (outcome.code, outcome.out) == (0, f"adascope-fast {version('adascope-fast')}\n")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("trian", "train"), ("pretain", "pretrain"), ("evalute", "evaluate")])
+def test_a_mistyped_command_is_told_what_was_meant(name: str, meant: str):
+    outcome = call(name)
+    assert outcome.code == 2
+    assert re.search(rf"No such command '{name}'. Did you mean .*'{meant}'", outcome.err)

@@ -138,7 +138,7 @@ class RewardOnly(Section):
     decoder: Literal["vae", "tiny", "linear"] = "vae"
     """What decodes the guesses: the model's VAE, a tiny autoencoder, or a linear map fitted to the first rollout."""
     tiny: Text | None = None
-    """Folder or Hugging Face repository of the tiny autoencoder (diffusers' AutoencoderTiny)."""
+    """Folder or Hugging Face repository of the tiny autoencoder (diffusers' AutoencoderTiny); absent: none."""
     stride: Steps = 4
     """States from one that is decoded to the next; the last is always decoded, those between are interpolated."""
     num_samples: CountOrZero = 2

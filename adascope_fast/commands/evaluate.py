@@ -135,13 +135,17 @@ def _prompts(arms: "Sequence[Arm]", source: str | None) -> tuple[list[str], str,
             )
         return texts, told, {}
     config = next((arm.config for arm in arms if arm.config is not None), None)
-    source = source or (None if config is None else config.prompts.held_out)
-    if source is None:
+    named = Prompts() if config is None else config.prompts
+    source = source or named.held_out
+    if source is None and named.train is None:
         raise ConfigError(
             "evaluate needs prompts where no run names any, got none; add --prompts FILE, a prompt a line"
         )
-    known = prompt_sets.metadata(Prompts.model_construct(train=None, held_out=source))
-    return list(dict.fromkeys(prompt_sets.load(source))), source, known
+    if source is None:
+        _, texts = prompt_sets.named(named)
+        return texts, f"the held-out share of {named.train}", prompt_sets.metadata(named)
+    known = prompt_sets.metadata(Prompts.model_construct(train=None, held_out=source, column=named.column))
+    return list(dict.fromkeys(prompt_sets.load(source, named.column))), source, known
 
 
 def _asked(

@@ -73,7 +73,7 @@ def _made(
     from adascope_fast.training.draw import load_run
 
     reward, sampler = rewards.load(config.reward), config.sampler
-    names = prompts.load(config.prompts.train)
+    names, _ = prompts.chosen(config.prompts)
     if rewards.takes_metadata(reward):
         rewards.hand_metadata(reward, prompts.metadata(config.prompts))
     rewards.check_prompts(reward, names, "prompts.train")

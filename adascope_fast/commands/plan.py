@@ -1,4 +1,4 @@
-"""`adascope-fast plan`: what a training costs, before anything is loaded."""
+"""`adascope-fast plan`: what a training costs, and what GPU it fits into, before anything is loaded."""
 
 from typing import Annotated
 
@@ -15,12 +15,15 @@ def plan(
     ] = None,
     measure: Annotated[bool, typer.Option(help="With a GPU: a step of random weights beside the plan.")] = True,
 ) -> None:
-    """Say what a training would cost: parameters, operations, memory. No weights are read."""
+    """Say what a training would cost and which GPU it fits into. No weights are read."""
     config = configured(arguments, command="plan")
+    from adascope_fast.planning import verdict
     from adascope_fast.planning.measured import measured_table
-    from adascope_fast.planning.plan import plan as plan_of
+    from adascope_fast.planning.plan import Planner
 
-    result = plan_of(config)
+    planner = Planner()
+    result = planner.plan(config)
     print(result.table(tflops))
     if measure:
         print(measured_table(config, result))
+    print(verdict.text(verdict.verdict(config, planner)))

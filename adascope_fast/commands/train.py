@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def train(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG.toml] [section.field=value]...", help="A configuration, then what to change."),
+        typer.Argument(
+            metavar="[CONFIG] [section.field=value]...", help="A .toml file or a preset, then what to change."
+        ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,

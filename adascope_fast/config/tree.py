@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import tomli_w
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from adascope_fast.adascope.settings import AdaScope, Complement, Latent, RewardOnly, Semantic
@@ -34,8 +33,10 @@ from adascope_fast.algorithms.settings import (
     Tdpo,
 )
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
+from adascope_fast.config.presets import values_of
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
-from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
+from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain
+from adascope_fast.config.writing import toml_of
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
 from adascope_fast.rewards.settings import (
@@ -66,7 +67,7 @@ from adascope_fast.selectors.settings import (
     Threshold,
     Window,
 )
-from adascope_fast.settings import OWN, Section, chosen_by, fields_of, or_none
+from adascope_fast.settings import OWN, Section, chosen_by, or_none
 
 # The registries: a choice of each section is one line.
 AnyReward = Annotated[
@@ -395,12 +396,14 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:
-        """The validated configuration of a TOML file (None: no file) with `section.field=value` overrides on top.
+        """The validated configuration of a TOML file or a preset (`sd15`), with `section.field=value` overrides on top.
+
+        None is neither, the defaults alone.
 
         An override that makes another choice (`selector.name=every_step`) drops the file's keys of the choice that it
         replaces; a warning says which.
         """
-        values: dict[str, Any] = {} if path is None else read_toml(Path(path))
+        values: dict[str, Any] = {} if path is None else values_of(path)
         values, left_out = apply_overrides(cls, values, overrides)
         config = cls.of(values)
         for line in left_out:
@@ -424,12 +427,8 @@ class Config(Section):
             raise ConfigError(explain(cls, values, error)) from None
 
     def to_toml(self) -> str:
-        """The resolved configuration as TOML, every field written out; fields that are None are left out."""
-        values = self.model_dump(exclude_none=True)
-        for section, fields in values.items():
-            order = [*fields_of(type(getattr(self, section))), *fields]
-            values[section] = {name: fields[name] for name in order if name in fields}
-        return tomli_w.dumps(values)
+        """The resolved configuration as TOML, every key written out; one that is not set is a comment."""
+        return toml_of(self)
 
 
 def _senses(selector: Any) -> bool:

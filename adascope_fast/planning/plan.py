@@ -3,10 +3,12 @@
 Everything is counted on the meta device, from the model's JSON files. Operations are exact for the denoiser and the
 decoder, and 2 x parameters x tokens for text encoders. Memory is what tensors take; a GPU's context, its allocator's
 rounding and library workspaces come on top. Rewards and evaluations are not counted, nor what `torch.compile` saves.
-`planning.measured` measures a step beside it.
+`planning.measured` measures a step beside it, `planning.verdict` says what fits into a GPU.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,8 +47,17 @@ class Plan:
     """The weights with all that goes with them, and the trajectory."""
     rollout_bytes: float
     decode_bytes: float
+    encode_bytes: float
+    """While prompts are encoded, at the beginning: the weights, and text encoders that are away afterwards."""
     update_bytes: dict[int, float]
     microbatch: int
+    notes: tuple[str, ...] = ()
+    """What to know of the configuration, a line each."""
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most of the parts of a training, as configured."""
+        return max(self.encode_bytes, self.rollout_bytes, self.decode_bytes, self.update_bytes[self.microbatch])
 
     def table(self, tflops: float | None = None) -> str:
         """Lines for people; `tflops` is what the GPU sustains, for seconds."""
@@ -64,23 +75,79 @@ class Plan:
         if tflops:
             lines.append(f"  in all            {total / tflops / 1e12:.1f} s at {tflops:g} TFLOP/s")
         lines.append(f"memory, weights     {in_bytes(self.weight_bytes)} with gradients and optimiser")
+        if self.encode_bytes > self.weight_bytes:
+            lines.append(f"        encoding    {in_bytes(self.encode_bytes)} with the text encoders")
         lines.append(f"        rollout     {in_bytes(self.rollout_bytes)}")
         lines.append(f"        decoding    {in_bytes(self.decode_bytes)}")
         for size, peak in self.update_bytes.items():
             chosen = "  <- as configured" if size == self.microbatch else ""
             lines.append(f"        update      {in_bytes(peak)} at microbatch {size}{chosen}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note                {note}" for note in self.notes)])
 
 
 def plan(config: Config) -> Plan:
     """The plan of a configuration. ValueError where the model's JSON files cannot be had."""
-    train, steps = config.train, config.sampler.num_steps
-    options: dict[str, Any] = config.model.options() | {"offload_text_encoders": False}
+    return Planner().plan(config)
+
+
+class Planner:
+    """Plans of configurations that have a model in common, of which everything is counted once."""
+
+    def __init__(self) -> None:
+        self._counted: dict[str, Counted] = {}
+
+    def plan(self, config: Config) -> Plan:
+        """As `plan`."""
+        return _plan(config, self._counts(config))
+
+    def weight_bytes(self, config: Config) -> float:
+        """The least that it takes, without counting a forward."""
+        return weight_bytes(self._counts(config).backbone, config)
+
+    def _counts(self, config: Config) -> "Counted":
+        has_reference = bool(getattr(config.algorithm, "needs_reference", False))
+        autocast = torch.bfloat16 if config.train.mixed_precision == "bf16" else None
+        # Neither changes what is counted: quantised weights are not made, and text encoders are always near.
+        options: dict[str, Any] = config.model.options() | {"offload_text_encoders": False, "quantize": "none"}
+        key = f"{config.model.name!r} {options} {has_reference} {autocast}"
+        if key not in self._counted:
+            backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
+            self._counted[key] = Counted(backbone, autocast)
+        return self._counted[key]
+
+
+class Counted:
+    """A model's outline, and what is counted of it once it is asked for; costs are of 1 and of 2 rows."""
+
+    def __init__(self, backbone: PipelineBackbone, autocast: torch.dtype | None) -> None:
+        self.backbone, self._autocast = backbone, autocast
+        for parameter in backbone.trainable_parameters():
+            parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
+
+    @cached_property
+    def inference(self) -> list[Cost]:
+        """Of the denoiser's forward."""
+        return self._costs(backward=False)
+
+    @cached_property
+    def training(self) -> list[Cost]:
+        """Of the denoiser's forward and backward."""
+        return self._costs(backward=True)
+
+    @cached_property
+    def decode(self) -> Cost:
+        """Of decoding an image."""
+        latents = torch.empty(1, *self.backbone.latent_shape, device="meta")
+        return measure(lambda: self.backbone.decode(latents), backward=False)
+
+    def _costs(self, *, backward: bool) -> list[Cost]:
+        return [denoiser_cost(self.backbone, rows, backward=backward, autocast=self._autocast) for rows in (1, 2)]
+
+
+def _plan(config: Config, counted: Counted) -> Plan:
+    train, steps, backbone = config.train, config.sampler.num_steps, counted.backbone
     has_reference = bool(getattr(config.algorithm, "needs_reference", False))
     has_average = bool(getattr(config.algorithm, "has_average", False))
-    backbone = backbones.outline(config.model.name, **options, keep_reference=has_reference)
-    for parameter in backbone.trainable_parameters():
-        parameter.grad = torch.empty_like(parameter)  # gradients live from one microbatch to the next
     prompts = train.prompts_per_iteration
     images_of_a_record = getattr(config.algorithm, "images_of_a_record", None)
     is_offline = images_of_a_record is not None
@@ -88,13 +155,8 @@ def plan(config: Config) -> Plan:
     sampled = prompts * _share_sensed(config) if is_offline else images
     guided = 1 if config.sampler.guidance_scale == 1 else 2
     fraction = fraction_trained(config)
-    autocast = torch.bfloat16 if train.mixed_precision == "bf16" else None
-    inference, training = (
-        [denoiser_cost(backbone, rows, backward=backward, autocast=autocast) for rows in (1, 2)]
-        for backward in (False, True)
-    )
+    inference, training, decode = counted.inference, counted.training, counted.decode
     decoded = min(images, train.rollout_batch, backbone.num_decoded_at_once())
-    decode = measure(lambda: backbone.decode(torch.empty(1, *backbone.latent_shape, device="meta")), backward=False)
     inference_flops, backward_flops = inference[0].forward_flops, training[0].backward_flops
     once = guided * inference_flops
     pairs = fraction * images * steps
@@ -140,9 +202,22 @@ def plan(config: Config) -> Plan:
         held_bytes=held,
         rollout_bytes=held + peak_of(inference, guided * min(train.rollout_batch, images)) + _folded(backbone, config),
         decode_bytes=held + decoded * decode.peak_bytes,
+        encode_bytes=weights + (_encoder_bytes(backbone) if config.model.offload_text_encoders else 0.0),
         update_bytes={size: update_peak(size) for size in sorted({*MICROBATCHES, microbatch})},
         microbatch=microbatch,
+        notes=tuple(_notes(config, backbone)),
     )
+
+
+def _notes(config: Config, backbone: PipelineBackbone) -> Iterator[str]:
+    if backbones.is_described(config.model.name, revision=config.model.revision, base=config.model.base):
+        yield f"counted by the description of {config.model.name} in this package; no network was asked"
+    scale = config.sampler.guidance_scale
+    if scale != 1 and "embedded_guidance" in backbone.own_options:
+        yield (
+            f"sampler.guidance_scale = {scale:g} is a second forward at every step, beside the guidance that the model "
+            f"takes as an input at no cost (model.embedded_guidance); sampler.guidance_scale=1.0 halves the forwards"
+        )
 
 
 def fraction_trained(config: Config) -> float:
@@ -203,11 +278,9 @@ def _parameters(backbone: PipelineBackbone) -> dict[str, int]:
 
 def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
     """Frozen weights as stored, trained ones with gradient, two moments and what else the configuration keeps."""
-    total = 0.0
-    for name, module in _modules(backbone).items():
-        if name.startswith("text_encoder") and config.model.offload_text_encoders:
-            continue
-        total += sum(value.numel() * value.element_size() for value in [*module.parameters(), *module.buffers()])
+    total = sum(map(_stored_bytes, _modules(backbone).values()))
+    if config.model.offload_text_encoders:
+        total -= _encoder_bytes(backbone)
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
     copies = (
         3
@@ -218,6 +291,14 @@ def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
     if config.model.quantize != "none":
         total -= _saved_by_quantisation(backbone, config.model.quantize)
     return total + 4.0 * copies * trained
+
+
+def _encoder_bytes(backbone: PipelineBackbone) -> float:
+    return sum(_stored_bytes(part) for name, part in _modules(backbone).items() if name.startswith("text_encoder"))
+
+
+def _stored_bytes(module: nn.Module) -> float:
+    return float(sum(value.numel() * value.element_size() for value in [*module.parameters(), *module.buffers()]))
 
 
 def _saved_by_quantisation(backbone: PipelineBackbone, quantize: str) -> float:

@@ -1,6 +1,6 @@
-"""Prompt files as people have them: text with a prompt a line, JSON lines, and tables with a column `prompt`.
+"""Prompt files as people have them: text with a prompt a line, JSON lines, and tables with a column of prompts.
 
-What a line of JSON or of a table has besides is the prompt's metadata.
+What a line of JSON or of a table has besides is the prompt's metadata. Arrow's tables are `arrow`'s.
 
 A line ends at CR LF, LF or CR and nowhere else: Python's `splitlines` would also cut a prompt at U+2028, U+0085 and six
 more characters. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
@@ -11,18 +11,20 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 2**28
+COLUMN = "prompt"
+"""What the column of the prompts is called where nothing else is said."""
 TABLES = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 NO_TEXT = {
     ending: step
     for endings, step in {
         ".json .yaml .yml .toml .xml .html": "write a prompt a line, or a .jsonl",
-        ".parquet .arrow .feather .xlsx .xls .ods": "export it as .csv with a column prompt",
+        ".arrow .feather .xlsx .xls .ods": "export it as .csv or .parquet with a column prompt",
         ".pt .pth .ckpt .pkl .pickle .npy .npz .safetensors": "write a prompt a line",
         ".doc .docx .odt .rtf .pdf": "save it as plain text",
         ".zip .gz .bz2 .xz .zst .tar .tgz .7z": "unpack it",
@@ -45,7 +47,7 @@ Record = tuple[int, str, dict[str, Any]]
 """Line number, text and metadata of a prompt."""
 
 
-def records_of(path: Path) -> Iterator[Record]:
+def records_of(path: Path, column: str = COLUMN) -> Iterator[Record]:
     """Each prompt in a file, as it stands there; blank lines are left out.
 
     ValueError where the file is no list of prompts, or a line has none.
@@ -53,14 +55,24 @@ def records_of(path: Path) -> Iterator[Record]:
     kind = path.suffix.lower()
     if kind in NO_TEXT:
         raise ValueError(
-            f"a prompt file is text with a prompt a line, .jsonl, .csv or .tsv, got {str(path)!r}, a {kind} file; "
-            f"{NO_TEXT[kind]}"
+            f"a prompt file is text with a prompt a line, .jsonl, .csv, .tsv or .parquet, got {str(path)!r}, a {kind} "
+            f"file; {NO_TEXT[kind]}"
         )
     text = _text(path)
     if kind in TABLES:
-        return _of_table(text, path, TABLES[kind])
+        return _of_table(text, path, TABLES[kind], column)
     lines = ((number, line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip(" \t"))
-    return _of_json(lines, path) if kind in JSON_LINES else ((number, line, {}) for number, line in lines)
+    return _of_json(lines, path, column) if kind in JSON_LINES else ((number, line, {}) for number, line in lines)
+
+
+def column_among(names: Sequence[str], column: str, where: str) -> str:
+    """The one of `names` that is meant by `column`, whatever its case where no other is; ValueError if it is none."""
+    alike = [name for name in names if name == column] or [name for name in names if name.lower() == column.lower()]
+    if len(alike) != 1:
+        step = "rename all but one" if alike else "set prompts.column to that of the prompts"
+        shown = ", ".join(names) if len(names) <= 20 else ", ".join(names[:20]) + ", ..."
+        raise ValueError(f"{where} must have one column {column}, it has {shown[:300]}; {step}")
+    return alike[0]
 
 
 def _text(path: Path) -> str:
@@ -82,52 +94,45 @@ def _text(path: Path) -> str:
         raise ValueError(f"prompt files are UTF-8 text, {place}; save it as UTF-8") from None
 
 
-def _of_json(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[Record]:
+def _of_json(lines: Iterator[tuple[int, str]], path: Path, column: str) -> Iterator[Record]:
     for number, line in lines:
-        step = 'write a text or an object with "prompt" a line'
+        step = f'write a text or an object with "{column}" a line'
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             why = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
             raise ValueError(f"line {number} of {path} must be JSON, got {line[:60]!r} ({why}); {step}") from None
-        prompt = value.get("prompt") if isinstance(value, dict) else value
+        prompt = value.get(column) if isinstance(value, dict) else value
         if not isinstance(prompt, str):
+            if isinstance(value, dict) and column not in value and value:
+                step = f"set prompts.column to that of the prompts: {', '.join(value)[:200]}"
             raise ValueError(f"line {number} of {path} must hold a prompt, got {line[:60]!r}; {step}")
-        yield number, prompt, _besides(value) if isinstance(value, dict) else {}
+        yield number, prompt, _besides(value, column) if isinstance(value, dict) else {}
 
 
-def _besides(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "prompt"}
+def _besides(record: dict[str, Any], column: str) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != column}
 
 
-def _of_table(text: str, path: Path, delimiter: str) -> Iterator[Record]:
+def _of_table(text: str, path: Path, delimiter: str, column: str) -> Iterator[Record]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    column: int | None = None
+    place: int | None = None
     header: list[str] = []
     try:
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
-            if column is None:
-                names = [cell.strip().lower() for cell in row]
-                if names.count("prompt") != 1:
-                    raise ValueError(
-                        f"{path} must have one column prompt, its first line has {', '.join(names)[:80]!r}; name the "
-                        f"column of the prompts so"
-                    )
-                column, header = names.index("prompt"), [cell.strip() for cell in row]
-            elif column >= len(row):
+            if place is None:
+                header = [cell.strip() for cell in row]
+                place = header.index(column_among(header, column, str(path)))
+            elif place >= len(row):
                 raise ValueError(
                     f"line {rows.line_num} of {path} must have a prompt, got {delimiter.join(row)[:60]!r}; add it, or "
                     f"remove the line"
                 )
             else:
                 other = {name: cell for name, cell in zip(header, row, strict=False) if name and cell}
-                yield (
-                    rows.line_num,
-                    row[column],
-                    {name: cell for name, cell in other.items() if name.lower() != "prompt"},
-                )
+                yield rows.line_num, row[place], _besides(other, header[place])
     except csv.Error as error:
         raise ValueError(
             f"line {rows.line_num} of {path} must be a table's row, got {error}; quote texts with a comma, a quote or "

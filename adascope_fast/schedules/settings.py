@@ -28,7 +28,7 @@ class Sampler(Section):
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     """Noise of ddim (absent: 1), dance_sde (absent: 0.3) or flow_cps (absent: 0.7); 0 is deterministic."""
     noise_level: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Noise of flow_sde; absent: 0.7."""
+    """Noise of flow_sde; absent: 0.7 for it."""
     shift: Annotated[float, Field(gt=0, le=100)] | None = None
     """Of flow samplers: noise levels fall evenly from 1 to 0 and are shifted once, s t / (1 + (s - 1) t), as in
     DanceGRPO and MixGRPO (3); absent: the model's own."""

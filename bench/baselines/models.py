@@ -26,7 +26,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "adascope_fast" / "assets" / "scenes" / "tokenizer"
-SDXL = Path(__file__).parents[2] / "configs" / "published" / "sdxl"
+SDXL = Path(__file__).parents[2] / "adascope_fast" / "assets" / "published" / "sdxl"
 
 CLIP_L = dict(
     hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, hidden_act="quick_gelu",

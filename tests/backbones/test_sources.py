@@ -243,6 +243,42 @@ def test_a_repository_behind_a_licence_says_where_to_accept_it(cache: Path, monk
         backbones.check("someone/gated")
 
 
+def _unreachable(*_: Any) -> None:
+    raise OSError("Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("is_offline", "proxies", "want"), [(False, {}, True), (True, {}, False), (False, {"https": "p"}, False)]
+)
+def test_where_the_hub_has_no_address_nothing_but_its_cache_is_asked_and_it_is_told(
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_offline: bool,
+    proxies: dict[str, str],
+    want: bool,
+):
+    asked = []
+    download = sources.hf_hub_download
+
+    def watched(*arguments: Any, local_files_only: bool, **more: Any) -> str:
+        asked.append(local_files_only)
+        return download(*arguments, local_files_only=True, **more)
+
+    monkeypatch.setattr(sources, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(sources, "getproxies", lambda: proxies)
+    monkeypatch.setattr(sources, "getaddrinfo", _unreachable)
+    monkeypatch.setattr(sources, "hf_hub_download", watched)
+    sources.has_no_network.cache_clear()
+    try:
+        backbones.check("someone/tiny")
+    finally:
+        sources.has_no_network.cache_clear()
+    assert set(asked) == {want}
+    told = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
+    assert len(told) == want, "once"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -20,9 +20,12 @@ PLAIN = "reward.name=jpeg_compressibility"
         (["prompts.train=animals:train"], 'error: reward.name = "scene_attributes" judges scene captions alone, got 36 '
          "others in prompts.train, first 'cat'; choose another reward, or captions such as"),
         (["prompts.train=scenes:train", "prompts.held_out=animals:train"], "got 36 others in prompts.held_out, first"),
-        (["model.name=scene"], "error: prompts.train and prompts.held_out must be named where model.name is none of "
-         'scenes, scenes-flow, got model.name = "scene" without prompts; set both to files'),
-        ([PLAIN, "prompts.train=TMP/a.txt"], "error: prompts.held_out must be named where prompts.train is, got"),
+        (["model.name=scene"], "error: prompts.train must be named where model.name is none of "
+         'scenes, scenes-flow, got model.name = "scene" without prompts; set it to a file'),
+        ([PLAIN, "prompts.train=TMP/a.txt"], "error: where no held-out prompts are named, prompts.held_out_share "
+         "of the others must be 2 or more and leave one to train on, got 0.1 of the 3 different ones of "),
+        ([PLAIN, "prompts.train=TMP/a.txt", "prompts.held_out=TMP/b.txt", "prompts.column=text"],
+         "error: prompts.column names a column of a table or a field of a .jsonl, got 'text' with "),
         ([PLAIN, "prompts.train=TMP/a.txt", "prompts.held_out=TMP/b.txt"], "error: held-out prompts are judged by and "
          "never trained on, got 2 that are all in prompts.train, first 'two'; take them out of prompts.train, or name"),
         ([PLAIN, "prompts.train=TMP/a.txt", "prompts.held_out=TMP"], "which is a folder; check the path"),

@@ -3,11 +3,17 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from browser import opened
 from command_line import Outcome, call, refused
 from image_folders import folder
+
+from adascope_fast import prompts
+from adascope_fast.commands import evaluate
+from adascope_fast.config import Config
 
 ASK = ("--num-prompts", "3", "--num", "2", "--steps", "3")
 
@@ -149,3 +155,15 @@ def test_a_reward_that_asks_for_metadata_is_told_that_of_the_prompts_file(
     outcome = call("evaluate", "scenes", "--out", tmp_path / "out", *ask, "--metric", "reward:counting:score")
     assert outcome.code == 0, outcome
     assert outcome.out.splitlines()[2].split()[:3] == ["counting:score", "up", "3.000"]
+
+
+def test_a_run_that_held_out_a_share_is_judged_by_that_share(tmp_path: Path):
+    lines = [json.dumps({"text": f"prompt {number}", "number": number}) for number in range(20)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    config = Config.load(None, [f"prompts.train={tmp_path / 'mine.jsonl'}", "prompts.column=text"])
+    run: Any = SimpleNamespace(kind="run", config=config)
+    texts, told, known = evaluate._prompts([run], None)
+    assert texts == prompts.named(config.prompts)[1]
+    assert len(texts) == 2
+    assert told == f"the held-out share of {tmp_path / 'mine.jsonl'}"
+    assert [known[text] for text in texts] == [{"number": int(text.removeprefix("prompt "))} for text in texts]

@@ -8,6 +8,8 @@ import pytest
 from command_line import TINY, call, refused
 from preference_sets import write_pairs
 
+from adascope_fast import prompts
+from adascope_fast.config import Config
 from adascope_fast.preferences import making
 from adascope_fast.preferences.files import read_judged, read_pairs
 
@@ -128,3 +130,16 @@ def test_what_is_missing_is_told_first(tmp_path: Path):
     assert "needs a configuration file first" in refused("make-preferences")
     (tmp_path / "file").write_text("")
     assert "--out names a folder" in refused("make-preferences", TINY, "--out", tmp_path / "file")
+
+
+def test_prompts_of_the_held_out_share_are_not_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    texts = [f"a small red circle on a grey background {number}" for number in range(6)]
+    (tmp_path / "mine.txt").write_text("\n".join(texts))
+    settings = [f"prompts.train={tmp_path / 'mine.txt'}", "prompts.held_out_share=0.5"]
+    train, held_out = prompts.named(Config.load(None, settings).prompts)
+    out = tmp_path / "set"
+    arguments = ["make-preferences", TINY, *QUICK, *settings, "reward.name=jpeg_compressibility", "--pairs", "3"]
+    outcome = call(*arguments, "--images-per-prompt", "2", "--out", out)
+    assert outcome.code == 0, outcome
+    assert "3 of the 6 different prompts of " in caplog.text
+    assert set(read_pairs(out).prompts) == set(train) == set(texts) - set(held_out)

@@ -136,10 +136,11 @@ def test_every_text_is_printable_and_short(beside: list[str], key: str, value: s
             'acceleration.cuda_graphs must be one of auto, on, off, got "always"; set for example',
         ),
         (
-            ["prompts.train=a.txt"],
-            "prompts.held_out must be named where prompts.train is, got prompts.train = 'a.txt' alone; name a second",
+            ["prompts.train=scenes:held_out"],
+            "the held-out part of a built-in set is there to judge by, got prompts.train = 'scenes:held_out' alone; "
+            'set prompts.train = "scenes:train"',
         ),
-        (["prompts.train=scenes:held_out"], "prompts.held_out must be named where prompts.train is, got"),
+        (["prompts.held_out_share=1.0"], "prompts.held_out_share must be below 1, got 1.0"),
         (["prompts.held_out=a.txt"], "prompts.train must be named where prompts.held_out is, got"),
         (
             ["prompts.train=a", "prompts.held_out=a"],
@@ -181,13 +182,15 @@ def test_prompts_are_the_scenes_for_embedded_models_alone(tmp_path: Path):
     assert Config.of(tomllib.loads(other.to_toml())) == other
     animals = Config.load(None, ["model.name=somebody/some-model", "prompts.train=animals:train"])
     assert animals.prompts.held_out == "animals:held_out"
+    alone = Config.load(None, ["prompts.train=a.txt"]).prompts
+    assert (alone.train, alone.held_out) == ("a.txt", None)
     named = Config.load(None, ["prompts.train=a.txt", "prompts.held_out=b.txt"]).prompts
     assert (named.train, named.held_out) == ("a.txt", "b.txt")
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd35_medium"])
 def test_the_large_configurations_train_on_animals(name: str):
-    config = Config.load(Path(__file__).parents[2] / "configs" / f"{name}.toml")
+    config = Config.load(name)
     assert (config.prompts.train, config.prompts.held_out) == ("animals:train", "animals:held_out")
     assert config.evaluation.num_prompts == 9
 

@@ -64,7 +64,9 @@ def test_own_loop_trains_the_steps_of_the_interval(tmp_path: Path):
 
 
 def test_sd15_lora_is_planned_from_its_published_shape(tmp_path: Path):
-    printed = _run(tmp_path, "sd15_lora.py", "--model", str(CHECKOUT / "configs" / "published" / "sd15"))
+    printed = _run(
+        tmp_path, "sd15_lora.py", "--model", str(CHECKOUT / "adascope_fast" / "assets" / "published" / "sd15")
+    )
     assert "unet 859.5 M" in printed
     assert list(tmp_path.iterdir()) == [], "a plan trains nothing"
 

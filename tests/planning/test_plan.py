@@ -26,7 +26,7 @@ from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
 from adascope_fast.settings import OWN, choices_of
 
-PUBLISHED = Path(__file__).parents[2] / "configs" / "published"
+PUBLISHED = ASSETS / "published"
 CLIP_L, CLIP_H, CLIP_G, T5_XXL, VAE = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656, 83_653_863
 
 
@@ -339,12 +339,35 @@ def test_a_plan_reads_no_weights(tmp_path: Path):
     assert plan(Config.load(None, [f"model.name={folder}"])).flops == plan(Config()).flops
 
 
-def test_the_files_for_published_models_name_them_and_are_valid():
+def test_the_described_repositories_are_those_that_are_listed():
     described = (PUBLISHED / "README.md").read_text(encoding="utf-8")
-    for name in ("sd15", "sd35_medium"):
-        config = Config.load(PUBLISHED.parent / f"{name}.toml")
-        assert f"| {config.model.name} |" in described
-        assert config.model.dtype == "bfloat16"
+    assert {path.name for path in PUBLISHED.iterdir() if path.is_dir()} == set(backbones.PUBLISHED.values())
+    for repository, folder in backbones.PUBLISHED.items():
+        other = f"`{folder}` was published as {repository}, which was taken down"
+        assert f"| `{folder}` | {repository} |" in described or other in described
+
+
+def test_a_described_repository_is_planned_without_a_network(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a network was asked")
+
+    monkeypatch.setattr("adascope_fast.backbones.sources.hf_hub_download", refuse)
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    result = plan(Config.load(None, [f"model.name={name}", "model.dtype=bfloat16"]))
+    assert result.parameters["unet"] == 859_520_964
+    note = f"counted by the description of {name} in this package; no network was asked"
+    assert result.notes == (note,)
+    assert note in result.table()
+    with pytest.raises(AssertionError, match="a network was asked"):
+        plan(Config.load(None, [f"model.name={name}", "model.revision=fp16"]))
+
+
+def test_text_encoders_that_are_away_count_while_prompts_are_encoded():
+    near, away = (plan(Config.load(None, [f"model.offload_text_encoders={flag}"])) for flag in ("false", "true"))
+    assert near.encode_bytes == near.weight_bytes
+    assert away.encode_bytes == near.weight_bytes > away.weight_bytes
+    assert "encoding" in away.table()
+    assert "encoding" not in near.table()
 
 
 @pytest.mark.slow

@@ -64,13 +64,17 @@ def test_lists_take_the_place_of_what_is_named(tmp_path: Path, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("settings", "given", "message"),
     [
-        (SCENES, {"train": ["a cat"]}, "held_out_prompts must be given with .* not of scenes:train, got 'a cat' alone"),
+        (
+            SCENES,
+            {"train": ["a cat"]},
+            "must be 2 or more and leave one to train on, got 0.1 of the 1 different ones of",
+        ),
         (SCENES, {"train": []}, "train_prompts needs at least one prompt, got an empty list"),
         (SCENES, {"train": ["a", "a\nb"]}, r"train_prompts\[1\] has the control character U\+000A"),
         (SCENES, {"train": "a cat", "held_out": ["b"]}, "train_prompts is a list of prompts, got one text, 'a cat'"),
         (SCENES, {"train": ["a"], "held_out": ["a"]}, "never trained on, got 1 that are all in prompts.train"),
-        (Prompts(), {}, "prompts.train and prompts.held_out must be named where model.name is no embedded model"),
-        (Prompts(), {"train": ["a"]}, "prompts.train and prompts.held_out must be named"),
+        (Prompts(), {}, "prompts.train must be named where model.name is no embedded model"),
+        (Prompts(), {"train": ["a"]}, "got 0.1 of the 1 different ones of train_prompts; add prompts, or name others"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings: Prompts, given: dict, message: str):

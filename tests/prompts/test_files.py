@@ -55,7 +55,7 @@ def test_what_any_platform_writes_as_lines_comes_back(
     source = _saved(folder, ENCODINGS[encoding] + content.encode(encoding))
     assert prompts.load(source) == [text.strip() for text in texts]
     step = 1 + has_blanks
-    assert [number for number, _ in prompts.read(source)] == list(range(1, 1 + step * len(texts), step))
+    assert [number for number, *_ in files.records_of(Path(source))] == list(range(1, 1 + step * len(texts), step))
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=6), st.sampled_from([".jsonl", ".ndjson", ".csv", ".tsv", ".CSV"]))
@@ -97,15 +97,24 @@ def test_what_was_not_utf_8_on_the_command_line_is_refused():
         ("p.txt", codecs.BOM_UTF16_LE + b"a\x00\x00", "p.txt begins as utf-16 and has a byte at 4 that is none"),
         ("p.txt", "a cat".encode("utf-16-le"), r"line 1 of .* has the control character U\+0000"),
         ("p.txt", b"PK\x03\x04", "line 1 of .* has the control character"),
-        ("p.jsonl", b'"a"\n{"text": "b"}\n', "line 2 of .* must hold a prompt, got .*; write a text or an object with"),
+        (
+            "p.jsonl",
+            b'"a"\n{"text": "b"}\n',
+            "line 2 of .* must hold a prompt, got .*; set prompts.column to that of the prompts: text",
+        ),
+        ("p.jsonl", b'"a"\n{}\n', "line 2 of .* must hold a prompt, got .*; write a text or an object with"),
         ("p.jsonl", b'"a"\n\n["b"]\n', "line 3 of .* must hold a prompt, got"),
         ("p.jsonl", b"a cat\n", r"line 1 of .* must be JSON, got 'a cat' \(Expecting value\); write"),
         ("p.jsonl", b"[" * 100_000, "line 1 of .* must be JSON, got .*nested too deep"),
         ("p.jsonl", b'"a\\ud800b"\n', "line 1 of .* has a byte that is not UTF-8"),
         ("p.jsonl", b'"a\\u0000b"\n', r"line 1 of .* has the control character U\+0000"),
         ("p.jsonl", b'{"prompt": " "}\n', "line 1 of .* is empty"),
-        ("p.csv", b"caption\na cat\n", "must have one column prompt, its first line has 'caption'; name the column"),
-        ("p.csv", b"prompt,prompt\na,b\n", "must have one column prompt"),
+        (
+            "p.csv",
+            b"caption\na cat\n",
+            "must have one column prompt, it has caption; set prompts.column to that of the prompts$",
+        ),
+        ("p.csv", b"prompt,prompt\na,b\n", "must have one column prompt, it has prompt, prompt; rename all but one"),
         ("p.csv", b"id,prompt\n1,a\n2\n", "line 3 of .* must have a prompt, got '2'; add it"),
         ("p.csv", b"id,prompt\n1,a\n2,\n", "line 3 of .* is empty"),
         ("p.csv", b'prompt\n"a\nb"\n', r"line 3 of .* has the control character U\+000A"),

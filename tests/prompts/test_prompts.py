@@ -113,7 +113,7 @@ def test_a_bad_prompt_file_is_refused_by_line(tmp_path: Path, content: bytes, me
 @pytest.mark.parametrize("source", ["missing.txt", "scenes", "scenes:", ".", ""])
 def test_a_source_that_is_no_file_is_refused(source: str):
     with pytest.raises(
-        ValueError, match=r"prompts are scenes:train, .* animals:held_out or a text file, got .*; check"
+        ValueError, match=r"prompts are scenes:train, .*, datasets:owner/name or a text file, got .*; check"
     ):
         prompts.load(source)
 
