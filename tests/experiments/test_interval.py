@@ -13,6 +13,7 @@ import pytest
 
 from adascope_fast.config import Config
 from adascope_fast.reporting import save_grid
+from adascope_fast.reporting.images import GAP
 
 CHECKOUT = Path(__file__).parents[2]
 INTERVAL = CHECKOUT / "experiments" / "interval"
@@ -188,11 +189,15 @@ def test_pictures_before_and_after_are_side_by_side(tmp_path: Path):
     run = tmp_path / "run"
     for name, level in (("before", 0.25), ("after", 0.75)):
         save_grid(np.full((6, 3, 8, 8), level), 2, run / "samples" / f"{name}.png")
-    (run / "samples" / "grid.json").write_text(json.dumps({"prompts": ["a", "b", "c"], "columns": 2, "tile": 8}))
+    grid = {"prompts": ["a", "b", "c"], "columns": 2, "tile": 8, "gap": GAP}
+    (run / "samples" / "grid.json").write_text(json.dumps(grid))
     (run / "stats.jsonl").write_text("{}\n{}\n")
     script = _load("before_after")
     sheet = script.before_after(run, num_prompts=2)
-    assert sheet.size == (2 * (10 + 2 * 8 * 2) + 24, 34 + 2 * (8 * 2 + 26))
+    width = 2 * (8 + GAP + 8)
+    assert sheet.size == (2 * (10 + width) + 24, 34 + 2 * (8 * 2 + 26))
     for top in (34, 34 + 8 * 2 + 26):
-        for left, level in ((10, 64), (10 + 2 * 8 * 2 + 24, 191)):
-            assert np.asarray(sheet)[top : top + 16, left : left + 32].tolist() == np.full((16, 32, 3), level).tolist()
+        for left, level in ((10, 64), (10 + width + 24, 191)):
+            for picture in (left, left + 2 * (8 + GAP)):  # enlarged with the gap, so its inside alone is even
+                inside = np.asarray(sheet)[top + 4 : top + 12, picture + 4 : picture + 12]
+                assert inside.tolist() == np.full((8, 8, 3), level).tolist()
