@@ -83,6 +83,9 @@ def use(folder: Path, config: Record, parts: Record, prompt: str) -> str:
         is_embedded = name in EMBEDDED_NAMES
         lines = ["from adascope_fast.backbones import folder_of"] if is_embedded else []
         chosen = [f"{key}={_text(model[key])}" for key in ("revision", "variant") if model.get(key)]
+        if (dtype := model.get("dtype", "float32")) != "float32":
+            lines.append("import torch")
+            chosen.append(f"dtype=torch.{dtype}")
         place = ", ".join([f"folder_of({_text(name)})" if is_embedded else _text(name), *chosen])
         lines += [IMPORT, "", f"pipeline = DiffusionPipeline.from_pretrained({place})"]
         lines.append(f"pipeline.load_lora_weights({adapter})")

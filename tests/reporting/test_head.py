@@ -70,9 +70,13 @@ def test_a_run_with_parts_of_ones_own_is_repeated_in_python():
     [
         ([], {}, ['DiffusionPipeline.from_pretrained(folder_of("scenes"))', "load_lora_weights("]),
         (
-            ["model.name=some/model", "model.revision=main", "model.variant=fp16"],
+            ["model.name=some/model", "model.revision=main", "model.variant=fp16", "model.dtype=bfloat16"],
             {},
-            ['DiffusionPipeline.from_pretrained("some/model", revision="main", variant="fp16")', "load_lora_weights("],
+            [
+                'from_pretrained("some/model", revision="main", variant="fp16", dtype=torch.bfloat16)',
+                "import torch\nfrom diffusers",
+                "load_lora_weights(",
+            ],
         ),
         (["model.name=some/model.safetensors"], {}, ["# first, in a shell: adascope-fast merge ", '_merged")']),
         (["model.train=full"], {}, ["# first, in a shell: adascope-fast merge ", '_merged")']),
