@@ -223,8 +223,8 @@ class Seen:
     def of(self, prompts: Collection[str]) -> "Seen":
         """The part of some prompts."""
         rows = [row for row, prompt in enumerate(self.prompts) if prompt in prompts]
-        curves = Curves(*(None if part is None else part[rows] for part in self.curves))
-        return Seen(curves, [self.prompts[row] for row in rows], self.num_steps, self.log_snr, self.trainable)
+        parts = {name: part[rows] for name, part in self.curves._asdict().items() if part is not None}
+        return Seen(Curves(**parts), [self.prompts[row] for row in rows], self.num_steps, self.log_snr, self.trainable)
 
 
 def _curves(trajectory: Trajectory, sensed: Curves, judged: Curves) -> dict[str, dict[str, list[float | None]]]:

@@ -81,4 +81,5 @@ def _mean(rows: Sequence[Values]) -> Values:
 def _rows(values: Values, num_steps: int, factor: float) -> list[figures.Row]:
     """(step, value, value, value); a step's value stands in its middle, a state's where it is."""
     offset = 0.0 if len(values) > num_steps else 0.5
-    return [(index + offset, *[factor * value] * 3) for index, value in enumerate(values) if value is not None]
+    known = [(index + offset, factor * value) for index, value in enumerate(values) if value is not None]
+    return [(x, y, y, y) for x, y in known]

@@ -277,7 +277,7 @@ def _reasons(stats: Sequence[Record]) -> list[tuple[str, str, int, str]]:
 
 
 def _seconds(stats: Sequence[Record]) -> list[tuple[str, float]]:
-    totals = dict.fromkeys(PARTS, 0.0)
+    totals: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for record in stats:
         for part, seconds in mapping(record.get("seconds")).items():
             totals[part] = totals.get(part, 0.0) + float(seconds)

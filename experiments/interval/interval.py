@@ -254,7 +254,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             part.set_color(INK)
     arms = _named(axes[0, 0])
     figure.legend(
-        arms.values(), arms, title="one line for each seed", loc="outside lower center", ncols=5, frameon=False, labelcolor=INK
+        arms.values(),
+        arms,
+        title="one line for each seed",
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        labelcolor=INK,
     ).get_title().set_color(INK)
     figure.savefig(path, dpi=90, transparent=True)
     pyplot.close(figure)

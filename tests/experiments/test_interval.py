@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from adascope_fast.config import Config
 from adascope_fast.reporting import save_grid
@@ -72,7 +73,9 @@ def test_points_add_up_pairs_and_seconds_until_each_evaluation(experiment: Any, 
     assert (found["fraction_trained"], found["fraction_chosen"]) == (0.5, pytest.approx(0.6))
 
 
-def test_the_summary_is_over_seeds_and_the_plot_is_drawn(experiment: Any, tmp_path: Path):
+def test_the_summary_is_over_seeds_and_the_plot_is_drawn(
+    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     rows = [
         {
             "reward": "r",
@@ -92,6 +95,12 @@ def test_the_summary_is_over_seeds_and_the_plot_is_drawn(experiment: Any, tmp_pa
     )
     experiment.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 0), "nothing is behind it"
+    (tmp_path / "again.json").write_text(json.dumps({"runs": rows}))
+    monkeypatch.setattr(sys, "argv", ["interval.py", "--redraw", str(tmp_path / "again.json")])
+    experiment.main()
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "plot.png").read_bytes()
 
 
 def test_a_run_that_swung_back_has_fallen_from_its_best(experiment: Any, tmp_path: Path):

@@ -135,7 +135,8 @@ def test_a_fallback_near_the_aim_is_not_proposed():
 def test_thresholds_of_prompts_alike_are_sure_and_of_others_are_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(calibration, "NUM_SPLITS", 2)
     t = 12
-    alike = Curves(*(None if part is None else part[:1].expand(4, -1) for part in _settling(1, t)))
+    one = _settling(1, t)
+    alike = Curves(one.preference.expand(4, -1), volatility=one.volatility.expand(4, -1))
     sure = calibration._halves(AdaScope(), _seen(alike, t), PAPER, 0)
     assert sure is not None
     assert (sure.num, sure.kappa[0], sure.phi_end[0]) == (4, sure.kappa[1], sure.phi_end[1])

@@ -259,8 +259,8 @@ def test_what_one_update_holds_at_zero_is_a_sentence_and_not_five_charts(run: Pa
     lines = []
     for iteration in range(4):
         record = record_of(iteration) | zero | {"loss": 3e-9 * iteration}
-        record["steps"] |= {name: [None, *[0.0] * (NUM_STEPS - 2), None] for name in ("ratio_deviation", "clipfrac")}
-        lines.append(json.dumps(record) + "\n")
+        steps = {name: [None, *[0.0] * (NUM_STEPS - 2), None] for name in ("ratio_deviation", "clipfrac")}
+        lines.append(json.dumps(record | {"steps": record_of(iteration)["steps"] | steps}) + "\n")
     (run / "stats.jsonl").write_text("".join(lines))
     page = page_of(run)
     words = words_of(page)
