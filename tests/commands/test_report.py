@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import call, refused
 from PIL import Image
+from safetensors.torch import load_file
 
 
 def test_report_is_written_again(run: Path):
@@ -81,5 +83,5 @@ def test_the_command_of_the_page_repeats_the_run(run: Path):
     assert call(*shlex.split(unescape(command))[1:]).code == 0
     again = run.with_name("run_again")
     assert (again / "stats.jsonl").read_text().count("\n") == (run / "stats.jsonl").read_text().count("\n")
-    weights = [(folder / "adapter" / "pytorch_lora_weights.safetensors").read_bytes() for folder in (run, again)]
-    assert weights[0] == weights[1]
+    weights = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (run, again)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
