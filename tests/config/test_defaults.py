@@ -24,6 +24,7 @@ def test_keys_are_compared_with_those_of_the_choice():
         "train.iterations": ("5", "20"),
         "model.lora_targets": ('["to_q"]', "absent"),
     }
+    assert changed("sensing.kind=reward_only") == {"sensing.kind": ('"reward_only"', '"latent"')}, "every is 2 there"
     assert changed("selector.name=static_range", "selector.start=2", "selector.end=5") == {
         "selector.name": ('"static_range"', '"adascope"'),
         "selector.start": ("2", ""),

@@ -150,6 +150,20 @@ def test_thresholds_of_prompts_alike_are_sure_and_of_others_are_not(monkeypatch:
     assert several == calibration._halves(AdaScope(), _seen(_settling(4, t), t), (0.2, 0.5), 0), "by its seed"
 
 
+def test_thresholds_of_a_half_are_tried_on_the_other_half():
+    adascope, seen = AdaScope(), _seen(_settling(8, 20), 20).of("ah")
+    found = calibration._halves(adascope, seen, (0.2, 0.5), 0)
+    parts = [seen.of(prompt) for prompt in "ah"]
+    proposed = [calibration._proposed(adascope, part, (0.2, 0.5)) for part in parts]
+    tried = [
+        calibration._decide(adascope, part, one.kappa, one.phi_end)
+        for part, one in zip(parts[::-1], proposed, strict=True)
+    ]
+    assert found is not None
+    assert found.miss_end == pytest.approx(np.mean([abs(one.mean_end - 10) for one in tried]))
+    assert found.miss_end != pytest.approx(np.mean([abs(one.mean_end - 10) for one in proposed]))
+
+
 def test_one_prompt_says_nothing_of_how_sure_thresholds_are(tmp_path: Path):
     assert calibration._halves(AdaScope(), _seen(_settling(1, 20), 20), PAPER, 0) is None
     result = calibrate(Config.load(TINY, ["sampler.num_steps=6"]), num_prompts=1, trainer=_made)
