@@ -204,7 +204,8 @@ def scatter(points: Mapping[str, Sequence[Point]], css: Mapping[str, str], *, si
             for x, y in _finite(of_series)
         )
         marks.append(f'<g class="point {css[name]}"><title>{escape(name)}</title>{dots}</g>')
-    frame = f'viewBox="0 0 {side} {side}" role="img" aria-label="images by their features"'
+    told = escape(", ".join(f"{len(of_series)} of {name}" for name, of_series in points.items()))
+    frame = f'viewBox="0 0 {side} {side}" role="img" aria-label="images by their features: {told}"'
     return f'<svg {frame}><rect class="grid" width="{side}" height="{side}"/>{"".join(marks)}</svg>'
 
 

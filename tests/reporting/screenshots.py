@@ -33,22 +33,24 @@ def main() -> None:
     report, calibration = write_report(chosen.run), write_calibration(values, chosen.calibration)
     chosen.out.mkdir(parents=True, exist_ok=True)
     for name, (width, height) in SIZES.items():
-        for scheme in ("light", "dark"):
-            taken = {"report": report, "calibration": calibration}
+        for scheme, place in (("light", "top"), ("dark", "pictures")):
+            shots = [("report", report, place), ("calibration", calibration, "top")]
             with opened(viewport={"width": width, "height": height}, color_scheme=scheme) as page:
-                for kind, path in taken.items():
-                    page.goto(path.absolute().as_uri())
-                    _save(page, chosen.out / f"{kind}_{name}_{scheme}.webp")
-                if (name, scheme) == ("wide", "light"):
-                    page.goto(report.absolute().as_uri())
-                    page.evaluate("document.getElementById('charts').scrollIntoView()")
-                    _save(page, chosen.out / "report_charts.webp")
+                for kind, path, where in shots:
+                    _save(page, path, where, chosen.out / f"{kind}_{name}_{scheme}.webp")
+    with opened(viewport=dict(zip(("width", "height"), SIZES["wide"], strict=True))) as page:
+        _save(page, report, "charts", chosen.out / "report_charts.webp")
 
 
-def _save(page: Any, path: Path) -> None:
-    """What is in the window, without loss and half as large as a PNG."""
+def _save(page: Any, shown: Path, where: str, path: Path) -> None:
+    """A window of a page from an anchor on, without loss where that is smaller, as it is for text."""
+    page.goto(f"{shown.absolute().as_uri()}#{where}")
+    found = []
     with Image.open(io.BytesIO(page.screenshot())) as image:
-        image.convert("RGB").save(path, lossless=True, method=6)
+        for how in ({"lossless": True}, {"quality": 90}):
+            image.convert("RGB").save(buffer := io.BytesIO(), "WEBP", method=6, **how)
+            found.append(buffer.getvalue())
+    path.write_bytes(min(found, key=len))
     print(f"{path}: {path.stat().st_size // 1000} kB")
 
 
