@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 from adascope_fast.adascope import interval_rule, selector
 from adascope_fast.reporting.reasons import INSTEAD, MEMORY, REASONS, in_words
@@ -28,3 +29,8 @@ def test_what_was_taken_instead_is_told():
 
 def test_a_reason_of_ones_own_selector_has_no_meaning_here():
     assert in_words("because") == ""
+
+
+def test_the_documentation_has_every_reason():
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    assert REASONS.keys() <= set(re.findall(r"`([\w:]+)`", page))
