@@ -43,7 +43,7 @@ def charts(
     parts = [("a", "The iteration", stats)] if len(stats) < 2 else parts
     drawn, constant = [], {}
     for name, meaning in MEANINGS.items():
-        title, quantity, factor = PREFERENCES.get(sensing or "", meaning) if name == "preference" else meaning
+        title, quantity, factor = PREFERENCES.get(str(sensing), meaning) if name == "preference" else meaning
         rows = [(css, named, _mean([_values(record, name) for record in part])) for css, named, part in parts]
         if (value := one_value(one for *_, values in rows for one in values if one is not None)) is not None:
             constant[title] = factor * value
