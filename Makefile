@@ -15,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu bench-migrating faults experiment-quickstart gpu wheel docs
+.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu bench-migrating faults experiment-quickstart gpu wheel screenshots docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -125,6 +125,13 @@ wheel: $(READY)
 	venv/bin/adascope-fast train "$$checkout/configs/tiny.toml" run.folder="$$work/run"; \
 	test -s "$$work/run/report.html"; \
 	echo "wheel: installed, imported and run from outside the checkout"
+
+# The images of docs/images that show pages of a run, of a calibration and of a judge, in a headless Chromium; both are made if they are not there.
+screenshots: $(READY)
+	test -s runs/quickstart/report.html || $(MAKE) quickstart
+	test -s runs/calibration/calibration.json || $(OFFLINE) $(VENV)/adascope-fast calibrate configs/quickstart.toml --prompts 32
+	$(VENV)/python tests/reporting/screenshots.py runs/quickstart runs/calibration
+	$(VENV)/python tests/judging/screenshots.py
 
 # The documentation as static pages in site/; a warning is an error. The program writes the page of its configuration.
 docs: $(DOCS_READY)

@@ -46,7 +46,7 @@ BELOW: dict[str, set[str]] = {
     "backbone": {"distributed", "schedules"},
     "distributed": set(),
     "prompts": set(),
-    "reporting": set(),
+    "reporting": {"config"},
     "rollout": {"backbone", "distributed", "ops", "reference", "schedules"},
     "theory": {"ops", "rollout", "schedules"},
     "selectors": _LATENTS | {"theory"},

@@ -7,8 +7,9 @@ The paper's Figure 1 for a model and a reward of one's own: the reward and the s
 uncertainty of each step, measured (1 - correlation of the latents around it) and by Theorem 2.
 """
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ PAPER = (0.106, 0.636)
 """The paper's mean interval, steps 5.3 to 31.8 of 50, as shares of t."""
 KAPPAS = np.geomspace(0.01, 2.0, 54)
 PHIS = np.geomspace(0.001, 0.7, 66)
+NUM_SPLITS = 4
+"""How often the prompts are halved to see how sure the thresholds are."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,21 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """How sure proposed thresholds are: those of random halves of the prompts, and what they do on the other half.
+
+    The thresholds as (lowest, highest) over the halves; the misses as means of the distance, in steps, between the aim
+    and the mean start and end of the half that the thresholds were not chosen on.
+    """
+
+    num: int
+    kappa: tuple[float, float]
+    phi_end: tuple[float, float]
+    miss_start: float
+    miss_end: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Curves of a rollout that nothing was trained on, the interval as configured, and thresholds for `target`.
 
@@ -61,13 +79,17 @@ class Calibration:
     samples_per_prompt: int
     reward: str
     model: str
+    seed: int
     structure: str
+    preference: str
     curves: dict[str, dict[str, list[float | None]]]
     theory: list[float]
     sampler: list[float]
     configured: Decision
     proposed: Decision
     target: tuple[float, float]
+    halves: Halves | None
+    """None with a single prompt."""
     seconds: float
 
     def values(self) -> dict[str, Any]:
@@ -79,11 +101,12 @@ class Calibration:
         one, other = self.configured, self.proposed
         lines = [
             f"{self.num_prompts} prompts x {self.samples_per_prompt} pictures, {self.num_steps} steps, "
-            f"{self.seconds:.1f} s; intervals as mean over prompts +- standard deviation",
+            f"run.seed = {self.seed}, {self.seconds:.1f} s; intervals as mean over prompts +- standard deviation",
             f"as configured   {_line(one)}",
             f"for steps {self.target[0] * self.num_steps:.1f} to {self.target[1] * self.num_steps:.1f} of "
             f"{self.num_steps}: selector.kappa={other.kappa:.3g} selector.phi_end={other.phi_end:.3g}",
             f"  they give     {_line(other)}",
+            *([_sureness(self.halves)] if self.halves is not None else []),
         ]
         return "\n".join(lines)
 
@@ -125,26 +148,28 @@ def calibrate(
     assert isinstance(adascope, AdaScope)
     prompts = made.prompts_of(0)
     trajectory = _sample(made, prompts)
-    sensed = adascope.sensor(trajectory)
+    seen = Seen.by(adascope, trajectory)
     judge = DecodedSensor(
         made.backbone.decode, lambda images, texts: rewards.score_guesses(made.reward, images, texts), stride=stride
     )
     judged = judge(trajectory)
-    found = _curves(trajectory, sensed, judged)
-    configured = _decide(adascope, trajectory, sensed, adascope.kappa, adascope.phi_end)
+    is_decoded = isinstance(sensing, RewardOnly)  # semantic sensing too
     return Calibration(
         num_steps=trajectory.num_steps,
         num_prompts=num_prompts,
         samples_per_prompt=len(prompts) // num_prompts,
         reward=config.reward.name,
         model=config.model.name,
-        structure="similarity of text and picture" if sensed.volatility is None else "1 - correlation of guesses",
-        curves=found,
+        seed=config.run.seed,
+        structure="similarity of text and picture" if seen.curves.volatility is None else "1 - correlation of guesses",
+        preference=f"{config.reward.name} of the decoded guess" if is_decoded else "correlation with the final latent",
+        curves=_curves(trajectory, seen.curves, judged),
         theory=(1 - schedule_correlation(trajectory.schedule)).tolist(),
         sampler=(1 - ideal_chain(trajectory.schedule, 1.0).correlation).tolist(),
-        configured=configured,
-        proposed=_proposed(adascope, trajectory, sensed, target),
+        configured=_decide(adascope, seen, adascope.kappa, adascope.phi_end),
+        proposed=_proposed(adascope, seen, target),
         target=target,
+        halves=_halves(adascope, seen, target, config.run.seed),
         seconds=time.perf_counter() - started,
     )
 
@@ -178,6 +203,30 @@ def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a rollout showed AdaScope: the curves of its samples, and of its steps what a decision needs."""
+
+    curves: Curves
+    prompts: list[str]
+    num_steps: int
+    log_snr: Any
+    trainable: Any
+
+    @classmethod
+    def by(cls, adascope: AdaScope, trajectory: Trajectory) -> "Seen":
+        """A trajectory as the selector's own sensor sees it."""
+        schedule = trajectory.schedule
+        curves = adascope.sensor(trajectory)
+        return cls(curves, trajectory.prompts, trajectory.num_steps, schedule.log_snr, schedule.trainable)
+
+    def of(self, prompts: Collection[str]) -> "Seen":
+        """The part of some prompts."""
+        rows = [row for row, prompt in enumerate(self.prompts) if prompt in prompts]
+        parts = {name: part[rows] for name, part in self.curves._asdict().items() if part is not None}
+        return Seen(Curves(**parts), [self.prompts[row] for row in rows], self.num_steps, self.log_snr, self.trainable)
+
+
 def _curves(trajectory: Trajectory, sensed: Curves, judged: Curves) -> dict[str, dict[str, list[float | None]]]:
     structure = sensed.structure.diff(dim=1) if sensed.structure is not None else sensed.volatility
     assert structure is not None
@@ -200,12 +249,12 @@ def _summary(prompts: np.ndarray) -> dict[str, list[float | None]]:
     return {"mean": finite.mean(0).tolist(), "std": finite.std(0).tolist()}
 
 
-def _decide(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, kappa: float, phi: float) -> Decision:
+def _decide(adascope: AdaScope, seen: Seen, kappa: float, phi: float) -> Decision:
     fresh = adascope.fresh(kappa=float(kappa), phi_end=float(phi))
-    given: dict[str, Any] = {"log_snr": trajectory.schedule.log_snr, "trainable": trajectory.schedule.trainable}
+    given: dict[str, Any] = {"log_snr": seen.log_snr, "trainable": seen.trainable}
     if fresh.rule == "knee_causal":
-        fresh.decide(sensed, trajectory.prompts, **given)  # the scale of the curves is known from then on
-    fresh.decide(sensed, trajectory.prompts, **given)
+        fresh.decide(seen.curves, seen.prompts, **given)  # the scale of the curves is known from then on
+    fresh.decide(seen.curves, seen.prompts, **given)
     told = fresh.telemetry()
     starts, ends = np.array(told["intervals"]).T
     return Decision(
@@ -221,16 +270,47 @@ def _decide(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, kappa: f
     )
 
 
-def _proposed(adascope: AdaScope, trajectory: Trajectory, sensed: Curves, target: tuple[float, float]) -> Decision:
+def _proposed(adascope: AdaScope, seen: Seen, target: tuple[float, float]) -> Decision:
     """The thresholds whose mean interval comes nearest: first kappa, which alone moves the start, then phi.
 
     A fallback looks at no threshold and lies near the paper's interval, so it costs as much as missing by all steps.
     """
-    t = trajectory.num_steps
-    starts = [_decide(adascope, trajectory, sensed, kappa, adascope.phi_end) for kappa in KAPPAS]
+    t = seen.num_steps
+    starts = [_decide(adascope, seen, kappa, adascope.phi_end) for kappa in KAPPAS]
     kappa = min(starts, key=lambda one: abs(one.mean_start - target[0] * t) + t * _fallbacks(one)).kappa
-    ends = [_decide(adascope, trajectory, sensed, kappa, phi) for phi in PHIS]
+    ends = [_decide(adascope, seen, kappa, phi) for phi in PHIS]
     return min(ends, key=lambda one: abs(one.mean_end - target[1] * t) + t * _fallbacks(one))
+
+
+def _halves(adascope: AdaScope, seen: Seen, target: tuple[float, float], seed: int) -> Halves | None:
+    """Thresholds of each half of random splits of the prompts, tried on the other half."""
+    prompts, draw = list(dict.fromkeys(seen.prompts)), random.Random(seed)
+    if len(prompts) < 2:
+        return None
+    chosen, tried = [], []
+    for _ in range(NUM_SPLITS):
+        first = set(draw.sample(prompts, len(prompts) // 2))
+        parts = [seen.of(first), seen.of(set(prompts) - first)]
+        for one, other in (parts, parts[::-1]):
+            chosen.append(_proposed(adascope, one, target))
+            tried.append(_decide(adascope, other, chosen[-1].kappa, chosen[-1].phi_end))
+    kappas, phis = [one.kappa for one in chosen], [one.phi_end for one in chosen]
+    start, end = (share * seen.num_steps for share in target)
+    return Halves(
+        num=len(chosen),
+        kappa=(min(kappas), max(kappas)),
+        phi_end=(min(phis), max(phis)),
+        miss_start=float(np.mean([abs(one.mean_start - start) for one in tried])),
+        miss_end=float(np.mean([abs(one.mean_end - end) for one in tried])),
+    )
+
+
+def _sureness(halves: Halves) -> str:
+    kappa, phi_end = (f"{low:.3g} to {high:.3g}" for low, high in (halves.kappa, halves.phi_end))
+    return (
+        f"  how sure      on {halves.num} random halves of the prompts kappa was {kappa}, phi_end {phi_end}; "
+        f"on the other half they missed the aim by {halves.miss_start:.1f} and {halves.miss_end:.1f} steps"
+    )
 
 
 def _fallbacks(decision: Decision) -> float:

@@ -1,6 +1,8 @@
 """A run's folder, read as it may be found: stopped at any moment, damaged, or none. Nothing here imports torch."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,14 @@ def records(text: str) -> list[dict[str, Any]]:
     """The iterations that the lines of a log record, in their order; a line that is none is left out."""
     found = [json_object(line) for line in text.split("\n")]
     return [record for record in found if isinstance(record.get("iteration"), int)]
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A value of a JSON object that should be an object itself; empty where it is none."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def number_of(record: Mapping[str, Any], key: str) -> float:
+    """A number of a record, NaN where there is none."""
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -1,4 +1,4 @@
-"""Pictures on disk: grids without gaps, so that a row can be cut out again, and captioned sheets for people.
+"""Pictures on disk: grids whose pictures stand apart and can be cut out again, and captioned sheets for people.
 
 Axes: `n` pictures, `h` and `w` pixels; values in [0, 1]. CPU tensors and numpy arrays are both taken.
 """
@@ -13,10 +13,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FONT_SIZE = 13
+GAP = 6
+"""Pixels between two pictures of a grid: white, and a grey frame of one pixel around each picture."""
+MOST_SHOWN = 256
+"""Pixels of a picture's longer side on a page, twice what it is shown at for screens that have them."""
 
 
 def save_grid(images: Any, columns: int, path: Path) -> None:
-    """Write the pictures, row by row, as one PNG without gaps; places left over in the last row are white.
+    """Write the pictures, row by row, as one PNG with `GAP` between them; places left over in the last row are white.
 
     Args:
         images: [n, 3, h, w] in [0, 1]; values outside are clipped.
@@ -26,9 +30,10 @@ def save_grid(images: Any, columns: int, path: Path) -> None:
     pixels = _to_pixels(images)
     num, height, width, _ = pixels.shape
     rows = -(-num // columns)
-    grid = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    grid = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
     for index, image in enumerate(pixels):
-        top, left = index // columns * height, index % columns * width
+        top, left = index // columns * (height + GAP) + GAP, index % columns * (width + GAP) + GAP
+        grid[top - 1 : top + height + 1, left - 1 : left + width + 1] = 150
         grid[top : top + height, left : left + width] = image
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(path)
@@ -58,11 +63,28 @@ def contact_sheet(images: Any, captions: Sequence[str], columns: int, path: Path
     sheet.save(path)
 
 
-def cut_rows(path: Path, num_rows: int) -> list[str]:
-    """The first `num_rows` equal rows of a grid PNG, each as a `data:` address of a PNG."""
+def cut(path: Path, rows: int, columns: int, *, gap: int) -> list[list[str]]:
+    """The pictures of a grid PNG, row by row, each as a `data:` address; large ones are made smaller.
+
+    ValueError where so many do not fit.
+
+    Args:
+        gap: pixels around each picture; 0 for a grid without gaps, as earlier versions wrote.
+    """
     with Image.open(path) as grid:
-        height = grid.height // num_rows
-        return [_data_url(grid.crop((0, row * height, grid.width, (row + 1) * height))) for row in range(num_rows)]
+        width, height = ((side - gap) // number - gap for side, number in ((grid.width, columns), (grid.height, rows)))
+        if min(width, height) < 1:
+            raise ValueError(
+                f"a grid of {rows} by {columns} pictures is larger than {grid.width} x {grid.height} pixels"
+            )
+        corners = [
+            [(gap + column * (width + gap), gap + row * (height + gap)) for column in range(columns)]
+            for row in range(rows)
+        ]
+        return [
+            [_shown(grid.crop((left, top, left + width, top + height))) for left, top in row_corners]
+            for row_corners in corners
+        ]
 
 
 def strip(images: Sequence[np.ndarray], *, side: int) -> str:
@@ -78,10 +100,18 @@ def strip(images: Sequence[np.ndarray], *, side: int) -> str:
     return _data_url(joined)
 
 
-def _data_url(image: Image.Image) -> str:
+def _shown(image: Image.Image) -> str:
+    """A small picture as it is; a large one smaller, and as JPEG, so that a page of many can be sent."""
+    if max(image.size) <= MOST_SHOWN:
+        return _data_url(image)
+    image.thumbnail((MOST_SHOWN, MOST_SHOWN), Image.Resampling.LANCZOS)
+    return _data_url(image, "JPEG", quality=90)
+
+
+def _data_url(image: Image.Image, kind: str = "PNG", **how: Any) -> str:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.convert("RGB").save(buffer, format=kind, optimize=True, **how)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _to_pixels(images: Any) -> np.ndarray:

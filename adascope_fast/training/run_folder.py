@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tomllib
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -62,6 +64,7 @@ class RunFolder:
         self.path, self._held = path, held
         earlier = _json(path / "run.json")
         self._seconds, self._peak = (_number(earlier.get(key)) for key in ("seconds_total", "peak_memory_mb"))
+        self._date = earlier.get("date") or f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
     @classmethod
     def check(cls, config: Config, *, overwrite: bool) -> None:
@@ -195,7 +198,7 @@ class RunFolder:
     def describe(
         self, status: str, device: torch.device, seconds: float, chosen: Mapping[str, str], **more: Any
     ) -> None:
-        """Write `run.json`: status, command, machine, versions, commit, peak memory, seconds, and what was chosen.
+        """Write `run.json`: status, start, command, machine, versions, commit, peak memory, seconds, what was chosen.
 
         Args:
             seconds: of this process; those of the processes before it are added.
@@ -210,7 +213,8 @@ class RunFolder:
             {
                 "status": status,
                 **more,
-                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "date": self._date,
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "device": torch.cuda.get_device_name()
                 if on_gpu
                 else f"{platform.machine()} CPU, {os.cpu_count()} cores",

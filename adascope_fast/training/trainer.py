@@ -34,7 +34,7 @@ from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
 from adascope_fast.reporting.files import is_run
-from adascope_fast.reporting.images import save_grid
+from adascope_fast.reporting.images import GAP, save_grid
 from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
@@ -636,9 +636,8 @@ class Trainer:
             columns = self.config.evaluation.samples_per_prompt
             save_grid(evaluation.shown, columns, folder.samples / f"{name}.png")
             shown = self.held_out[: self.config.evaluation.grid_prompts]
-            folder.write(
-                "samples/grid.json", {"prompts": shown, "columns": columns, "tile": evaluation.shown.shape[-1]}
-            )
+            side = evaluation.shown.shape[-1]
+            folder.write("samples/grid.json", {"prompts": shown, "columns": columns, "tile": side, "gap": GAP})
         if name == "after":
             rows = values["before"]["scores"]
             before = torch.tensor([[math.nan if score is None else score for score in row] for row in rows])

@@ -32,7 +32,8 @@ def before_after(run: Path, *, num_prompts: int) -> Image.Image:
     grid = json.loads((run / "samples" / "grid.json").read_text(encoding="utf-8"))
     num_iterations = len((run / "stats.jsonl").read_text(encoding="utf-8").splitlines())
     prompts, tile = grid["prompts"][:num_prompts], grid["tile"]
-    width, height = grid["columns"] * tile, tile
+    gap = grid.get("gap", 0)  # earlier runs have none
+    width, height = grid["columns"] * (tile + gap) - gap, tile
     size = (2 * (MARGIN + width * SCALE) + GUTTER, HEADER + len(prompts) * (height * SCALE + CAPTION))
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(FONT_SIZE)
     draw = ImageDraw.Draw(sheet)
@@ -42,7 +43,8 @@ def before_after(run: Path, *, num_prompts: int) -> Image.Image:
         draw.text((left, 8), title, fill="black", font=font)
         with Image.open(run / "samples" / f"{name}.png") as images:
             for row in range(len(prompts)):
-                strip = images.crop((0, row * height, width, (row + 1) * height))
+                upper = gap + row * (height + gap)
+                strip = images.crop((gap, upper, gap + width, upper + height))
                 top = HEADER + row * (height * SCALE + CAPTION)
                 sheet.paste(strip.resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC), (left, top))
     for row, prompt in enumerate(prompts):

@@ -36,7 +36,9 @@ from experiments import runs  # noqa: E402
 
 REWARDS = ("scene_attributes", "jpeg_compressibility")
 ARMS = ("adascope", "every_step", "random_fraction", "complement")
-COLOURS = ("#c0392b", "#2c3e50", "#2980b9", "#7f8c8d", "#e67e22", "#8e44ad", "#16a085", "#f1c40f", "#d35400", "#27ae60")
+COLOURS = ("#d64541", "#4a86e8", "#2aa583", "#9298a1", "#e08e3c", "#a06cd5", "#1fa8a0", "#c2a100", "#c2649a", "#6b9e3a")
+INK = "#808080"  # legible on white and on black: the pages decide what is behind
+SENSED = {"structure": "#2aa583", "volatility": "#2aa583", "preference": "#4a86e8"}
 LATE = (0.65, 0.95)
 
 
@@ -53,9 +55,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to every run")
+    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="only draw the plot of such a file again")
     parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "adascope")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adascope.json")
     chosen = parser.parse_args()
+    if chosen.redraw is not None:
+        plot(json.loads(chosen.redraw.read_text())["runs"], chosen.redraw.with_suffix(".png"))
+        print(chosen.redraw.with_suffix(".png"))
+        return
     chosen.config, chosen.work = chosen.config.resolve(), chosen.work.resolve()
     if "random_fraction" in chosen.arms and "adascope" not in chosen.arms:
         parser.error("random_fraction trains as many steps as adascope, which --arms leaves out; add it")
@@ -218,38 +225,58 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Gain against trained pairs and against CPU seconds, and the sensed curves; a line a seed."""
+    """Gain against trained pairs and against CPU seconds, and the sensed curves; a line a seed, nothing behind them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rewards = list(dict.fromkeys(row["reward"] for row in rows))
-    figure, axes = pyplot.subplots(len(rewards), 3, figsize=(13, 3.6 * len(rewards)), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(rewards), 3, figsize=(13, 3.6 * len(rewards) + 0.5), squeeze=False, layout="constrained"
+    )
     for (by_pairs, by_seconds, sensed), reward in zip(axes, rewards, strict=True):
         for row in (row for row in rows if row["reward"] == reward):
             for (arm, one), colour in zip(row["arms"].items(), cycle(COLOURS), strict=False):
                 gains = [point["reward"] - one["points"][0]["reward"] for point in one["points"]]
-                label = arm if row is next(r for r in rows if r["reward"] == reward) else None
                 for axis, key in ((by_pairs, "pairs"), (by_seconds, "cpu_seconds")):
-                    axis.plot([p[key] for p in one["points"]], gains, color=colour, label=label, alpha=0.8)
+                    axis.plot([p[key] for p in one["points"]], gains, color=colour, label=arm, alpha=0.8)
             if "adascope" in row["arms"]:
                 _sensed(sensed, row["arms"]["adascope"])
-        by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="held-out reward, gain")
-        by_seconds.set(xlabel="CPU seconds of training")
-        sensed.set(xlabel="step", title="sensed at first; shaded: mean interval")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.tight_layout()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=5, frameon=False)
-    figure.savefig(path, dpi=90, bbox_inches="tight")
+        by_pairs.set(title=reward, xlabel="(picture, step) pairs trained", ylabel="gain of the held-out reward")
+        by_seconds.set(title=reward, xlabel="CPU seconds of training", ylabel="gain of the held-out reward")
+        sensed.set(title=f"{reward}: sensed at first", xlabel="denoising step", ylabel="structure, preference")
+        if curves := _named(sensed):
+            sensed.legend(curves.values(), curves, frameon=False, fontsize=8, labelcolor=INK)
+    for axis in axes.flat:
+        axis.tick_params(colors=INK)
+        for part in (axis.title, axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
+            part.set_color(INK)
+    arms = _named(axes[0, 0])
+    figure.legend(
+        arms.values(),
+        arms,
+        title="one line for each seed",
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        labelcolor=INK,
+    ).get_title().set_color(INK)
+    figure.savefig(path, dpi=90, transparent=True)
+    pyplot.close(figure)
+
+
+def _named(axis: Any) -> dict[str, Any]:
+    """What is drawn, by its name, each name once."""
+    handles, labels = axis.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def _sensed(axis: Any, one: dict[str, Any]) -> None:
-    curves = one["curves"] or {}
-    for name, values in curves.items():
+    for name, values in (one["curves"] or {}).items():
         known = [(x, value) for x, value in enumerate(values) if value is not None]
-        axis.plot(*zip(*known, strict=True), color="#2980b9" if name == "preference" else "#27ae60")
-    axis.axvspan(*one["interval"], color="#c0392b", alpha=0.08)
+        axis.plot(*zip(*known, strict=True), color=SENSED.get(name, INK), label=name)
+    axis.axvspan(*one["interval"], color=COLOURS[0], alpha=0.1, lw=0, label="mean interval")
 
 
 def _mean_interval(intervals: list[dict[str, Any]]) -> list[float] | None:

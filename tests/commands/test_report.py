@@ -1,11 +1,17 @@
 """`report`: the page can be made from the folder alone."""
 
+import re
+import shlex
 import shutil
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from command_line import call, refused
 from PIL import Image
+from safetensors.torch import load_file
 
 
 def test_report_is_written_again(run: Path):
@@ -59,3 +65,23 @@ def test_an_image_of_another_size_is_named(run: Path, tmp_path: Path, caplog: py
 
 def test_a_folder_that_is_no_run_has_no_report(tmp_path: Path):
     assert "a run's folder holds a config.toml" in refused("report", tmp_path)
+
+
+def test_the_lines_of_the_page_draw_with_the_trained_weights(run: Path):
+    page = (run / "report.html").read_text()
+    lines = unescape(re.findall(r'<pre class="copy">(.*?)</pre>', page, flags=re.DOTALL)[-1])
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    assert found["pipeline"].get_active_adapters() == ["default_0"]
+    assert found["picture"].size == (64, 64)
+
+
+def test_the_command_of_the_page_repeats_the_run(run: Path):
+    (command,) = re.findall(
+        r"<pre class=\"copy\">(adascope-fast train .*?_again)</pre>", (run / "report.html").read_text()
+    )
+    assert call(*shlex.split(unescape(command))[1:]).code == 0
+    again = run.with_name("run_again")
+    assert (again / "stats.jsonl").read_text().count("\n") == (run / "stats.jsonl").read_text().count("\n")
+    weights = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (run, again)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)

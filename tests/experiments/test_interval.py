@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from adascope_fast.config import Config
 from adascope_fast.reporting import save_grid
+from adascope_fast.reporting.images import GAP
 
 CHECKOUT = Path(__file__).parents[2]
 INTERVAL = CHECKOUT / "experiments" / "interval"
@@ -71,7 +73,9 @@ def test_points_add_up_pairs_and_seconds_until_each_evaluation(experiment: Any, 
     assert (found["fraction_trained"], found["fraction_chosen"]) == (0.5, pytest.approx(0.6))
 
 
-def test_the_summary_is_over_seeds_and_the_plot_is_drawn(experiment: Any, tmp_path: Path):
+def test_the_summary_is_over_seeds_and_the_plot_is_drawn(
+    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     rows = [
         {
             "reward": "r",
@@ -91,6 +95,12 @@ def test_the_summary_is_over_seeds_and_the_plot_is_drawn(experiment: Any, tmp_pa
     )
     experiment.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 0), "nothing is behind it"
+    (tmp_path / "again.json").write_text(json.dumps({"runs": rows}))
+    monkeypatch.setattr(sys, "argv", ["interval.py", "--redraw", str(tmp_path / "again.json")])
+    experiment.main()
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "plot.png").read_bytes()
 
 
 def test_a_run_that_swung_back_has_fallen_from_its_best(experiment: Any, tmp_path: Path):
@@ -188,11 +198,15 @@ def test_pictures_before_and_after_are_side_by_side(tmp_path: Path):
     run = tmp_path / "run"
     for name, level in (("before", 0.25), ("after", 0.75)):
         save_grid(np.full((6, 3, 8, 8), level), 2, run / "samples" / f"{name}.png")
-    (run / "samples" / "grid.json").write_text(json.dumps({"prompts": ["a", "b", "c"], "columns": 2, "tile": 8}))
+    grid = {"prompts": ["a", "b", "c"], "columns": 2, "tile": 8, "gap": GAP}
+    (run / "samples" / "grid.json").write_text(json.dumps(grid))
     (run / "stats.jsonl").write_text("{}\n{}\n")
     script = _load("before_after")
     sheet = script.before_after(run, num_prompts=2)
-    assert sheet.size == (2 * (10 + 2 * 8 * 2) + 24, 34 + 2 * (8 * 2 + 26))
+    width = 2 * (8 + GAP + 8)
+    assert sheet.size == (2 * (10 + width) + 24, 34 + 2 * (8 * 2 + 26))
     for top in (34, 34 + 8 * 2 + 26):
-        for left, level in ((10, 64), (10 + 2 * 8 * 2 + 24, 191)):
-            assert np.asarray(sheet)[top : top + 16, left : left + 32].tolist() == np.full((16, 32, 3), level).tolist()
+        for left, level in ((10, 64), (10 + width + 24, 191)):
+            for picture in (left, left + 2 * (8 + GAP)):  # enlarged with the gap, so its inside alone is even
+                inside = np.asarray(sheet)[top + 4 : top + 12, picture + 4 : picture + 12]
+                assert inside.tolist() == np.full((8, 8, 3), level).tolist()

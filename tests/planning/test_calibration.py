@@ -3,19 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_folders import words_of
 
 from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.adascope.sensing import Curves, latent_curves
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.planning import calibration
-from adascope_fast.planning.calibration import PAPER, Calibration, calibrate
+from adascope_fast.planning.calibration import PAPER, Calibration, Seen, calibrate
 from adascope_fast.reporting import write_calibration
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.schedules import samplers as schedules
@@ -90,6 +90,7 @@ def test_a_sensor_of_the_reward_decides_on_the_reward(found: tuple[Config, Calib
     preference, reward = (np.array(result.curves[name]["mean"], float) for name in ("preference", "reward"))
     latent = np.array(found[1].curves["preference"]["mean"], float)
     assert result.structure == "1 - correlation of guesses"
+    assert result.preference == f"{result.reward} of the decoded guess"
     assert not np.allclose(preference[:-1], latent[:-1], atol=0.01), "not the latents'"
     np.testing.assert_allclose(preference, reward, atol=0.05)  # a linear decoder, against the model's own
 
@@ -103,29 +104,79 @@ def _settling(num_prompts: int, t: int) -> Any:
     return Curves(torch.from_numpy(preference), volatility=torch.from_numpy(volatility))
 
 
+def _seen(curves: Any, t: int) -> Seen:
+    schedule = schedules.dance_sde(torch.linspace(1, 0, t + 1), eta=0.3)
+    prompts = list("abcdefgh")[: len(curves.preference)]
+    return Seen(curves, prompts, t, schedule.log_snr, schedule.trainable)
+
+
 @pytest.mark.parametrize("target", [PAPER, (0.2, 0.5), (0.08, 0.8)])
 def test_the_proposed_thresholds_meet_their_aim_without_falling_back(target: tuple[float, float]):
     t, curves = 50, _settling(6, 50)
-    schedule = schedules.dance_sde(torch.linspace(1, 0, t + 1), eta=0.3)
-    trajectory: Any = SimpleNamespace(schedule=schedule, num_steps=t, prompts=list("abcdef"))
-    proposed = calibration._proposed(AdaScope(), trajectory, curves, target)
+    seen = _seen(curves, t)
+    proposed = calibration._proposed(AdaScope(), seen, target)
     assert abs(proposed.mean_start - target[0] * t) < 1
     assert abs(proposed.mean_end - target[1] * t) < 1
     assert not [reason for reason in proposed.reasons if reason.startswith("fallback")]
     again = AdaScope(kappa=proposed.kappa, phi_end=proposed.phi_end)
-    again.decide(curves, trajectory.prompts, log_snr=schedule.log_snr)
+    again.decide(curves, seen.prompts, log_snr=seen.log_snr)
     assert again.telemetry()["intervals"] == proposed.intervals
 
 
 def test_a_fallback_near_the_aim_is_not_proposed():
     """The paper's interval is the fallback's: thresholds that never hold would meet the aim exactly."""
-    t, curves = 20, _settling(6, 20)
-    schedule = schedules.dance_sde(torch.linspace(1, 0, t + 1), eta=0.3)
-    trajectory: Any = SimpleNamespace(schedule=schedule, num_steps=t, prompts=list("abcdef"))
+    seen = _seen(_settling(6, 20), 20)
     adascope = AdaScope(fallback=PAPER)
-    assert calibration._decide(adascope, trajectory, curves, 1e-9, 0.1).mean_start == 2
-    proposed = calibration._proposed(adascope, trajectory, curves, PAPER)
+    assert calibration._decide(adascope, seen, 1e-9, 0.1).mean_start == 2
+    proposed = calibration._proposed(adascope, seen, PAPER)
     assert calibration._fallbacks(proposed) == 0
+
+
+def test_thresholds_of_prompts_alike_are_sure_and_of_others_are_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibration, "NUM_SPLITS", 2)
+    t = 12
+    one = _settling(1, t)
+    alike = Curves(one.preference.expand(4, -1), volatility=one.volatility.expand(4, -1))
+    sure = calibration._halves(AdaScope(), _seen(alike, t), PAPER, 0)
+    assert sure is not None
+    assert (sure.num, sure.kappa[0], sure.phi_end[0]) == (4, sure.kappa[1], sure.phi_end[1])
+    proposed = calibration._proposed(AdaScope(), _seen(alike, t), PAPER)
+    assert (sure.kappa[0], sure.phi_end[0]) == (proposed.kappa, proposed.phi_end)
+    misses = abs(proposed.mean_start - PAPER[0] * t), abs(proposed.mean_end - PAPER[1] * t)
+    assert (sure.miss_start, sure.miss_end) == pytest.approx(misses)
+    several = calibration._halves(AdaScope(), _seen(_settling(4, t), t), (0.2, 0.5), 0)
+    assert several is not None
+    assert several.phi_end[0] < several.phi_end[1]
+    assert several == calibration._halves(AdaScope(), _seen(_settling(4, t), t), (0.2, 0.5), 0), "by its seed"
+
+
+def test_thresholds_of_a_half_are_tried_on_the_other_half():
+    adascope, seen = AdaScope(), _seen(_settling(8, 20), 20).of("ah")
+    found = calibration._halves(adascope, seen, (0.2, 0.5), 0)
+    parts = [seen.of(prompt) for prompt in "ah"]
+    proposed = [calibration._proposed(adascope, part, (0.2, 0.5)) for part in parts]
+    tried = [
+        calibration._decide(adascope, part, one.kappa, one.phi_end)
+        for part, one in zip(parts[::-1], proposed, strict=True)
+    ]
+    assert found is not None
+    assert found.miss_end == pytest.approx(np.mean([abs(one.mean_end - 10) for one in tried]))
+    assert found.miss_end != pytest.approx(np.mean([abs(one.mean_end - 10) for one in proposed]))
+
+
+def test_one_prompt_says_nothing_of_how_sure_thresholds_are(tmp_path: Path):
+    assert calibration._halves(AdaScope(), _seen(_settling(1, 20), 20), PAPER, 0) is None
+    result = calibrate(Config.load(TINY, ["sampler.num_steps=6"]), num_prompts=1, trainer=_made)
+    assert "how sure" not in result.text()
+    assert "With one prompt nothing can be said" in words_of(write_calibration(result.values(), tmp_path).read_text())
+
+
+def test_the_part_of_some_prompts_has_their_curves():
+    seen = _seen(_settling(4, 20), 20)
+    part = seen.of(["b", "d"])
+    assert part.prompts == ["b", "d"]
+    assert part.curves.preference.equal(seen.curves.preference[[1, 3]])
+    assert part.curves.structure is None
 
 
 def test_the_page_and_its_figures(found: tuple[Config, Calibration], tmp_path: Path):
@@ -138,9 +189,20 @@ def test_the_page_and_its_figures(found: tuple[Config, Calibration], tmp_path: P
     assert page.count("<svg") == 5, "four panels and the histogram"
     assert page.count('class="shade"') == 4
     assert f"{result.configured.mean_start:.1f} ± {result.configured.std_start:.1f}" in page
+    words, halves = words_of(page), result.halves
+    assert halves is not None
+    kappa, phi_end = (f"{value:.3g}" for value in (result.proposed.kappa, result.proposed.phi_end))
+    assert f"selector.kappa={kappa} selector.phi_end={phi_end}</pre>" in page
+    assert f"[selector]\nkappa = {kappa}\nphi_end = {phi_end}</pre>" in page
+    assert Config.load(None, [f"selector.kappa={kappa}", f"selector.phi_end={phi_end}"])
+    assert "2 prompts, 3 pictures each, 6 steps, run.seed 0; nothing was trained" in words
+    assert f"kappa came out from {halves.kappa[0]:.3g} to {halves.kappa[1]:.3g} and phi_end from" in words
+    assert f"missed the aim by {halves.miss_start:.1f} steps at its start and {halves.miss_end:.1f} at its end" in words
+    assert "correlation with the final latent" in words
     assert json.loads((path.parent / "calibration.json").read_text())["theory"] == result.theory
     with Image.open(path.parent / "calibration.png") as image:
         assert image.size[0] > 1000
+        assert image.convert("RGBA").getpixel((1, 1)) == (255, 255, 255, 0), "nothing is behind it"
     assert f"selector.kappa={result.proposed.kappa:.3g}" in result.text()
 
 

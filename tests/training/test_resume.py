@@ -226,11 +226,14 @@ def test_times_are_those_of_the_whole_run(tmp_path: Path):
     folder = tmp_path / "run"
     Trainer(_config(folder), quiet=True).train()
     run = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(run | {"seconds_total": 1000.0, "peak_memory_mb": 10**6}))
+    (folder / "run.json").write_text(
+        json.dumps(run | {"seconds_total": 1000.0, "peak_memory_mb": 10**6, "date": "then"})
+    )
     result = Trainer(_config(folder, "train.iterations=3"), quiet=True).resume()
     run = json.loads((folder / "run.json").read_text())
     assert 1000 < run["seconds_total"] < 1100
     assert run["peak_memory_mb"] == 10**6
+    assert run["date"] == "then", "of its start"
     assert result.seconds["run"] == run["seconds_total"]
 
 

@@ -23,6 +23,7 @@ from adascope_fast.adascope.sensing import LatentSensor
 from adascope_fast.algorithms.attribution import Attribution
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.graphs import Graphs
+from adascope_fast.reporting.images import GAP
 from adascope_fast.selectors.simple import LateStart, RandomFraction, StaticRange, Threshold
 from adascope_fast.selectors.windows import FastWindow, Window
 from adascope_fast.settings import OWN, choices_of
@@ -115,12 +116,14 @@ def test_a_run_leaves_every_file_that_it_promises(alone: tuple[Path, Result]):
     assert gain != 0
     for name in ("before.png", "after.png"):
         with Image.open(folder / "samples" / name) as image:
-            assert image.size == (64, 64)
+            assert image.size == (64 + 2 * GAP, 64 + 2 * GAP)
+    assert json.loads((folder / "samples" / "grid.json").read_text())["gap"] == GAP
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
     assert [path.name for path in (folder / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
     assert run["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", run["date"])
     assert result.report == folder / "report.html"
     assert "<html" in result.report.read_text()
     assert result.after["mean"] - result.before["mean"] == pytest.approx(result.difference["mean"])
