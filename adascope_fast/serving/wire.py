@@ -61,7 +61,8 @@ def read_header(body: bytes, version: int, what: str = "a request") -> tuple[dic
         raise ValueError(f'{rule} whose metadata has "{KEY}", an object of JSON, got {why}; send one') from None
     if about.get("version") != version:
         raise ValueError(
-            f"this adascope-fast speaks version {version}, got {what} of version {about.get('version')!s:.20}; send that"
+            f"this adascope-fast speaks version {version}, got {what} of version {about.get('version')!s:.20}; install "
+            f"the same release on both machines"
         )
     return about, {name: value for name, value in header.items() if name != "__metadata__"}
 
