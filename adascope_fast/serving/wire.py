@@ -59,12 +59,17 @@ def read_header(body: bytes, version: int, what: str = "a request") -> tuple[dic
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         why = str(error) if isinstance(error, ValueError) else "none"
         raise ValueError(f'{rule} whose metadata has "{KEY}", an object of JSON, got {why}; send one') from None
-    if about.get("version") != version:
-        raise ValueError(
-            f"this adascope-fast speaks version {version}, got {what} of version {about.get('version')!s:.20}; install "
-            f"the same release on both machines"
-        )
+    refuse_version(about, version, what)
     return about, {name: value for name, value in header.items() if name != "__metadata__"}
+
+
+def refuse_version(values: Mapping[str, Any], version: int, what: str = "it") -> None:
+    """ValueError where `what` speaks another version of a protocol."""
+    if values.get("version") != version:
+        raise ValueError(
+            f"{what} speaks version {values.get('version')!s:.20} of the wire, this adascope-fast {version}; "
+            f"install the same release on both machines"
+        )
 
 
 def write_file(tensors: Mapping[str, Tensor], about: Mapping[str, Any], **metadata: str) -> bytes:

@@ -1,14 +1,10 @@
 """`adascope-fast rollout-server` as a process: what it prints, and what a training does when it is killed."""
 
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from command_line import TINY, call, refused
 from reward_servers import TOKEN
 from rollout_servers import drawing_of, seeded
 from safetensors.torch import load_file
+from server_processes import server_process
 from small_runs import SMALLEST, lines_of, redness
 
 from adascope_fast import Config, Trainer
@@ -24,27 +21,6 @@ from adascope_fast import remote_rollout as remote_rollouts
 
 VARIABLE = "ADASCOPE_FAST_ROLLOUT_TOKEN"
 SAME = ("reward_mean", "reward_std", "loss", "grad_norm", "rollout_drift_max")
-
-
-@contextmanager
-def _server(*, port: int = 0, token: str = "") -> Iterator[tuple[subprocess.Popen, str]]:
-    """A server process of the smallest configuration's model, once it serves, and all that it printed."""
-    command = [sys.executable, "-m", "adascope_fast.cli", "rollout-server", TINY, "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    environment |= {VARIABLE: token} if token else {}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    printed = ""
-    try:
-        while not printed.endswith("ends it\n"):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            printed += line
-        yield process, printed
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def _config(folder: Path, *more: str) -> Config:
@@ -60,7 +36,7 @@ def test_a_training_waits_for_a_server_that_was_killed_and_loses_nothing(
         Trainer(_config(tmp_path / "local"), reward=redness, quiet=True).train()
     monkeypatch.setenv(VARIABLE, TOKEN)
     killed: list[int] = []
-    with _server(token=TOKEN) as (first, printed):
+    with server_process("rollout-server", TINY, "--port", "0", variable=VARIABLE, token=TOKEN) as (first, printed):
         found = re.search(r'^url = "(http://127\.0\.0\.1:(\d+))"$', printed, re.MULTILINE)
         assert found
         assert TOKEN not in printed
@@ -73,7 +49,7 @@ def test_a_training_waits_for_a_server_that_was_killed_and_loses_nothing(
             first.send_signal(signal.SIGKILL)
             first.wait()
             killed.append(len(lines_of(tmp_path / "remote")))
-            with _server(port=port, token=TOKEN):
+            with server_process("rollout-server", TINY, "--port", str(port), variable=VARIABLE, token=TOKEN):
                 finished.wait(120)
 
         thread = threading.Thread(target=kill_and_restart)

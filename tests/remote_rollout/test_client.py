@@ -228,7 +228,7 @@ def _spoiled(at: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
         (dict, {"weights": "0" * 64}, "has drawn with the weights 000000000000, and was asked for those of now, "),
         (dict, {"weights": None}, "does not say which weights of which model it was drawn with"),
         (dict, {"model": "0" * 64}, "has another model than this training: a model with the digest 000000000000"),
-        (dict, {"version": 2}, "speaks version 1, got an answer of version 2"),
+        (dict, {"version": 2}, "an answer speaks version 2 of the wire, this adascope-fast 1"),
         (
             _with("log_prob", lambda x: x[:, :-1]),
             {},

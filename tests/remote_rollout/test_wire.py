@@ -55,7 +55,7 @@ def test_a_request_is_read_as_it_was_written():
         (struct.pack("<Q", 2**40) + b"{}", "with a header of at most 16777216 bytes"),
         (save(TABLES), 'whose metadata has "adascope_fast"'),
         (_body()[:-4], "safetensors file"),
-        (_body(version=2), "speaks version 1, got a request of version 2"),
+        (_body(version=2), "a request speaks version 2 of the wire, this adascope-fast 1"),
         (_body(prompts=[]), '"prompts" must be a list of 1 to 4096 texts'),
         (_body(prompts=["a", 1]), '"prompts" must be a list'),
         (_body(prompts=["a", "x" * 10_001]), "at most 10000 characters"),

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from adascope_fast.serving.wire import read_header, write_file
+from adascope_fast.serving.wire import read_header, refuse_version, write_file
 from adascope_fast.settings import one_line
 
 VERSION = 1
@@ -77,11 +77,7 @@ class Served:
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Of plain values; ValueError where they are none of these, or of another version."""
-        if values.get("version") != VERSION:
-            raise ValueError(
-                f"it speaks version {values.get('version')!s:.20} of the wire, this adascope-fast {VERSION}; "
-                f"install the same release on both machines"
-            )
+        refuse_version(values, VERSION)
         found: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         weights = found["weights"]
         is_right = (

@@ -134,7 +134,7 @@ TOLD = json.dumps({"version": 1, "encoding": "safetensors", "prompts": ["a"]}).r
         (WHOLE[:-1], "a safetensors file, got"),
         (WHOLE[: LENGTH // 2], "a header of at most"),
         (WHOLE + b"\0", "a safetensors file, got"),
-        (_body(version=2), "speaks version 1, got a request of version 2"),
+        (_body(version=2), "a request speaks version 2 of the wire, this adascope-fast 1"),
         (_body(encoding="pickle"), '"encoding" is safetensors or png, got pickle'),
         (_body(prompts="abc"), '"prompts" must be a list of texts'),
         (_body(prompts=["a", 1, "b"]), '"prompts" must be a list of texts'),
