@@ -130,7 +130,6 @@ class RemoteRollout:
                 except RefusedError as error:
                     if error.status != 409 or (conflicts := conflicts + 1) > MOST_CONFLICTS:
                         raise
-                    self._held = ""
                     raise TryAgainError("holds other weights than those that were sent", is_busy=True) from None
 
             return self._client.patiently(answer, stop, look=self._described)
