@@ -477,9 +477,8 @@ class Trainer:
         if isinstance(section, Local):
             return
         digest = origin.of_model(self.backbone, getattr(torch, self.config.model.dtype))
-        keys = section.keys()
-        self._max_drift = keys.pop("max_drift")
-        self._remote = RemoteRollout(keys.pop("url"), self.backbone, model=digest, **keys)
+        keys = {name: value for name, value in section.keys().items() if name != "max_drift"}
+        self._remote = RemoteRollout(backbone=self.backbone, model=digest, **keys)
         self._remote.suit(
             kind=algorithm.log_prob_kind(self.schedule),
             needs_x0=_needs_x0(self.config),
@@ -512,8 +511,8 @@ class Trainer:
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
-            if self._remote is not None:
-                refuse_drift(report.values["rollout_drift_max"], self._max_drift)
+            if not isinstance(rollouts := self.config.rollout, Local):
+                refuse_drift(report.values["rollout_drift_max"], rollouts.max_drift)
             if self.ema is not None:
                 self.ema.update()
             known = sum(report.seconds.values())
