@@ -1,22 +1,18 @@
-"""Rollout servers in a thread of this process, and what a training would draw by itself from the same seeds."""
+"""Rollout servers in a thread of this process, and noise for what a training would draw by itself."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from reward_servers import TOKEN, listening
-from torch import Tensor
 
 from adascope_fast import Config, backbones
-from adascope_fast.engine import collection
 from adascope_fast.remote_rollout.client import RemoteRollout
 from adascope_fast.remote_rollout.drawing import Drawing
 from adascope_fast.remote_rollout.server import application
-from adascope_fast.remote_rollout.wire import noise_of
-from adascope_fast.rollout import sampling
-from adascope_fast.rollout.trajectory import Trajectory
+from adascope_fast.rollout import OwnNoise
 from adascope_fast.training import building, origin
 
 CAPTIONS = ["a large red circle on a grey background", "two small blue crosses on a black background"]
@@ -33,7 +29,8 @@ def loaded(name: str = "scenes", *, lora_rank: int = 4, **options: Any) -> Any:
 
 
 def digest_of(backbone: Any) -> str:
-    return origin.of_model(backbone, torch.float32)
+    pipeline = origin.of_pipeline(backbone.pipeline.components, backbone.name, torch.float32, is_given=False)
+    return origin.of_model(backbone, pipeline)
 
 
 @contextmanager
@@ -54,29 +51,11 @@ def ask(url: str, backbone: Any, **keys: Any) -> RemoteRollout:
     return RemoteRollout(url, backbone, **usual | keys)
 
 
-@contextmanager
-def seeded() -> Iterator[None]:
-    """Within it a training draws the noise of each sample from a seed of its own, as those that ask a server do."""
+@dataclass(frozen=True)
+class Seeds(OwnNoise):
+    """Noise of samples whose seeds are given."""
 
-    def rollout(*given: Any, generator: torch.Generator, **keys: Any) -> Trajectory:
-        seeds = torch.randint(2**63 - 1, (len(given[3]),), generator=generator).tolist()
-        with with_noise(seeds):
-            return sampling.rollout(*given, generator=generator, **keys)
+    seeds: tuple[int, ...] = ()
 
-    with mock.patch.object(collection, "rollout", rollout):
-        yield
-
-
-@contextmanager
-def with_noise(seeds: Sequence[int]) -> Iterator[None]:
-    """Within it a rollout has the noise of these seeds."""
-
-    original: Callable[..., Tensor] = torch.randn
-
-    def randn(shape: Sequence[int], *, generator: torch.Generator, device: Any = None) -> Tensor:
-        if device is None:  # of `noise_of` itself
-            return original(shape, generator=generator)
-        return torch.stack([noise_of(seed, shape[1:]) for seed in seeds])
-
-    with mock.patch.object(torch, "randn", randn):
-        yield
+    def seed(self, number: int) -> int:
+        return self.seeds[number]

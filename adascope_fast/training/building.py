@@ -59,7 +59,9 @@ def drawing_of(config: Config) -> tuple[Drawing, str]:
     """What draws rollouts of a configuration's model elsewhere, as its training would, and the digest of that model."""
     accelerator = accelerator_of(config)
     backbone = backbones.load(config.model.name, **config.model.options())
-    digest = origin.of_model(backbone, getattr(torch, config.model.dtype))
+    dtype = getattr(torch, config.model.dtype)
+    pipeline = origin.of_pipeline(backbone.pipeline.components, backbone.name, dtype, is_given=False)
+    digest = origin.of_model(backbone, pipeline)
     backbone.to(accelerator.device)
     accelerate(backbone.denoiser, config.acceleration, accelerator.device, decoder=backbone.vae)
     drawing = Drawing(backbone, folds_adapter=config.acceleration.folds, autocast=lambda: accelerator.autocast())

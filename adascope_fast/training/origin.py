@@ -83,12 +83,15 @@ def of_pipeline(components: Mapping[str, Any], name: str, dtype: torch.dtype, *,
     return Part(name, _digest(json.dumps(found, sort_keys=True)), is_given)
 
 
-def of_model(backbone: PipelineBackbone, dtype: torch.dtype) -> str:
-    """Digest of a model before it is trained and of what will be: whoever draws its rollouts must have the same."""
+def of_model(backbone: PipelineBackbone, pipeline: Part) -> str:
+    """Digest of a model before it is trained and of what will be: whoever draws its rollouts must have the same.
+
+    Args:
+        pipeline: `of_pipeline` of it.
+    """
     options, (tensors, metadata) = backbone.options, backbone.adapter_file()
     trained = {name: list(value.shape) for name, value in tensors.items()}
     told = [options.embedded_guidance, options.max_sequence_length, list(backbone.latent_shape), trained, metadata]
-    pipeline = of_pipeline(backbone.pipeline.components, backbone.name, dtype, is_given=False)
     return _digest(json.dumps([pipeline.digest, told], sort_keys=True))
 
 

@@ -476,7 +476,7 @@ class Trainer:
         section, algorithm = self.config.rollout, self.algorithm
         if isinstance(section, Local):
             return
-        digest = origin.of_model(self.backbone, getattr(torch, self.config.model.dtype))
+        digest = origin.of_model(self.backbone, self.pipeline_part)
         keys = {name: value for name, value in section.keys().items() if name != "max_drift"}
         self._remote = RemoteRollout(backbone=self.backbone, model=digest, **keys)
         self._remote.suit(

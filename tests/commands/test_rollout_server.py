@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import TINY, call, refused
 from reward_servers import TOKEN
-from rollout_servers import drawing_of, seeded
+from rollout_servers import drawing_of
 from safetensors.torch import load_file
 from server_processes import server_process
 from small_runs import SMALLEST, lines_of, redness
@@ -32,8 +32,7 @@ def _config(folder: Path, *more: str) -> Config:
 def test_a_training_waits_for_a_server_that_was_killed_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    with seeded():
-        Trainer(_config(tmp_path / "local"), reward=redness, quiet=True).train()
+    Trainer(_config(tmp_path / "local"), reward=redness, quiet=True).train()
     monkeypatch.setenv(VARIABLE, TOKEN)
     killed: list[int] = []
     with server_process("rollout-server", TINY, "--port", "0", variable=VARIABLE, token=TOKEN) as (first, printed):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reward_servers import answering, http
-from rollout_servers import CAPTIONS, ask, digest_of, drawing_of, loaded, with_noise
+from rollout_servers import CAPTIONS, Seeds, ask, digest_of, drawing_of, loaded
 from torch import Tensor
 
 from adascope_fast.backbones.folding import Folding
@@ -46,8 +46,8 @@ def _here(
     model: Any, *, batch: int = 2, guidance_scale: float = 1.0, kind: Any = "gaussian", **keys: Any
 ) -> Trajectory:
     encoded, schedule = PromptCache(model)(PROMPTS), keys.pop("schedule", None) or model.schedule(T)
-    usual = {"guidance_scale": guidance_scale, "kind": kind, "batch": batch, "generator": torch.Generator()}
-    with with_noise(SEEDS), Folding(model.denoiser):
+    usual = {"guidance_scale": guidance_scale, "kind": kind, "batch": batch, "noise": Seeds(0, tuple(SEEDS))}
+    with Folding(model.denoiser):
         return rollout(model, schedule, encoded, PROMPTS, **usual, **keys)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reward_servers import TOKEN
-from rollout_servers import drawing_of, seeded
+from rollout_servers import drawing_of
 from safetensors.torch import load_file
 from small_runs import SMALLEST, TINY, lines_of, redness
 from torch import Tensor
@@ -47,8 +47,7 @@ def _refuse_difference(one: Path, other: Path) -> None:
 def test_a_training_learns_what_it_learns_by_itself_though_its_server_is_started_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    with seeded():
-        Trainer(_config(tmp_path / "local"), reward=redness, quiet=True).train()
+    Trainer(_config(tmp_path / "local"), reward=redness, quiet=True).train()
     config, scored = _config(tmp_path / "remote", "rollout.name=remote"), []
     with ExitStack() as first, ExitStack() as second:
         url, _ = first.enter_context(drawing_of(config))
@@ -88,8 +87,7 @@ def test_a_training_learns_what_it_learns_by_itself_though_its_server_is_started
 )
 def test_other_algorithms_too(tmp_path: Path, more: list[str]):
     more = [*more, "train.iterations=2"]
-    with seeded():
-        Trainer(_config(tmp_path / "local", *more), reward=redness, quiet=True).train()
+    Trainer(_config(tmp_path / "local", *more), reward=redness, quiet=True).train()
     with drawing_of(_config(tmp_path, *more)) as (url, _):
         keys = ["rollout.name=remote", f"rollout.url={url}"]
         Trainer(_config(tmp_path / "remote", *more, *keys), reward=redness, quiet=True).train()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from adascope_fast import backbones
 from adascope_fast.remote_rollout import wire
 from adascope_fast.remote_rollout.wire import Request
+from adascope_fast.rollout import OwnNoise
 from adascope_fast.schedules.samplers import flow_sde
 
 SCHEDULE = flow_sde(torch.linspace(1, 0, 4), noise_level=0.7)
@@ -138,7 +139,11 @@ def test_other_weights_are_refused(tensors: Any, told: Any, said: str):
         wire.read_weights(body)
 
 
-def test_noise_is_torchs_on_the_cpu():
+def test_noise_is_what_a_training_draws_on_the_cpu():
     generator = torch.Generator("cpu")
     generator.manual_seed(2**62 + 1)
-    assert torch.equal(wire.noise_of(2**62 + 1, (3, 4, 8, 8)), torch.randn(3, 4, 8, 8, generator=generator))
+    start, steps = torch.randn(4, 8, 8, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    assert torch.equal(wire.noise_of(2**62 + 1, (3, 4, 8, 8)), torch.cat([start[None], steps]))
+    noise, table = OwnNoise(77), torch.empty(2, 3, 4, 8, 8)
+    noise.fill([table[:, 0], table[:, 1:]], [5, 9])
+    assert torch.equal(torch.stack([wire.noise_of(noise.seed(number), (3, 4, 8, 8)) for number in (5, 9)]), table)
