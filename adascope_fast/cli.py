@@ -34,6 +34,7 @@ from adascope_fast.commands.plan import plan
 from adascope_fast.commands.pretrain import pretrain
 from adascope_fast.commands.report import report
 from adascope_fast.commands.reward_server import reward_server
+from adascope_fast.commands.rollout_server import rollout_server
 from adascope_fast.commands.sample import sample
 from adascope_fast.commands.train import train
 from adascope_fast.commands.train_preference_model import train_preference_model
@@ -58,6 +59,7 @@ for command in (
     import_weights,
     pretrain,
     reward_server,
+    rollout_server,
     plan,
     calibrate,
     config,

@@ -17,10 +17,14 @@ TOKEN = "0123456789abcdef"
 
 
 @contextmanager
-def listening(app: Any, *, host: str = "127.0.0.1", most_bytes: int = 2**24, token: str = TOKEN) -> Iterator[str]:
+def listening(
+    app: Any, *, host: str = "127.0.0.1", port: int = 0, most_bytes: int = 2**24, token: str = TOKEN
+) -> Iterator[str]:
     """The address of an application behind a `Guard`, in uvicorn."""
     guard = Guard(app, token=token, most_bytes=most_bytes)
-    server = uvicorn.Server(uvicorn.Config(guard, host=host, port=0, lifespan="off", ws="none", log_level="critical"))
+    server = uvicorn.Server(
+        uvicorn.Config(guard, host=host, port=port, lifespan="off", ws="none", log_level="critical")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -32,7 +32,16 @@ _ITERATION = _LATENTS | {
     "selectors",
     "theory",
 }
-_TRAINING = _ITERATION | {"config", "loading", "metrics", "preferences", "prompts", "reporting", "weights"}
+_TRAINING = _ITERATION | {
+    "config",
+    "remote_rollout",
+    "loading",
+    "metrics",
+    "preferences",
+    "prompts",
+    "reporting",
+    "weights",
+}
 # What each room may import from the package, in any line of any of its files. Everyone may import what is in GROUND.
 GROUND = {"lazy", "settings"}
 BELOW: dict[str, set[str]] = {
@@ -61,7 +70,8 @@ BELOW: dict[str, set[str]] = {
     "rewards": {"backbone", "judging", "loading", "prompts", "serving", "weights"},
     "metrics": {"loading", "prompts", "rewards", "weights"},
     "comparison": _TRAINING | {"images", "training"},
-    "engine": _LATENTS | {"adascope", "algorithms", "backbones", "distributed", "selectors", "theory"},
+    "engine": _LATENTS | {"adascope", "algorithms", "backbones", "distributed", "reference", "selectors", "theory"},
+    "remote_rollout": _LATENTS | {"backbones", "engine", "reference", "serving"},
     "config": set(),
     "training": _TRAINING,
     "planning": _TRAINING | {"training"},

@@ -388,3 +388,21 @@ class PipelineBackbone:
 
     def save_adapter(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
         self.weights.save(self.pipeline, folder, self.weights.tensors() if tensors is None else tensors)
+
+    def adapter_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """(tensors on the CPU, metadata) of the file that `save_adapter` writes of a LoRA; of all weights, the same.
+
+        The names of the tensors begin with that of the denoiser.
+        """
+        named = {f"{self.denoiser_name}.{name}": value for name, value in self.adapter_tensors().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+        return tensors, {"format": "pt", **self.weights.metadata()}
+
+    def load_adapter_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back the tensors that `adapter_file` gave; ValueError where they are another model's."""
+        prefix = f"{self.denoiser_name}."
+        if others := sorted(name for name in tensors if not name.startswith(prefix)):
+            raise ValueError(
+                f"the model's trained weights are those of its {self.denoiser_name}, got {others[0]!r:.80}; give these"
+            )
+        self.load_adapter_tensors({name.removeprefix(prefix): value for name, value in tensors.items()})

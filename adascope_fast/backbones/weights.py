@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,10 @@ class Weights(Protocol):
 
     def save(self, pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write what `tensors` gave so that plain diffusers reads it."""
+        ...
+
+    def metadata(self) -> dict[str, str]:
+        """What a file of them says besides the tensors."""
         ...
 
     def merge(self) -> None:
@@ -109,14 +114,21 @@ class LoraWeights:
     def save(self, pipeline: Any, folder: Path, tensors: dict[str, Tensor]) -> None:
         """diffusers' LoRA format: `pipe.load_lora_weights(folder)`."""
         layers = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        pipeline.save_lora_weights(
+            folder,
+            **{f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": self._settings()},
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The rank, scale and layers, as diffusers writes them."""
+        settings = {f"{self.component}.{name}": value for name, value in self._settings().items()}
+        return {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+
+    def _settings(self) -> dict[str, Any]:
         settings = self.lora.to_dict()
         kept = {key: settings[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
         # JSON holds no sets, and peft's targets are one.
-        metadata = kept | {"target_modules": sorted(settings["target_modules"])}
-        pipeline.save_lora_weights(
-            folder,
-            **{f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata},
-        )
+        return kept | {"target_modules": sorted(settings["target_modules"])}
 
     def frozen(self) -> None:
         """None: it is the same denoiser without its adapter."""
@@ -170,6 +182,10 @@ class FullWeights:
     def frozen(self) -> nn.Module | None:
         """The copy of what it was."""
         return self._base
+
+    def metadata(self) -> dict[str, str]:
+        """None: they are a plain state."""
+        return {}
 
     def merge(self) -> None:
         """It is a plain denoiser already."""

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import socket
-import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -12,6 +9,7 @@ import typer
 
 from adascope_fast.config import Config, ConfigError
 
+VARIABLE = "ADASCOPE_FAST_REWARD_TOKEN"
 PLACEMENT = ("device", "batch")
 """Keys of a reward that change no score."""
 
@@ -27,7 +25,7 @@ def reward_server(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8400,
     token_env: Annotated[
         str, typer.Option(metavar="VAR", help="Environment variable with the token; without it a new one is printed.")
-    ] = "ADASCOPE_FAST_REWARD_TOKEN",
+    ] = VARIABLE,
     max_bytes: Annotated[int, typer.Option(min=2**16, max=2**32, help="Of a request.")] = 2**28,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: where the images are put.")] = "auto",
 ) -> None:
@@ -35,12 +33,12 @@ def reward_server(
     section = _section(arguments or [])
     from adascope_fast import rewards, serving
     from adascope_fast.rewards.remote import server  # refused here where FastAPI is missing, before weights are loaded
+    from adascope_fast.rewards.remote.client import WORDS
+    from adascope_fast.serving.announced import announced, token_of
     from adascope_fast.training import origin
 
     place = _device(device)
-    token = os.environ.get(token_env, "").strip()
-    is_new = not token
-    token = token or serving.new_token()
+    token, is_new = token_of(token_env)
     serving.Guard(None, token=token, most_bytes=max_bytes)  # refuses a token that is too short
     reward = rewards.load(section)
     part = origin.of_object(reward, is_given=False)
@@ -54,17 +52,21 @@ def reward_server(
         most_bytes=max_bytes,
     )
 
-    def ready(url: str) -> None:
-        for line in _announced(section.name, url, token_env, token if is_new else ""):
-            print(line, flush=True)
-
     serving.serve(
         server.application(reward, about, device=place),
         host=host,
         port=port,
         token=token,
         most_bytes=max_bytes,
-        ready=ready,
+        ready=lambda url: announced(
+            "reward",
+            url,
+            token_env=token_env,
+            usual=VARIABLE,
+            new_token=token if is_new else "",
+            serves=section.name,
+            sent=WORDS.sent,
+        ),
         grace=60,
     )
 
@@ -97,15 +99,3 @@ def _device(name: str) -> str:
         got = f"{name!r:.40}" + (", and this torch finds no GPU" if kind == "cuda" else "")
         raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, got {got}; choose another")
     return name
-
-
-def _announced(name: str, url: str, token_env: str, new_token: str) -> list[str]:
-    """What to do on the training's side, to be pasted."""
-    anywhere = url.replace("//0.0.0.0:", f"//{socket.gethostname()}:").replace("//[::]:", f"//{socket.gethostname()}:")
-    known = f"export {token_env}={new_token}" if new_token else f"# {token_env} has the token, there as here"
-    lines = [known, "[reward]", 'name = "remote"', f'url = "{anywhere}"']
-    if token_env != "ADASCOPE_FAST_REWARD_TOKEN":
-        lines.append(f'token_env = "{token_env}"')
-    if not url.startswith(("http://127.", "http://[::1]", "http://localhost")):
-        print("this is not encrypted: whoever is on the way reads the token and the images", file=sys.stderr)
-    return [*lines, f"# serves {name}; Ctrl-C ends it"]

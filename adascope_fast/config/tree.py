@@ -39,6 +39,8 @@ from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, e
 from adascope_fast.config.writing import toml_of
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
+from adascope_fast.remote_rollout.settings import Local
+from adascope_fast.remote_rollout.settings import Remote as RemoteRollout
 from adascope_fast.rewards.settings import (
     Aesthetic,
     ClipSimilarity,
@@ -119,6 +121,9 @@ AnySelector = Annotated[
     | Annotated[OwnSelector, Tag(OWN)],
     chosen_by("name", "adascope"),
 ]
+AnyRollout = Annotated[
+    Annotated[Local, Tag("local")] | Annotated[RemoteRollout, Tag("remote")], chosen_by("name", "local")
+]
 AnySensing = Annotated[
     Annotated[Latent, Tag("latent")] | Annotated[Semantic, Tag("semantic")] | Annotated[RewardOnly, Tag("reward_only")],
     chosen_by("kind", "latent"),
@@ -135,6 +140,7 @@ class Config(Section):
     prompts: Prompts = Prompts()
     reward: AnyReward = SceneAttributes()
     sampler: Sampler = Sampler()
+    rollout: AnyRollout = Local()
     algorithm: AnyAlgorithm = Ddpo()
     selector: AnySelector = AdaScope()
     sensing: AnySensing | None = Field(default=None, validate_default=False)
@@ -204,6 +210,8 @@ class Config(Section):
                 'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set '
                 'it to "auto", or model.train = "lora"'
             )
+        if isinstance(self.rollout, RemoteRollout):
+            self._can_be_drawn_elsewhere()
         if self.sampler.tail_share < 1:
             self._knows_the_steps_beforehand(
                 f"sampler.tail_share = {self.sampler.tail_share}", "sampler.tail_share = 1.0"
@@ -380,6 +388,24 @@ class Config(Section):
                 f'grpo_guard divides by the dt of a flow sampler\'s steps, got sampler.kind = "{self.sampler.kind}"; '
                 f'set it to "flow_sde" and train a flow model, or algorithm.name = "grpo"'
             )
+
+    def _can_be_drawn_elsewhere(self) -> None:
+        """A rollout server takes every step of the sampler, without gradient, and knows of no candidates."""
+        reasons = {
+            'train.update = "one_pass"': (self.train.update == "one_pass", 'train.update = "replay"'),
+            f"sampler.tail_share = {self.sampler.tail_share}": (
+                self.sampler.tail_share < 1,
+                "sampler.tail_share = 1.0",
+            ),
+            'sampler.kind = "dpm_solver"': (self.sampler.kind == "dpm_solver", "another sampler.kind"),
+            'algorithm.name = "spo"': (isinstance(self.algorithm, Spo), "another algorithm.name"),
+        }
+        for got, (is_so, otherwise) in reasons.items():
+            if is_so:
+                raise ValueError(
+                    f"a rollout server takes every step of the sampler by itself and without gradient, got {got} with "
+                    f'rollout.name = "remote"; set {otherwise}, or rollout.name = "local"'
+                )
 
     def _knows_the_steps_beforehand(self, what: str, otherwise: str) -> None:
         attribution = _of(self.algorithm, "attribution")

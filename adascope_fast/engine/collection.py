@@ -6,10 +6,10 @@ needs besides the samples: steps that were decided before the rollout, and gradi
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from adascope_fast.algorithms.algorithm import Policy, Samples
@@ -21,6 +21,7 @@ from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
 from adascope_fast.engine.recorded import STEP
 from adascope_fast.engine.scoring import RewardOfGuess, Scoring
+from adascope_fast.reference import Kind
 from adascope_fast.rollout import (
     Branches,
     Branching,
@@ -42,6 +43,26 @@ from adascope_fast.schedules.tail import Tails
 
 if TYPE_CHECKING:
     from adascope_fast.engine.engine import Engine
+
+
+class Sampling(Protocol):
+    """What draws the samples of a rollout elsewhere: `remote_rollout.RemoteRollout`."""
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        prompt_index: Int64[Tensor, " b"],
+        schedule: Schedule,
+        *,
+        seeds: Sequence[int],
+        start_seeds: Sequence[int],
+        guidance_scale: float,
+        kind: Kind,
+        batch: int,
+        on_batch: Callable[[slice, Tensor], object],
+    ) -> Trajectory:
+        """A trajectory of each prompt, `batch` at once; see there."""
+        ...
 
 
 class NothingFiniteError(Exception):
@@ -258,6 +279,9 @@ class Collection:
         engine, schedule = self._engine, self.schedule
         noise, scale = self._noise.of_use(self._num_rollouts), engine.sampler.guidance_scale
         self._num_rollouts += 1
+        if engine.remote is not None:
+            self._refuse_remote({"one_pass": keep, "sampler.tail_share": tails, "a branched rollout": branching})
+            return self._drawn_elsewhere(engine.remote, prompts, scoring, noise, total=total, shared=shared), None
         recording = engine._recording
         folding = None
         if engine.folds_adapter:
@@ -320,3 +344,48 @@ class Collection:
             self.num_forwards += branched.num_guesses
             return trajectory, branched.branches
         return trajectory if tables is None else trajectory.copied(), None
+
+    def _drawn_elsewhere(
+        self,
+        remote: Sampling,
+        prompts: list[str],
+        scoring: Scoring | None,
+        noise: OwnNoise,
+        *,
+        total: int,
+        shared: SharedStart | None,
+    ) -> Trajectory:
+        """A rollout that another process draws, each sample from the seed of its noise."""
+        engine, schedule, done = self._engine, self.schedule, 0
+        if engine._recording is not None:
+            engine._recording.graphs.refuse(STEP, "its steps are taken by a rollout server")
+        numbers = range(self.own.start, self.own.stop)
+
+        def on_batch(rows: slice, latents: Tensor) -> None:
+            nonlocal done
+            done += (rows.stop - rows.start) * schedule.num_steps
+            engine._progress("rollout", min(done, total), total)
+            if scoring is not None:
+                scoring.submit(rows, latents)
+
+        return remote(
+            prompts,
+            self._encoded.index(prompts, schedule.coef.device),
+            schedule,
+            seeds=[noise.seed(number) for number in numbers],
+            start_seeds=[noise.seed(number) for number in (numbers if shared is None else shared.first)],
+            guidance_scale=engine.sampler.guidance_scale,
+            kind=engine.algorithm.log_prob_kind(schedule),
+            batch=engine.rollout_batch,
+            on_batch=on_batch,
+        )
+
+    def _refuse_remote(self, ways: dict[str, Any]) -> None:
+        """ValueError for a rollout that only this process can draw."""
+        asked = [name for name, value in ways.items() if value is not None]
+        asked += ["a multistep solver"] if self.schedule.multistep is not None else []
+        if asked:
+            raise ValueError(
+                f"a rollout server takes each step of the sampler in its turn, got {' and '.join(asked)}; set "
+                f'rollout.name = "local"'
+            )

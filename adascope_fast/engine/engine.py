@@ -27,7 +27,7 @@ from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.distributed import Ranks, dealt
 from adascope_fast.distributed.sharded import sum_gradients, whole
 from adascope_fast.engine.acceleration import halving
-from adascope_fast.engine.collection import Collection, NothingFiniteError
+from adascope_fast.engine.collection import Collection, NothingFiniteError, Sampling
 from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
@@ -111,6 +111,8 @@ class Engine:
         self.backbone, self.schedule, self.algorithm = backbone, schedule, algorithm
         self.selector, self.score, self.optimizer, self.settings = selector, score, optimizer, settings
         self.folds_adapter = folds_adapter
+        self.remote: Sampling | None = None
+        """What draws the rollouts in place of this process."""
         self.rollout_batch = settings.rollout_batch
         self.microbatch = settings.usual_microbatch(self.sampler.guidance_scale)
         self._autocast, self._progress = autocast, progress

@@ -3,10 +3,10 @@
 import os
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from adascope_fast.serving.settings import address, variable
 from adascope_fast.settings import (
     Images,
     Own,
@@ -249,18 +249,13 @@ class Remote(Section):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
-        address(url)
+        address(url, "reward")
         return url
 
     @field_validator("token_env")
     @classmethod
     def _is_a_variable(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(
-                "reward.token_env must be the name of an environment variable, got another text, which is not shown: "
-                "it may be the token; export ADASCOPE_FAST_REWARD_TOKEN=... and leave reward.token_env out"
-            )
-        return name
+        return variable(name, "reward", "ADASCOPE_FAST_REWARD_TOKEN")
 
 
 class Mixed(Section):
@@ -327,21 +322,6 @@ class OwnReward(Own):
     """One of your own: `name` is `module:object`, other keys are its arguments."""
 
     named_by: ClassVar[str] = "reward.name"
-
-
-def address(url: str) -> SplitResult:
-    """A server's address in parts; ValueError unless it is http or https, a host, and perhaps a port and a path."""
-    rule = "reward.url must be http://HOST:PORT or https://HOST:PORT"
-    if "@" in url:
-        raise ValueError(f"{rule}, got one with a name or password; leave it out, reward.token_env names the token")
-    try:
-        parts = urlsplit(url)
-        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, a bracket without its other
-        raise ValueError(f"{rule}, got {show(url)}; correct it") from None
-    if not is_right or not re.fullmatch(r"[!-~]+", url) or "?" in url or "#" in url:
-        raise ValueError(f"{rule}, got {show(url)}; write it so, as the server printed it")
-    return parts
 
 
 def reward_named(name: str, **keys: Any) -> Section:

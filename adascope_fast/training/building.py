@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from adascope_fast import rewards
+from adascope_fast import backbones, rewards
 from adascope_fast.adascope.decoders import LinearDecoder, TinyDecoder
 from adascope_fast.adascope.sensing import DecodedSensor, LatentSensor, Sensor
 from adascope_fast.adascope.settings import Semantic
@@ -15,8 +15,11 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
 from adascope_fast.backbones import EMBEDDED
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.engine.acceleration import accelerate
+from adascope_fast.remote_rollout.drawing import Drawing
 from adascope_fast.rewards import ClipSimilarity, Reward
 from adascope_fast.selectors.protocol import TimestepSelector
+from adascope_fast.training import origin
 from adascope_fast.training.sharing import refuse_other_engines
 
 
@@ -52,6 +55,19 @@ def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.
         weight_decay=train.weight_decay,
         eps=train.adam_epsilon,
     )
+
+
+def drawing_of(config: Config) -> tuple[Drawing, str]:
+    """What draws rollouts of a configuration's model elsewhere, as its training would, and the digest of that model."""
+    accelerator = accelerator_of(config)
+    backbone = backbones.load(config.model.name, **config.model.options())
+    dtype = getattr(torch, config.model.dtype)
+    pipeline = origin.of_pipeline(backbone.pipeline.components, backbone.name, dtype, is_given=False)
+    digest = origin.of_model(backbone, pipeline)
+    backbone.to(accelerator.device)
+    accelerate(backbone.denoiser, config.acceleration, accelerator.device, decoder=backbone.vae)
+    drawing = Drawing(backbone, folds_adapter=config.acceleration.folds, autocast=lambda: accelerator.autocast())
+    return drawing, digest
 
 
 def sensor_of(config: Config, backbone: Backbone, reward: Reward) -> LatentSensor | DecodedSensor:

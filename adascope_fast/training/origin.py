@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.config import ConfigError
 from adascope_fast.rewards import Mixed, Remote
 from adascope_fast.training.run_folder import write_whole
@@ -80,6 +81,18 @@ def of_pipeline(components: Mapping[str, Any], name: str, dtype: torch.dtype, *,
         settings = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         found["scheduler"] = [type(scheduler).__name__, json.loads(json.dumps(settings, default=str))]
     return Part(name, _digest(json.dumps(found, sort_keys=True)), is_given)
+
+
+def of_model(backbone: PipelineBackbone, pipeline: Part) -> str:
+    """Digest of a model before it is trained and of what will be: whoever draws its rollouts must have the same.
+
+    Args:
+        pipeline: `of_pipeline` of it.
+    """
+    options, (tensors, metadata) = backbone.options, backbone.adapter_file()
+    trained = {name: list(value.shape) for name, value in tensors.items()}
+    told = [options.embedded_guidance, options.max_sequence_length, list(backbone.latent_shape), trained, metadata]
+    return _digest(json.dumps([pipeline.digest, told], sort_keys=True))
 
 
 def weights(module: nn.Module, dtype: torch.dtype | None = None) -> str:

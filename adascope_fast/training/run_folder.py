@@ -39,10 +39,12 @@ from adascope_fast.training.lock import NAME as LOCK
 from adascope_fast.training.lock import locked
 
 PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out", "algorithm.preferences", "reward.url"}
+PLACES |= {"rollout.url"}
 """Where things are: they may have been moved, and `origin` sees to it that they are the same."""
 MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers"} | PLACES
 MAY_CHANGE |= {"reward.host", "reward.port"}
 MAY_CHANGE |= {"reward.token_env", "reward.timeout", "reward.patience", "reward.parallel"}
+MAY_CHANGE |= {f"rollout.{key}" for key in ("token_env", "timeout", "patience", "parallel", "max_drift")}
 """What a resumed run may have otherwise than before."""
 PACKAGES = ("adascope-fast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft")
 

@@ -33,11 +33,14 @@ from adascope_fast.engine.acceleration import accelerate, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
+from adascope_fast.remote_rollout.client import RemoteRollout, refuse_drift
+from adascope_fast.remote_rollout.settings import Local
 from adascope_fast.reporting.files import is_run
 from adascope_fast.reporting.images import GAP, save_grid
 from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
+from adascope_fast.settings import Own
 from adascope_fast.training import checkpoint, origin, run_folder, trust
 from adascope_fast.training.building import (
     accelerator_of,
@@ -152,6 +155,7 @@ class Trainer:
         self._progress, self._is_stopped = Progress(quiet=quiet), False
         self._found: checkpoint.Checkpoint | None = None
         self.sharing = WHOLE
+        self._remote: RemoteRollout | None = None
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
             clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
@@ -169,6 +173,7 @@ class Trainer:
         self._join()
         self.ranks.by_first(lambda: RunFolder.check(self.config, overwrite=overwrite))
         self.prepare()  # may refuse; only then is an older run replaced
+        self._connect()
         parts = self._parts()
         self._refuse_unlike(parts)
         folder = self._folder(lambda: RunFolder.create(self.config, overwrite=overwrite, heading=_heading(parts)))
@@ -196,6 +201,7 @@ class Trainer:
         try:
             found = self.ranks.by_first(lambda: self._started(folder, accept_changes=accept_changes))
             self.prepare()
+            self._connect()
             now = self._parts()
             self._refuse_unlike(now)
             self.ranks.by_first(lambda: self._goes_on(folder, found, now, accept_changes=accept_changes))
@@ -364,6 +370,8 @@ class Trainer:
                         reporting.write_report(folder.path)
             finally:
                 rewards.training_ends(self.reward)
+                if self._remote is not None:
+                    self._remote.training_ends()
                 if status != "finished":
                     self.accelerator.end_training()
         result = self.ranks.by_first(lambda: self._result(folder, report))
@@ -463,6 +471,22 @@ class Trainer:
                 size,
             )
 
+    def _connect(self) -> None:
+        """Have the rollouts drawn where the configuration says; ValueError where that cannot be."""
+        section, algorithm = self.config.rollout, self.algorithm
+        if isinstance(section, Local):
+            return
+        digest = origin.of_model(self.backbone, self.pipeline_part)
+        keys = {name: value for name, value in section.keys().items() if name != "max_drift"}
+        self._remote = RemoteRollout(backbone=self.backbone, model=digest, **keys)
+        self._remote.suit(
+            kind=algorithm.log_prob_kind(self.schedule),
+            needs_x0=_needs_x0(self.config),
+            may_need_x0=bool(self._given & {"algorithm", "selector"}) or _has_own(self.config),
+            shares_start=algorithm.shares_noise,
+        )
+        self.engine.remote = self._remote
+
     def _refuse_preferences(self) -> None:
         """ValueError where the algorithm's set does not suit the evaluation or the reward; a warning for overlap."""
         known = self.algorithm.preferences
@@ -487,6 +511,8 @@ class Trainer:
             report = self.engine.step(
                 cache(batch), batch, iteration=iteration, seed=_seed(self.config.run.seed, "rollout", iteration)
             )
+            if not isinstance(rollouts := self.config.rollout, Local):
+                refuse_drift(report.values["rollout_drift_max"], rollouts.max_drift)
             if self.ema is not None:
                 self.ema.update()
             known = sum(report.seconds.values())
@@ -682,6 +708,22 @@ def _heading(parts: Mapping[str, origin.Part]) -> str:
     """Comment lines of `config.toml` about what was passed in Python."""
     lines = [f"# {name} = {part.name}: passed in Python" for name, part in parts.items() if part.is_given]
     return "".join(f"{' '.join(line.split())}\n" for line in lines) + ("\n" if lines else "")
+
+
+def _has_own(config: Config) -> bool:
+    """Whether the algorithm or the selector is the user's own."""
+    return isinstance(config.algorithm, Own) or isinstance(config.selector, Own)
+
+
+def _needs_x0(config: Config) -> str:
+    """What of a configuration looks at the guesses of the final latents, in words; "" where nothing does."""
+    section: Any = config.algorithm
+    if section.name == "grpo_guard":
+        return 'algorithm.name = "grpo_guard"'
+    if getattr(section, "attribution", None) == "similarity":
+        return 'algorithm.attribution = "similarity"'
+    is_sensed = config.sensing is not None and getattr(config.selector, "is_sensed", True)
+    return f'selector.name = "{config.selector.name}", which senses' if is_sensed else ""
 
 
 def _with_nan(estimate: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`adascope-fast reward-server` as a process: what it prints, and what a training does when it is killed."""
 
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import torch
 from command_line import TINY, call, refused
 from reward_servers import TOKEN, serving
 from safetensors.torch import load_file
+from server_processes import server_process
 from small_runs import SMALLEST, lines_of, redness
 from torch import Tensor
 
@@ -37,24 +37,9 @@ def redness(images, prompts):
 def _server(folder: Path, *, pause: float, port: int = 0, token: str = "") -> Iterator[tuple[subprocess.Popen, str]]:
     """A server process of the reward above, once it serves, and all that it printed."""
     (folder / "judge.py").write_text(JUDGE.format(pause=pause))
-    command = [sys.executable, "-m", "adascope_fast.cli", "reward-server", "judge:redness", "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    environment |= {VARIABLE: token} if token else {}
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    printed = ""
-    try:
-        while not printed.endswith("ends it\n"):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            printed += line
-        yield process, printed
-    finally:
-        process.kill()
-        process.communicate()
+    arguments = ("reward-server", "judge:redness", "--port", str(port))
+    with server_process(*arguments, variable=VARIABLE, token=token, cwd=folder) as found:
+        yield found
 
 
 def _settings(folder: Path, *more: str) -> list[str]:

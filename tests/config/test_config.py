@@ -16,7 +16,9 @@ from adascope_fast.selectors.settings import EveryStep, StaticRange
 from adascope_fast.settings import OWN, Own, choices_of, key_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
-SECTIONS = "run, model, prompts, reward, sampler, algorithm, selector, sensing, train, acceleration, evaluation, log"
+SECTIONS = (
+    "run, model, prompts, reward, sampler, rollout, algorithm, selector, sensing, train, acceleration, evaluation, log"
+)
 
 
 def _error(path: Path | None, *overrides: str) -> str:

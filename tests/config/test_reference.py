@@ -38,6 +38,7 @@ def test_a_section_or_a_choice_is_found_by_name():
     assert names == ["latent", "semantic", "reward_only"]
     assert [entry.choice for entry in reference.entries() if entry.is_default] == [
         "scene_attributes",
+        "local",
         "ddpo",
         "adascope",
         "latent",

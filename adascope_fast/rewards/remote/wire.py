@@ -6,8 +6,7 @@ where a prompt has any, "metadata": [{...}, ...]. The encoding says what the ten
 - `safetensors`: `images` [n, 3, h, w] of float32, float16 or bfloat16 in [0, 1], exactly as they are, or of uint8;
 - `png`: `0`, `1`, ... the bytes of PNGs, RGB of 8 bits and of one size.
 
-Scores come back as numbers of JSON, which hold a float32 exactly; null is a score that is not finite. Nothing is ever
-unpickled. What is read comes from elsewhere, so everything has a bound, which is looked at before anything is unpacked.
+Scores come back as numbers of JSON, which hold a float32 exactly; null is a score that is not finite.
 """
 
 import io
@@ -20,20 +19,18 @@ from typing import Any, Self
 import PIL.Image
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
+from adascope_fast.serving.wire import read_header, refuse_version, write_file
 from adascope_fast.settings import one_line
 
 VERSION = 1
 ENCODINGS = ("safetensors", "png")
-KEY = "adascope_fast"
 MOST_IMAGES = 1024
 MOST_PIXELS = 2**26  # of all images of a request
-MOST_HEADER = 2**24  # bytes
 MOST_OF_A_PROMPT = 10_000  # characters
 MOST_METADATA = 2**20  # characters of its JSON
-MOST_ANSWER = 2**26  # bytes
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 _PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
@@ -80,11 +77,7 @@ class Served:
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Of plain values; ValueError where they are none of these, or of another version."""
-        if values.get("version") != VERSION:
-            raise ValueError(
-                f"it speaks version {values.get('version')!s:.20} of the wire, this adascope-fast {VERSION}; "
-                f"install the same release on both machines"
-            )
+        refuse_version(values, VERSION)
         found: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         weights = found["weights"]
         is_right = (
@@ -129,7 +122,7 @@ def write(
         tensors = {str(place): _png(image) for place, image in enumerate(images)}
     else:
         tensors = {"images": images.to(images.dtype if images.dtype in _TYPES[:3] else torch.float32).contiguous()}
-    return save(tensors, metadata={KEY: json.dumps(about, ensure_ascii=False, allow_nan=False)})
+    return write_file(tensors, about)
 
 
 def read(body: bytes) -> Batch:
@@ -175,24 +168,6 @@ def read_numbers(values: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in values.items()}
 
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """An object of JSON; ValueError for anything else, NaN and Infinity too, which JSON has not."""
-    try:
-        values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("JSON is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({one_line(str(error))[:120]})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"not an object of JSON, got {type(values).__name__}")
-    return values
-
-
-def write_json(values: Mapping[str, Any]) -> bytes:
-    """An object as JSON."""
-    return json.dumps({"version": VERSION, **values}, ensure_ascii=False, allow_nan=False).encode()
-
-
 def read_prompts(values: Any) -> list[str]:
     """A list of prompts; ValueError where it is none, or one is too long."""
     if not isinstance(values, list) or not all(isinstance(prompt, str) for prompt in values):
@@ -203,10 +178,6 @@ def read_prompts(values: Any) -> list[str]:
     return values
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def _is_number(value: Any) -> bool:
     """Whether it is a number that a float32 can hold."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -214,24 +185,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _header(body: bytes) -> tuple[dict[str, Any], list[str]]:
-    """What the metadata says, and the names of the tensors; the file itself is checked by safetensors."""
-    rule = "a request is a safetensors file"
-    if len(body) < 8:
-        raise ValueError(f"{rule}, got {len(body)} bytes; send one")
-    (length,) = struct.unpack("<Q", body[:8])
-    if length > min(MOST_HEADER, len(body) - 8):
-        raise ValueError(f"{rule} with a header of at most {MOST_HEADER} bytes, got {length}; send one")
-    try:
-        header = read_json(body[8 : 8 + length])
-        about = read_json(header["__metadata__"][KEY].encode())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        why = str(error) if isinstance(error, ValueError) else "none"
-        raise ValueError(f'{rule} whose metadata has "{KEY}", an object of JSON, got {why}; send one') from None
-    if about.get("version") != VERSION:
-        raise ValueError(f"this server speaks version {VERSION}, got {about.get('version')!s:.20}; send that")
+    """What the metadata says, and the names of the tensors."""
+    about, tensors = read_header(body, VERSION)
     if about.get("encoding") not in ENCODINGS:
         raise ValueError(f'"encoding" is {" or ".join(ENCODINGS)}, got {about.get("encoding")!s:.20}; send one')
-    return about, [name for name in header if name != "__metadata__"]
+    return about, list(tensors)
 
 
 def _prompts(about: Mapping[str, Any]) -> list[str]:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from adascope_fast import rewards
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.rewards.remote import client
-from adascope_fast.rewards.remote.client import Remote, in_order
+from adascope_fast.rewards.remote.client import Remote
+from adascope_fast.serving import client
+from adascope_fast.serving.client import Client, in_order
 from adascope_fast.training import origin
 
 IMAGES, PROMPTS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), list("abcd")
@@ -239,6 +240,9 @@ def test_pieces_keep_their_order_and_the_first_error_ends_all():
 
     assert in_order(slow, range(8), 4) == [piece * piece for piece in range(8)]
     assert in_order(slow, [], 4) == []
+    came: list[tuple[int, int]] = []
+    in_order(slow, range(8), 4, arrived=lambda place, value: came.append((place, value)))
+    assert came == [(piece, piece * piece) for piece in range(8)], "though the last ones are done first"
     begun: list[int] = []
     stopped: list[bool] = []
 
@@ -300,7 +304,7 @@ def test_the_token_comes_from_the_environment_and_is_written_nowhere(monkeypatch
 
 
 def test_a_token_in_the_clear_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Remote, "_exchange", lambda *_: json.dumps(DESCRIPTION).encode())
+    monkeypatch.setattr(Client, "exchange", lambda *_: json.dumps(DESCRIPTION).encode())
     for url in ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "https://far.example"):
         Remote(url, token=TOKEN)
     assert not caplog.records

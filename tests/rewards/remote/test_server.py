@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adascope_fast import rewards
 from adascope_fast.config import Config
-from adascope_fast.rewards.remote import client, wire
+from adascope_fast.rewards.remote import wire
+from adascope_fast.serving import client
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 PROMPTS = [f"a prompt {number}" for number in range(6)]

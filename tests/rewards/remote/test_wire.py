@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 from adascope_fast.rewards.remote import wire
+from adascope_fast.serving.wire import MOST_HEADER
 
 IMAGES = torch.rand(3, 3, 9, 14, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a red circle", "", 'é"\\\n😀']
@@ -122,7 +123,7 @@ TOLD = json.dumps({"version": 1, "encoding": "safetensors", "prompts": ["a"]}).r
         (pickle.dumps({"images": [1.0], "prompts": ["a"]}), "a header of at most"),
         (PIL.Image.new("RGB", (8, 8)).tobytes() + b"x", "whose metadata has"),
         (_with_header(b"", 2**63), "a header of at most 16777216 bytes, got 9223372036854775808"),
-        (_with_header(b"{" + b" " * wire.MOST_HEADER), "a header of at most"),
+        (_with_header(b"{" + b" " * MOST_HEADER), "a header of at most"),
         (_with_header(b"[" * 100_000), "nested too deep"),
         (_with_header(b"\xff\xfe"), "not JSON"),
         (_with_header(b'{"__metadata__": 3}'), "whose metadata has"),
@@ -133,7 +134,7 @@ TOLD = json.dumps({"version": 1, "encoding": "safetensors", "prompts": ["a"]}).r
         (WHOLE[:-1], "a safetensors file, got"),
         (WHOLE[: LENGTH // 2], "a header of at most"),
         (WHOLE + b"\0", "a safetensors file, got"),
-        (_body(version=2), "speaks version 1, got 2"),
+        (_body(version=2), "a request speaks version 2 of the wire, this adascope-fast 1"),
         (_body(encoding="pickle"), '"encoding" is safetensors or png, got pickle'),
         (_body(prompts="abc"), '"prompts" must be a list of texts'),
         (_body(prompts=["a", 1, "b"]), '"prompts" must be a list of texts'),
