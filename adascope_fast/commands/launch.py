@@ -9,6 +9,8 @@ import typer
 
 from adascope_fast.config import ConfigError
 
+PROGRAM = f"{__name__.partition('.')[0]}.cli"
+
 
 def launch(
     context: typer.Context,
@@ -25,7 +27,7 @@ def launch(
     program = ["accelerate.commands.launch", "--config_file", str(path), *options]
     if "--cpu" in options:  # accelerate starts one process there, whatever number is asked for
         program = ["torch.distributed.run", *_on_cpus(path, options)]
-    os.execv(sys.executable, [sys.executable, "-m", *program, "--module", "adascope_fast.cli", *command])
+    os.execv(sys.executable, [sys.executable, "-m", *program, "--module", PROGRAM, *command])
 
 
 def _on_cpus(path: Path, options: list[str]) -> list[str]:
