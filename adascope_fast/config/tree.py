@@ -423,6 +423,12 @@ class Config(Section):
         except ValidationError as error:
             raise ConfigError(explain(cls, values, error)) from None
 
+    def examine(self) -> None:
+        """ValueError where what a section names is not there, as far as that is told without importing torch."""
+        for _, section in self:
+            if section is not None:
+                section.examine()
+
     def to_toml(self) -> str:
         """The resolved configuration as TOML, every field written out; fields that are None are left out."""
         values = self.model_dump(exclude_none=True)

@@ -13,7 +13,7 @@ from adascope_fast.adascope.sensing import DecodedSensor, LatentSensor, Sensor
 from adascope_fast.adascope.settings import Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
-from adascope_fast.backbones import EMBEDDED
+from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rewards import ClipSimilarity, Reward
 from adascope_fast.selectors.protocol import TimestepSelector
@@ -82,7 +82,7 @@ def clip_of(sensing: Semantic, model: str) -> str:
     """The CLIP of semantic sensing; ConfigError if none is named and none is shipped for `model`."""
     if sensing.clip is not None:
         return sensing.clip
-    if model not in EMBEDDED:
+    if model not in EMBEDDED_NAMES:
         raise ConfigError(
             f"sensing.kind = semantic needs a CLIP that knows the images of {model!r}, got none; set sensing.clip to "
             'a folder or repository, for example "openai/clip-vit-large-patch14"'
