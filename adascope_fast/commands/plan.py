@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
+from adascope_fast.commands.libraries import import_libraries
+from adascope_fast.training.monitoring.progress import Progress
 
 
 def plan(
@@ -17,10 +19,15 @@ def plan(
 ) -> None:
     """Say what a training would cost: parameters, operations, memory. No weights are read."""
     config = configured(arguments, command="plan")
+    import_libraries()
     from adascope_fast.planning.measured import measured_table
     from adascope_fast.planning.plan import plan as plan_of
 
-    result = plan_of(config)
+    progress = Progress()
+    with progress.stage(f"counting what {config.model.name} takes"):
+        result = plan_of(config)
     print(result.table(tflops))
     if measure:
-        print(measured_table(config, result))
+        with progress.stage("measuring a step, where there is a GPU"):
+            table = measured_table(config, result)
+        print(table)

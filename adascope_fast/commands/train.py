@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adascope_fast.commands.configuration import configured
+from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.commands.signals import answered_by, interrupt
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.reporting.files import is_run
 
 if TYPE_CHECKING:
     from adascope_fast.training.trainer import Result
@@ -33,7 +35,8 @@ def train(
     arguments = arguments or []
     refuse_without_resume(resume, arguments, overwrite=overwrite, accept_changes=accept_changes, trust_code=trust_code)
     config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
-    from adascope_fast.training.trainer import Trainer  # torch takes a second; a mistake in the config should not
+    import_libraries()  # they take seconds; a mistake in the configuration should not
+    from adascope_fast.training.trainer import Trainer
 
     try:
         with answered_by(interrupt):
@@ -68,12 +71,11 @@ def refuse_without_resume(resume: Path | None, arguments: list[str], *, overwrit
 
 def resumed(folder: Path, overrides: list[str], *, trust_code: bool) -> Config:
     """The configuration of a started run, with what may change in its middle changed."""
-    from adascope_fast.reporting.files import is_run
+    if not is_run(folder):
+        raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
     from adascope_fast.training import origin, trust
     from adascope_fast.training.run_folder import load_config, refuse_another
 
-    if not is_run(folder):
-        raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
     before = load_config(folder)
     after = before.changed([*overrides, f"run.folder={folder}"])
     refuse_another(before, after)

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -47,9 +46,12 @@ from adascope_fast.training.building import (
     sensor_of,
 )
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
+from adascope_fast.training.monitoring.progress import Progress
 from adascope_fast.training.nonfinite import NonFinite, remedy
-from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import RunFolder, load_run_files, refuse_another
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class Trainer:
         reward: rewards.Reward | None = None,
         train_prompts: prompts.Given | None = None,
         held_out_prompts: prompts.Given | None = None,
-        pipeline: DiffusionPipeline | None = None,
+        pipeline: "DiffusionPipeline | None" = None,
         algorithm: Algorithm | None = None,
         selector: TimestepSelector | None = None,
         quiet: bool = False,
@@ -296,12 +298,14 @@ class Trainer:
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
         self._refuse_preferences()
-        self.backbone = backbones.load(
-            self._pipeline if self._pipeline is not None else config.model.name,
-            **config.model.options(),
-            seed=_seed(config.run.seed, "adapter"),
-            keep_reference=self.algorithm.needs_reference,
-        )
+        with self._progress.loading("the model" if self._pipeline is not None else config.model.name) as told:
+            self.backbone = backbones.load(
+                self._pipeline if self._pipeline is not None else config.model.name,
+                **config.model.options(),
+                seed=_seed(config.run.seed, "adapter"),
+                keep_reference=self.algorithm.needs_reference,
+                told=told,
+            )
         if (known := self.algorithm.preferences) is not None:
             known.refuse_small(self.backbone.resolution)
         self.backbone.to(self.accelerator.device)
@@ -455,7 +459,7 @@ class Trainer:
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
-        with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
+        with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), self._averaged():
             try:
                 evaluation = evaluate(
                     self.backbone,
