@@ -6,11 +6,10 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.config import ConfigError
 from adascope_fast.rewards.settings import asks_people
 from adascope_fast.settings import MOST_IMAGES, MOST_STEPS
-from adascope_fast.training.monitoring.progress import Progress
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def calibrate(

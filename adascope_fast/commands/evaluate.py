@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Section
-from adascope_fast.training.monitoring.progress import bar
+from adascope_fast.training.monitoring.progress import bar, import_libraries
 
 if TYPE_CHECKING:
     from adascope_fast.comparison.arms import Arm

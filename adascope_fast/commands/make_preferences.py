@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_IMAGES
-from adascope_fast.training.monitoring.progress import Progress, bar
+from adascope_fast.training.monitoring.progress import Progress, bar, import_libraries
 
 if TYPE_CHECKING:
     from adascope_fast.preferences.making import Made

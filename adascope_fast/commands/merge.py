@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import RunFolder, refuse_no_run
-from adascope_fast.commands.libraries import import_libraries
-from adascope_fast.training.monitoring.progress import Progress
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 class DType(StrEnum):

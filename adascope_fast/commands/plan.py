@@ -5,8 +5,7 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
-from adascope_fast.commands.libraries import import_libraries
-from adascope_fast.training.monitoring.progress import Progress
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def plan(

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.config import ConfigError
+from adascope_fast.training.monitoring.progress import import_libraries
 
 
 def pretrain(

@@ -6,10 +6,9 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import RunFolder, refuse_no_run
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.config import ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_GUIDANCE, MOST_STEPS
-from adascope_fast.training.monitoring.progress import Progress
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def sample(

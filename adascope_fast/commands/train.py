@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adascope_fast.commands.configuration import configured
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.commands.signals import answered_by, interrupt
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.reporting.files import is_run
+from adascope_fast.training.monitoring.progress import import_libraries
 
 if TYPE_CHECKING:
     from adascope_fast.training.trainer import Result

@@ -6,10 +6,9 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
-from adascope_fast.commands.libraries import import_libraries
 from adascope_fast.config import ConfigError
 from adascope_fast.settings import MOST_IMAGES
-from adascope_fast.training.monitoring.progress import Progress
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def train_preference_model(

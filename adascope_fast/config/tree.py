@@ -35,7 +35,7 @@ from adascope_fast.algorithms.settings import (
 )
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
-from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain, read_toml
+from adascope_fast.config.sources import SENSED, ConfigError, Override, apply_overrides, explain, read_toml
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
 from adascope_fast.rewards.settings import (
@@ -394,8 +394,8 @@ class Config(Section):
             )
 
     @classmethod
-    def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:
-        """The validated configuration of a TOML file (None: no file) with `section.field=value` overrides on top.
+    def load(cls, path: Path | str | None, overrides: Sequence[Override] = ()) -> Self:
+        """The validated configuration of a TOML file (None: no file) with overrides on top, as `Override` has them.
 
         An override that makes another choice (`selector.name=every_step`) drops the file's keys of the choice that it
         replaces; a warning says which.
@@ -407,8 +407,8 @@ class Config(Section):
             logger.warning("%s", line)
         return config
 
-    def changed(self, overrides: Sequence[str]) -> Self:
-        """The same with `section.field=value` overrides on top; `ConfigError` where they are wrong."""
+    def changed(self, overrides: Sequence[Override]) -> Self:
+        """The same with overrides on top; `ConfigError` where they are wrong."""
         values, left_out = apply_overrides(type(self), self.model_dump(exclude_none=True), overrides)
         config = self.of(values)
         for line in left_out:

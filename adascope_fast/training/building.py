@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from adascope_fast import rewards
@@ -20,22 +19,14 @@ from adascope_fast.selectors.protocol import TimestepSelector
 
 
 def accelerator_of(config: Config) -> Accelerator:
-    """The device, its precision and the trackers that a configuration names; ConfigError if one is not there."""
+    """The device and precision that a configuration names; ValueError if it, or a tracker, is not there."""
     train = config.train
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:  # accelerate leaves out silently what is not installed
-        if tracker not in installed:
-            raise ConfigError(
-                f"log.trackers are installed ones ({', '.join(sorted(installed)) or 'none'}), got {tracker!r}; "
-                f"pip install it, or set log.trackers = []"
-            )
+    config.log.examine()
     accelerator = Accelerator(
         cpu=train.device == "cpu",
         mixed_precision=train.mixed_precision,
-        log_with=config.log.trackers or None,  # type: ignore[arg-type]
-        project_dir=config.run.folder,
     )
     if accelerator.num_processes > 1:
         raise ConfigError(

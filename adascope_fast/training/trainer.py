@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adascope_fast import backbones, prompts, reporting, rewards
+from adascope_fast import backbones, reporting, rewards
+from adascope_fast import prompts as prompt_sets
 from adascope_fast.adascope.settings import RewardOnly, Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
@@ -46,9 +47,12 @@ from adascope_fast.training.building import (
     sensor_of,
 )
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
-from adascope_fast.training.monitoring.progress import Progress
+from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
+from adascope_fast.training.monitoring.trackers import Trackers
 from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.run_folder import RunFolder, load_run_files, refuse_another
+from adascope_fast.training.starting import start_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -77,32 +81,50 @@ class Result:
 class Trainer:
     """RL fine-tuning of one model as a `Config` says; the other arguments replace what it names.
 
-    >>> Trainer(Config.load("configs/quickstart.toml"), reward=my_reward).train()
+    >>> Trainer("scenes", reward="jpeg_compressibility", train__iterations=5).train()
 
     Args:
-        config: everything that decides the run.
-        reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
-        train_prompts, held_out_prompts: lists in place of `config.prompts`, of texts, or of dicts with `prompt` and
-            what a reward is given as its metadata.
+        config: everything that decides the run: a `Config`, a .toml file, the name or path of a model, which is trained
+            with the defaults of everything else, or a loaded pipeline, for which the same holds.
+        reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b], higher is better; or what `reward.name` takes.
+        prompts: a list to train on, of texts, or of dicts with `prompt` and what a reward is given as its metadata;
+            without `held_out_prompts`, a tenth of them is held out, drawn by `run.seed`.
+        train_prompts, held_out_prompts: such lists in place of `config.prompts`.
         pipeline: a loaded diffusers pipeline in place of `config.model.name`.
         algorithm: in place of `config.algorithm`.
         selector: in place of `config.selector`.
+        callbacks: told what happens, and may end the run; see `Callback`.
         quiet: no progress bars.
+        settings: keys of the configuration as `section__key`.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: "Config | str | Path | DiffusionPipeline",
+        reward: rewards.Reward | str | None = None,
+        prompts: prompt_sets.Given | None = None,
         *,
-        reward: rewards.Reward | None = None,
-        train_prompts: prompts.Given | None = None,
-        held_out_prompts: prompts.Given | None = None,
+        train_prompts: prompt_sets.Given | None = None,
+        held_out_prompts: prompt_sets.Given | None = None,
         pipeline: "DiffusionPipeline | None" = None,
         algorithm: Algorithm | None = None,
         selector: TimestepSelector | None = None,
+        callbacks: Sequence[Any] = (),
         quiet: bool = False,
+        **settings: Any,
     ) -> None:
-        self.config = config
+        start = start_of(
+            config,
+            settings,
+            reward=reward,
+            pipeline=pipeline,
+            prompts=prompts,
+            train_prompts=train_prompts,
+            held_out_prompts=held_out_prompts,
+        )
+        config, reward, pipeline = start.config, start.reward, start.pipeline
+        train_prompts, held_out_prompts = start.train_prompts, start.held_out_prompts
+        self.config, self._callbacks = config, Callbacks(callbacks)
         given = {
             "reward": reward,
             "train_prompts": train_prompts,
@@ -114,14 +136,16 @@ class Trainer:
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
         self._refuse_mixing_of_one_reward()
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
-        self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
+        self.train_prompts, held_out = prompt_sets.chosen(
+            config.prompts, train=train_prompts, held_out=held_out_prompts
+        )
         self.held_out = held_out[: config.evaluation.num_prompts]
         if len(held_out) < config.evaluation.num_prompts:
             asked = config.evaluation.num_prompts
             logger.warning("evaluation.num_prompts is %d, and all %d held-out prompts are used", asked, len(held_out))
         self._metadata: dict[str, dict[str, Any]] = {}
         if rewards.takes_metadata(self.reward):
-            self._metadata = prompts.metadata(config.prompts, train=train_prompts, held_out=held_out_prompts)
+            self._metadata = prompt_sets.metadata(config.prompts, train=train_prompts, held_out=held_out_prompts)
             rewards.hand_metadata(self.reward, self._metadata)
         rewards.check_prompts(self.reward, self.train_prompts, "prompts.train")
         rewards.check_prompts(self.reward, self.held_out, "prompts.held_out")
@@ -136,6 +160,7 @@ class Trainer:
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
             clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
+            import_libraries(self._progress)
             backbones.check(config.model.name, base=config.model.base, revision=config.model.revision)
 
     def train(self, *, overwrite: bool = False) -> Result:
@@ -242,8 +267,7 @@ class Trainer:
         return origin.of_pipeline(components, self.backbone.name, dtype, is_given=self._pipeline is not None)
 
     def _run(self, folder: RunFolder, first: int) -> Result:
-        if self.config.log.trackers:
-            self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+        self._trackers = Trackers(self.config)
         self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
         if self._not_read:
             logger.warning("%s", self._not_read)
@@ -262,6 +286,7 @@ class Trainer:
             raise
         finally:
             self._progress.close()
+            self._trackers.close()
             self.accelerator.end_training()
             try:
                 # Where a full disk stopped the run, it is what is told, and not that no more can be written.
@@ -288,6 +313,7 @@ class Trainer:
     def _describe(self, folder: RunFolder, status: str, **more: Any) -> None:
         seconds = time.perf_counter() - self._start
         more |= {"prompts_not_read": self._not_read} if self._not_read else {}
+        more |= {"stopped_by": f"callback {who}"} if (who := self._callbacks.stopped_by) else {}
         chosen = self.acceleration | ({} if self.graphs is None else {"cuda_graphs": self.graphs.words()})
         folder.describe(status, self.accelerator.device, seconds, chosen, **more)
 
@@ -351,7 +377,7 @@ class Trainer:
         known = self.algorithm.preferences
         if known is None:
             return
-        if warning := prompts.overlap(known.prompts, self.held_out, where="algorithm.preferences"):
+        if warning := prompt_sets.overlap(known.prompts, self.held_out, where="algorithm.preferences"):
             logger.warning("%s", warning)
         if isinstance(self.config.sensing, RewardOnly):
             rewards.check_prompts(self.reward, known.prompts, "algorithm.preferences")
@@ -362,7 +388,7 @@ class Trainer:
         if "before" not in folder.read("evaluation.json"):
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
-        cache = PromptCache(self.backbone)
+        cache, done = PromptCache(self.backbone), train.iterations
         for iteration in range(first, train.iterations):
             started, cpu = time.perf_counter(), time.process_time()
             batch = self._batch(iteration)
@@ -378,7 +404,10 @@ class Trainer:
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
-            folder.log(record | {"seconds": report.seconds})
+            record["seconds"] = report.seconds
+            folder.log(record)
+            self._trackers.on_iteration(record)
+            self._callbacks.on_iteration(record)
             if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
                 self._progress.say(hint)
                 has_hinted = True
@@ -386,20 +415,22 @@ class Trainer:
                 self._progress.say(hint)
                 has_warned = True
             watch.add(record)
-            is_last = iteration + 1 == train.iterations
+            is_last = iteration + 1 == train.iterations or self._callbacks.stopped_by is not None
             every = self.config.evaluation.every
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
+                is_last = self._callbacks.stopped_by is not None
             # The checkpoint has the log and the evaluations so far; what comes after it is made again after a kill.
             if (iteration + 1) % train.checkpoint_every == 0 or is_last:
                 self._save(folder, iteration + 1)
                 self._describe(folder, "running")
             self._progress.done(record, watch.words())
-            if self.config.log.trackers:
-                numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-                self.accelerator.log(numbers | {f"seconds/{k}": v for k, v in report.seconds.items()}, step=iteration)
+            done = iteration + 1
+            if self._callbacks.stopped_by is not None:
+                self._progress.say(f"callback {self._callbacks.stopped_by} ends the run after {done} iterations")
+                break
         watch.refuse_nothing_learned()
-        self._evaluate(folder, "after", iteration=train.iterations)
+        self._evaluate(folder, "after", iteration=done)
         with self._averaged():
             self._refuse_not_finite(self.backbone.adapter_tensors())
             try:
@@ -435,9 +466,12 @@ class Trainer:
         tensors |= checkpoint.prefixed(self.sensor.tensors(), "sensor")
         state = {"algorithm": self.algorithm.state_dict(), "selector": self.selector.state_dict()}
         try:
-            folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
+            path = folder.save_checkpoint(
+                next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints
+            )
         except checkpoint.NotFiniteError as error:
             raise FloatingPointError(self._not_finite(error.name)) from None
+        self._callbacks.on_checkpoint(path)
 
     def _batch(self, iteration: int) -> list[str]:
         """What this iteration trains on: the prompts of a set's records, or those of a rollout."""
@@ -478,6 +512,10 @@ class Trainer:
             except FloatingPointError as error:
                 raise FloatingPointError(f"after {iteration} iterations {error}; {remedy(self.config)}") from None
         self._record(folder, evaluation, name, iteration)
+        shown = self.held_out[: settings.grid_prompts]
+        told = HeldOut(iteration, name, evaluation.summary(), evaluation.shown, shown)
+        self._trackers.on_evaluation(told)
+        self._callbacks.on_evaluation(told)
 
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self._reward_name(), "history": []}
@@ -548,14 +586,3 @@ def _with_nan(estimate: dict[str, Any]) -> dict[str, Any]:
 def _seed(*parts: Any) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.field`, in types that trackers take."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

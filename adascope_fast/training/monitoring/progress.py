@@ -8,10 +8,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
 
+LIBRARIES = "adascope_fast.backbones.loading"
+"""What imports them."""
 PAUSE_S = 10.0
 """Between two lines, where there is no terminal."""
 
@@ -92,6 +95,13 @@ class Progress:
         if self._inner is not None:
             self._inner.close()
             self._inner = None
+
+
+def import_libraries(progress: Progress | None = None) -> None:
+    """Import torch, diffusers and transformers, and say so, since it takes seconds; nothing where that was done."""
+    if LIBRARIES not in sys.modules:
+        with (progress or Progress()).stage("loading torch and diffusers"):
+            import_module(LIBRARIES)
 
 
 def bar(
