@@ -43,7 +43,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     checkouts = {"after": HERE} | ({} if arguments.before is None else {"before": arguments.before.resolve()})
-    rows = []
+    told: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
+        "commits": {label: _commit(checkout) for label, checkout in checkouts.items()},
+        "rounds": arguments.rounds,
+        "rows": [],
+    }
     for name in [*COMMANDS, IMPORT, TRAINING]:
         found: dict[str, list[tuple[float, float, int]]] = {label: [] for label in checkouts}
         for _ in range(arguments.rounds):
@@ -57,19 +65,10 @@ def main() -> None:
                 "wall_s": round(statistics.median(wall), 2),
                 "exit_code": codes[0],
             }
-        rows.append(row)
         print(json.dumps(row), flush=True)
-    told = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
-        "commits": {label: _commit(checkout) for label, checkout in checkouts.items()},
-        "rounds": arguments.rounds,
-        "rows": rows,
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+        told["rows"].append(row)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def _measured(name: str, checkout: Path) -> tuple[float, float, int]:

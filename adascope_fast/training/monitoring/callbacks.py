@@ -9,14 +9,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from adascope_fast.settings import blamed
 
-Answer = Literal["stop"] | None
 OCCASIONS = ("on_iteration", "on_evaluation", "on_checkpoint")
 
 
@@ -47,13 +46,13 @@ class HeldOut:
 class Callback:
     """A follower of a run: a subclass has any of these methods, and each may return "stop"."""
 
-    def on_iteration(self, record: Mapping[str, Any]) -> Answer:
+    def on_iteration(self, record: dict[str, Any]) -> str | None:
         """An iteration is over; `record` is its line of `stats.jsonl`."""
 
-    def on_evaluation(self, evaluation: HeldOut) -> Answer:
+    def on_evaluation(self, evaluation: HeldOut) -> str | None:
         """The held-out reward was measured: before the training, in its course, after it."""
 
-    def on_checkpoint(self, path: Path) -> Answer:
+    def on_checkpoint(self, path: Path) -> str | None:
         """A checkpoint was written to this folder."""
 
 
