@@ -181,7 +181,7 @@ class Own(Section):
         try:
             signature.bind(**keys)
         except TypeError as error:
-            raise ValueError(self._not_made(str(error))) from None
+            raise ValueError(self._not_made(f"TypeError: {error}")) from None
 
     def build(self, **context: Any) -> Any:
         """The object itself, or what it makes; ValueError where it cannot be imported or made, whatever it raised."""

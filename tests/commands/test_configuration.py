@@ -90,7 +90,7 @@ OTHER = [PLAIN, "prompts.train=animals:train"]
         (["train", TINY, "reward.name=math:sqroot"], "has no sqroot; did you mean sqrt?"),
         (
             ["train", TINY, "reward.name=json:JSONDecoder", "reward.size=3"],
-            "could not be made from size: got an unexpec",
+            "could not be made from size: TypeError: got a",
         ),
         (["train", TINY, "reward.name=hpsv2", "prompts.train=animals:train"], "the folder that import-weights wrote"),
         (

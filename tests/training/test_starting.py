@@ -64,9 +64,8 @@ def test_another_choice_leaves_out_the_keys_of_the_one_before():
 
 
 def test_a_table_is_reached_by_more_names():
-    start = start_of(
-        "scenes", {"reward__parts": {"jpeg_compressibility": 1.0, "scene_attributes": 2.0}}, reward="mixed"
-    )
+    parts = {"jpeg_compressibility": 1.0, "scene_attributes": 2.0}
+    start = start_of("scenes", {"reward__parts": parts}, reward="mixed")
     assert start.config.reward.name == "mixed"
     changed = start_of(start.config, {"reward__parts__scene_attributes": 3.0}).config.reward
     assert changed.model_dump()["parts"] == parts | {"scene_attributes": 3.0}

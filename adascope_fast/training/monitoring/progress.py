@@ -8,13 +8,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
 
-LIBRARIES = "adascope_fast.backbones.loading"
-"""What imports them."""
 PAUSE_S = 10.0
 """Between two lines, where there is no terminal."""
 
@@ -99,9 +96,9 @@ class Progress:
 
 def import_libraries(progress: Progress | None = None) -> None:
     """Import torch, diffusers and transformers, and say so, since it takes seconds; nothing where that was done."""
-    if LIBRARIES not in sys.modules:
+    if "adascope_fast.backbones.loading" not in sys.modules:
         with (progress or Progress()).stage("loading torch and diffusers"):
-            import_module(LIBRARIES)
+            from adascope_fast.backbones import load  # noqa: F401 - its door says what is wrong with a torchvision
 
 
 def bar(
