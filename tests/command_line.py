@@ -13,7 +13,7 @@ import pytest
 from adascope_fast import cli
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.toml")
-PROGRESS = re.compile(r"(loading|counting) |.+: \d+/\d+ (step|image|pair|it), ")
+PROGRESS = re.compile(r"(loading|counting|adding|writing) |.+: \d+/\d+ (step|image|pair|it), ")
 """How a line of progress begins."""
 SMALLEST = ["sampler.num_steps=4", "train.prompts_per_iteration=1", "evaluation.num_prompts=1"]
 
@@ -39,12 +39,16 @@ def call(*arguments: str | Path) -> Outcome:
     return Outcome(stopped.value.code, out.getvalue(), err.getvalue())
 
 
+def beside_progress(err: str) -> list[str]:
+    """The lines on standard error but for those that tell the progress."""
+    return [line for line in err.splitlines() if not PROGRESS.match(line)]
+
+
 def refused(*arguments: str | Path) -> str:
     """The one line on standard error with which `arguments` are refused, after what tells that something is loaded."""
     outcome = call(*arguments)
     assert outcome.code == 2, outcome
     assert outcome.out == ""
-    *progress, line = outcome.err.splitlines()
-    assert all(PROGRESS.match(one) for one in progress), outcome
+    (line,) = beside_progress(outcome.err)
     assert line.startswith("error: ")
     return line
