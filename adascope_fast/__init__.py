@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from adascope_fast.schedules.samplers import Schedule as Schedule
     from adascope_fast.selectors.protocol import TimestepSelector as TimestepSelector
     from adascope_fast.theory import theoretical_correlation as theoretical_correlation
+    from adascope_fast.training.monitoring.callbacks import Callback as Callback
+    from adascope_fast.training.monitoring.callbacks import HeldOut as HeldOut
     from adascope_fast.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -37,9 +39,11 @@ __getattr__ = lazy(
         "AdaScope": "adascope",
         "Algorithm": "algorithms",
         "Backbone": "backbone",
+        "Callback": "training",
         "Config": "config",
         "Curves": "adascope",
         "Engine": "engine",
+        "HeldOut": "training",
         "Interval": "adascope",
         "Reward": "rewards",
         "Schedule": "schedules",

@@ -10,6 +10,7 @@ and not as an overflow or a memory that runs out in its middle.
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -134,6 +135,9 @@ class Section(BaseModel):
                     )
         return self
 
+    def examine(self) -> None:
+        """ValueError where what the section names is not there, as far as that is told without importing torch."""
+
     def keys(self) -> dict[str, Any]:
         """The section's keys with their values, without the choice itself."""
         return {name: value for name, value in self if name not in ("name", "kind")}
@@ -165,21 +169,37 @@ class Own(Section):
         """The section's other keys."""
         return dict(self.__pydantic_extra__ or {})
 
+    def examine(self) -> None:
+        """ValueError where it cannot be imported, or does not take the keys; its own module may import torch."""
+        found, keys = imported(self.name, self.named_by), self.keys()
+        if not isinstance(found, type) and not keys:
+            return
+        try:
+            signature = inspect.signature(found)
+        except (TypeError, ValueError):  # written in C, or no function: it is told when it is made
+            return
+        try:
+            signature.bind(**keys)
+        except TypeError as error:
+            raise ValueError(self._not_made(f"TypeError: {error}")) from None
+
     def build(self, **context: Any) -> Any:
         """The object itself, or what it makes; ValueError where it cannot be imported or made, whatever it raised."""
         found, keys = imported(self.name, self.named_by), self.keys()
         if not isinstance(found, type) and not keys:
             return found
-        given = ", ".join(sorted(keys)) or "no keys"
         try:
             return found(**keys)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise ValueError(
-                f'{self.named_by} = "{self.name}" could not be made from {given}: {blamed(error)}; '
-                f"give what it takes, or correct it"
-            ) from error
+            raise ValueError(self._not_made(blamed(error))) from error
+
+    def _not_made(self, why: str) -> str:
+        given = ", ".join(sorted(self.keys())) or "no keys"
+        return (
+            f'{self.named_by} = "{self.name}" could not be made from {given}: {why}; give what it takes, or correct it'
+        )
 
 
 def imported(name: str, key: str = "name") -> Any:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
-from scipy.interpolate import CubicSpline, interp1d
 from torch import Tensor
 
 from adascope_fast import ops
@@ -168,11 +167,15 @@ def first_of_each(prompts: list[str], count: int) -> list[int]:
 
 def interpolated(values: Float32[Tensor, "n k"], states: list[int]) -> Float32[Tensor, "n t+1"]:
     """Values at all states 0..t, linear between those at the given `states`, which hold 0 and t."""
+    from scipy.interpolate import interp1d  # slow to import, and the latent mode has no use for it
+
     return _between(values, states, lambda known: interp1d(states, known, axis=0))
 
 
 def splined(values: Float32[Tensor, "n k"], states: list[int]) -> Float32[Tensor, "n t+1"]:
     """The same, by a cubic spline whose third derivative is continuous next to its ends."""
+    from scipy.interpolate import CubicSpline
+
     return _between(values, states, lambda known: CubicSpline(states, known, axis=0))
 
 

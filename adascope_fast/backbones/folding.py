@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 
@@ -21,6 +20,8 @@ class Folding:
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
+        from peft.tuners.lora import Linear  # with diffusers and transformers, which take seconds
+
         self._layers = [layer for layer in denoiser.modules() if type(layer) is Linear and _can_fold(layer)]
         self._weights: list[tuple[Tensor, Tensor]] = []
         """Of each layer, the base and the folded weight."""

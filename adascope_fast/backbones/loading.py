@@ -4,6 +4,7 @@ One file a family, imported when a model of it is loaded.
 """
 
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,7 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     quantize: Literal["none", "nf4", "int8"] = "none",
     adapter: Path | None = None,
+    told: Callable[[str], None] | None = None,
     **options: Any,
 ) -> PipelineBackbone:
     """The model, ready to be trained. Only safetensors are read, and no code beside them runs.
@@ -97,6 +99,7 @@ def load(
         dtype: of the frozen weights; trained ones are float32.
         quantize: bitsandbytes' 4-bit or 8-bit base weights of the denoiser.
         adapter: a LoRA in diffusers' format that is added to the weights of a `source` on disk first.
+        told: called with the name of each part before it is read.
         options: fields of `backbones.base.Options`: `train`, `lora_rank`, `lora_targets`, `resolution`, `seed`, ...
     """
     made = Options(**options)
@@ -107,7 +110,7 @@ def load(
     family = family_of(found.class_name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     tokenizers = _examine(found, family, made, wanted)
-    pipeline = found.open(family, wanted, quantize, tokenizers)
+    pipeline = found.open(family, wanted, quantize, tokenizers, told)
     if adapter is not None:
         add_adapter(pipeline, adapter)
     return _silenced(family(pipeline, source, made))

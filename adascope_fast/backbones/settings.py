@@ -1,5 +1,7 @@
 """The section `[model]`: the pipeline to train, and what of it. Nothing here imports torch."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -72,6 +74,10 @@ class Model(Options):
             )
         return self
 
+    def examine(self) -> None:
+        """ValueError where the name is none of a model; the models of the hub are not looked up."""
+        refuse_misnamed(self.name, base=self.base, revision=self.revision)
+
     @property
     def average_decay(self) -> float:
         """`ema_decay`, or what stands for it."""
@@ -80,3 +86,35 @@ class Model(Options):
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments of `backbones.load`, but for the name and the average."""
         return {name: value for name, value in self if name not in ("name", "ema_decay")}
+
+
+def refuse_misnamed(name: str, *, base: str | None = None, revision: str | None = None) -> None:
+    """ValueError unless `name` is an embedded model, a pipeline's folder, a .safetensors file, or may be a repository.
+
+    Args:
+        base: for a single file, the folder or repository that describes it.
+        revision: of a repository.
+    """
+    path = Path(name)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(
+            f"model.name must not be a pickle, which can run any code when it is read, got {name!r}; "
+            f"use the .safetensors file of the same model"
+        )
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"model.name = {name!r} is no file here; download it to this path, or correct the path")
+        return
+    if base is not None:
+        raise ValueError(f"model.base is for a single .safetensors file, got {base!r} with {name!r}; remove it")
+    if name in EMBEDDED_NAMES or (path / "model_index.json").is_file():
+        if revision is not None:
+            raise ValueError(
+                f"model.revision is for a repository, got {revision!r} with the folder {name!r}; remove it"
+            )
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"model.name is {', '.join(EMBEDDED_NAMES)}, the folder of a saved diffusers pipeline (with "
+            f"model_index.json), a .safetensors file or a Hugging Face repository (owner/name), got {name!r}; "
+            f"save a pipeline with pipe.save_pretrained(folder, safe_serialization=True)"
+        )

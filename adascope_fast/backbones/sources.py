@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,10 +32,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adascope_fast.backbones.pipeline import files
+from adascope_fast.backbones.settings import EMBEDDED_NAMES, refuse_misnamed
 from adascope_fast.loading import load_whole, not_whole
 from adascope_fast.loading import quiet as quiet
 
-EMBEDDED = ("scenes", "scenes-flow")
+EMBEDDED = EMBEDDED_NAMES
 ASSETS = Path(__file__).parent.parent / "assets"
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -147,9 +148,14 @@ class Source:
         return tokenizers
 
     def open(
-        self, family: Any, dtype: torch.dtype, quantize: str, tokenizers: dict[str, Any] | None = None
+        self,
+        family: Any,
+        dtype: torch.dtype,
+        quantize: str,
+        tokenizers: dict[str, Any] | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> DiffusionPipeline:
-        """Load it; `quantize` is for the denoiser alone."""
+        """Load it; `quantize` is for the denoiser alone, `told` is called with each part before it is read."""
         denoiser, index = family.denoiser_name, self.index(family)
         options: dict[str, Any] = {"dtype": dtype, "revision": self.revision, "variant": self.variant}
         # diffusers asks for a component that is null by name, even where its index says so.
@@ -160,7 +166,7 @@ class Source:
                     options["quantization_config"] = quantization(denoiser, dtype, quantize)
                 with self._without(index) as place:
                     if self.file is None:
-                        pipeline = replace(self, place=place)._open_place(denoiser, options, **given)
+                        pipeline = replace(self, place=place)._open_place(denoiser, options, told, **given)
                     else:
                         pipeline = replace(self, place=place)._open_file(denoiser, options, **given)
                 pipeline.register_to_config(_name_or_path=self.place)
@@ -188,10 +194,14 @@ class Source:
             (Path(place) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
             yield place
 
-    def _open_place(self, denoiser: str, options: dict[str, Any], **given: Any) -> DiffusionPipeline:
+    def _open_place(
+        self, denoiser: str, options: dict[str, Any], told: Callable[[str], None] | None, **given: Any
+    ) -> DiffusionPipeline:
         """The folder or repository, with `given` models; of the others every weight is there, or ValueError."""
+        told = told or (lambda part: None)
         folder = Path(self.place)
         if not _is_folder(self.place):
+            told("downloaded, where it is not in the cache")
             folder = Path(
                 DiffusionPipeline.download(
                     self.place,
@@ -208,6 +218,7 @@ class Source:
             if name not in models and not (name == denoiser and "quantization_config" in options):
                 variant = self.variant if _has_variant(folder / name, self.variant) else None
                 part = f"the {name} of {self.name!r}"
+                told(name)
                 try:
                     models[name] = load_whole(model_class, folder / name, part, variant=variant, dtype=options["dtype"])
                 except (OSError, ValueError):
@@ -264,7 +275,7 @@ class Source:
                 RuntimeWarning,
                 stacklevel=4,
             )
-            return self._open_place(denoiser, options, **{denoiser: model}, **given)
+            return self._open_place(denoiser, options, None, **{denoiser: model}, **given)
 
 
 @cache
@@ -298,29 +309,12 @@ def locate(name: str, *, base: str | None = None, revision: str | None = None, v
     Raises:
         ValueError: there is no such model.
     """
+    refuse_misnamed(name, base=base, revision=revision)
     path = ASSETS / name if name in EMBEDDED else Path(name)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ValueError(f"model.name must not be a pickle, which can run any code when it is read, got {name!r}; "
-                         f"use the .safetensors file of the same model")  # fmt: skip
     if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise ValueError(f"model.name = {name!r} is no file here; download it to this path, or correct the path")
-        described_by = base or _described_by(path)
-        return Source(name, described_by, path, revision, variant)
-    if base is not None:
-        raise ValueError(f"model.base is for a single .safetensors file, got {base!r} with {name!r}; remove it")
+        return Source(name, base or _described_by(path), path, revision, variant)
     if (path / "model_index.json").is_file():
-        if revision is not None:
-            raise ValueError(
-                f"model.revision is for a repository, got {revision!r} with the folder {name!r}; remove it"
-            )
         return Source(name, str(path), variant=variant)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(
-            f"model.name is {', '.join(EMBEDDED)}, the folder of a saved diffusers pipeline (with model_index.json), a "
-            f".safetensors file or a Hugging Face repository (owner/name), got {name!r}; "
-            f"save a pipeline with pipe.save_pretrained(folder, safe_serialization=True)"
-        )
     source = Source(name, name, None, revision, variant)
     source.json("model_index.json")
     return source

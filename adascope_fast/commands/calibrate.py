@@ -9,6 +9,7 @@ from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import ConfigError
 from adascope_fast.rewards.settings import asks_people
 from adascope_fast.settings import MOST_IMAGES, MOST_STEPS
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def calibrate(
@@ -36,10 +37,11 @@ def calibrate(
             f'calibrate shows the reward unfinished images, got reward.name = "{config.reward.name}", which asks '
             f'people; name another that is like it, such as reward.name = "clip_similarity"'
         )
+    import_libraries()
     from adascope_fast.planning.calibration import calibrate as calibration_of
     from adascope_fast.reporting import write_calibration
 
-    calibration = calibration_of(config, num_prompts=prompts, target=(start, end), stride=stride)
+    calibration = calibration_of(config, num_prompts=prompts, target=(start, end), stride=stride, progress=Progress())
     page = write_calibration(calibration.values(), out)
     print(calibration.text())
     print(page)

@@ -1,4 +1,7 @@
-"""The first arguments of the commands: a configuration and what to change in it, or the folder of a run."""
+"""The first arguments of the commands: a configuration and what to change in it, or the folder of a run.
+
+What can be refused of them without torch is refused before it is imported.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +12,7 @@ from adascope_fast import prompts
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.prompts import scenes
+from adascope_fast.reporting.files import is_run, no_run
 from adascope_fast.rewards.settings import SceneAttributes
 
 SAMPLES = ("train", "calibrate", "make-preferences", "train-preference-model")
@@ -32,7 +36,16 @@ def configured(arguments: list[str] | None, *, command: str) -> Config:
     config = Config.load(arguments[0], arguments[1:])
     if command in SAMPLES:
         _refuse_prompts(config)
+        config.examine()
+    else:
+        config.model.examine()
     return config
+
+
+def refuse_no_run(folder: Path) -> None:
+    """ConfigError unless a folder holds a run."""
+    if not is_run(folder):
+        raise ConfigError(no_run(folder))
 
 
 def _refuse_prompts(config: Config) -> None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Section
+from adascope_fast.training.monitoring.progress import bar, import_libraries
 
 if TYPE_CHECKING:
     from adascope_fast.comparison.arms import Arm
@@ -76,9 +78,9 @@ def evaluate(
     if weights is not None and not weights.is_dir():
         raise ConfigError(f"--weights must be a folder with one a metric, got {str(weights)!r}; check the path")
     rewards = tuple(_section(name) for name in reward or ())
+    import_libraries()
     import torch
 
-    from adascope_fast.backbones import EMBEDDED
     from adascope_fast.comparison.arms import arms_of
     from adascope_fast.comparison.evaluation import Options, compare
 
@@ -94,7 +96,7 @@ def evaluate(
         texts, told, known = _prompts(arms, prompts)
         asked = _asked(arms, texts, told, num_prompts, num, seed, steps, guidance)
     models = {arm.model or (arm.place if arm.config is None else arm.config.model.name) for arm in arms}
-    if clip is None and models & set(EMBEDDED):
+    if clip is None and models & set(EMBEDDED_NAMES):
         clip = "scenes-clip"
     folder = None if reference is None or not Path(reference).is_dir() else Path(reference)
     options = Options(
@@ -176,15 +178,12 @@ def _asked(
 
 
 def _progress(what: str, total: int) -> Callable[[int], None]:
-    from tqdm import tqdm
-
-    is_seen = sys.stderr.isatty()
-    bar = tqdm(total=total, desc=what, unit="image", mininterval=0.1 if is_seen else 10.0, delay=0 if is_seen else 10.0)
+    shown = bar(what, total, unit="image", stays=True)
 
     def more(count: int) -> None:
-        bar.update(count)
-        if bar.n >= total:
-            bar.close()
+        shown.update(count)
+        if shown.n >= total:
+            shown.close()
 
     return more
 

@@ -1,7 +1,6 @@
 """`adascope-fast make-preferences`: a set of preferences from a model and a reward, to be learned from."""
 
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_IMAGES
+from adascope_fast.training.monitoring.progress import Progress, bar, import_libraries
 
 if TYPE_CHECKING:
     from adascope_fast.preferences.making import Made
@@ -37,6 +37,7 @@ def make_preferences(
     config = configured(arguments, command="make-preferences")
     if out is None:
         raise ConfigError("make-preferences needs --out, a folder to write, got none; for example --out sets/first")
+    import_libraries()
     from adascope_fast.preferences import making
 
     making.refuse_filled(out, overwrite=overwrite)
@@ -65,8 +66,6 @@ def _made(
     is_labelled: bool,
     overwrite: bool,
 ) -> "Made":
-    from tqdm import tqdm
-
     from adascope_fast import backbones, prompts, rewards
     from adascope_fast.preferences import making
     from adascope_fast.training.building import accelerator_of
@@ -79,9 +78,11 @@ def _made(
     rewards.check_prompts(reward, names, "prompts.train")
     accelerator = accelerator_of(config)
     if adapter is None:
-        backbone = backbones.load(config.model.name, **config.model.options())
+        with Progress().loading(config.model.name) as told:
+            backbone = backbones.load(config.model.name, **config.model.options(), told=told)
     else:
-        run, backbone = load_run(adapter)
+        with Progress().loading(str(adapter)) as told:
+            run, backbone = load_run(adapter, told=told)
         if run.model.name != config.model.name:
             raise ConfigError(
                 f"--adapter is a run of the configuration's model, got one of {run.model.name!r} for "
@@ -100,11 +101,10 @@ def _made(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("adascope-fast", "torch", "diffusers")},
     }
-    pause = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=pairs, desc="preferences", unit="pair", mininterval=pause) as bar, accelerator.autocast():
+    with bar("preferences", pairs, unit="pair", stays=True) as shown, accelerator.autocast():
 
         def on_pairs(count: int) -> None:
-            bar.update(count - bar.n)
+            shown.update(count - shown.n)
 
         return making.make(
             backbone,

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.configuration import RunFolder
+from adascope_fast.commands.configuration import RunFolder, refuse_no_run
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 class DType(StrEnum):
@@ -23,7 +24,9 @@ def merge(
     dtype: Annotated[DType | None, typer.Option(help="Type of the weights; the run's model.dtype if absent.")] = None,
 ) -> None:
     """Write the trained model as a whole pipeline for plain diffusers."""
+    refuse_no_run(run)
+    import_libraries()
     from adascope_fast.training.export import merge as write_merged
 
-    write_merged(run, out, dtype=dtype.value if dtype else None)
+    write_merged(run, out, dtype=dtype.value if dtype else None, progress=Progress())
     print(out)

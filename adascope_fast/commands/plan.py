@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def plan(
@@ -17,13 +18,19 @@ def plan(
 ) -> None:
     """Say what a training would cost and which GPU it fits into. No weights are read."""
     config = configured(arguments, command="plan")
+    import_libraries()
     from adascope_fast.planning import verdict
     from adascope_fast.planning.measured import measured_table
     from adascope_fast.planning.plan import Planner
 
-    planner = Planner()
-    result = planner.plan(config)
+    progress, planner = Progress(), Planner()
+    with progress.stage(f"counting what {config.model.name} takes"):
+        result = planner.plan(config)
     print(result.table(tflops))
     if measure:
-        print(measured_table(config, result))
-    print(verdict.text(verdict.verdict(config, planner)))
+        with progress.stage("measuring a step, where there is a GPU"):
+            table = measured_table(config, result)
+        print(table)
+    with progress.stage("looking for what fits"):
+        found = verdict.verdict(config, planner)
+    print(verdict.text(found))

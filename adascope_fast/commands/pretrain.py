@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from adascope_fast.config import ConfigError
+from adascope_fast.training.monitoring.progress import import_libraries
 
 
 def pretrain(
@@ -22,6 +23,7 @@ def pretrain(
         raise ConfigError(f"pretrain makes 'scenes', 'scenes-flow' or 'scenes-clip', got {name!r}; choose one of them")
     if target.exists() and not overwrite:
         raise ConfigError(f"{str(target)!r} exists and is not replaced; give --overwrite, or another --out")
+    import_libraries()
     from adascope_fast.pretraining import clip, denoisers
 
     if name == "scenes-clip":

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.commands.configuration import RunFolder
+from adascope_fast.commands.configuration import RunFolder, refuse_no_run
 from adascope_fast.config import ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_GUIDANCE, MOST_STEPS
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def sample(
@@ -32,19 +33,25 @@ def sample(
     from adascope_fast import prompts as prompt_rules
 
     texts = [prompt_rules.checked(text, "--prompt") for text in prompt]
+    refuse_no_run(run)
+    import_libraries()
     import torch
 
     from adascope_fast.reporting.images import contact_sheet
     from adascope_fast.training.draw import draw, load_run
 
-    config, backbone = load_run(run, keep_reference=True)
+    progress = Progress()
+    with progress.loading(str(run)) as told:
+        config, backbone = load_run(run, keep_reference=True, told=told)
     seeds = range(seed, seed + num)
     num_steps = steps or config.sampler.num_steps
     scale = config.sampler.guidance_scale if guidance is None else guidance
     how = {"num_steps": num_steps, "guidance_scale": scale, "shift": config.sampler.shift}
-    trained = draw(backbone, texts, seeds, **how)
-    with backbone.reference_policy():
-        base = draw(backbone, texts, seeds, **how)
+    total = 2 * len(texts) * num * num_steps
+    with progress.stage("drawing", total) as on_step:
+        trained = draw(backbone, texts, seeds, **how, on_step=on_step)
+        with backbone.reference_policy():
+            base = draw(backbone, texts, seeds, **how, on_step=on_step)
     rows, captions = [], []
     for number, text in enumerate(texts):
         chosen = slice(number * num, (number + 1) * num)

@@ -13,6 +13,8 @@ import typer
 from adascope_fast.commands.configuration import configured
 from adascope_fast.commands.signals import answered_by, interrupt
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.reporting.files import is_run
+from adascope_fast.training.monitoring.progress import import_libraries
 
 if TYPE_CHECKING:
     from adascope_fast.training.trainer import Result
@@ -42,7 +44,8 @@ def train(
     refuse_without_resume(resume, arguments, overwrite=overwrite, accept_changes=accept_changes, trust_code=trust_code)
     go_on = _goes_on(go_on, resume, overwrite=overwrite)
     config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
-    from adascope_fast.training.trainer import Trainer  # torch takes a second; a mistake in the config should not
+    import_libraries()  # they take seconds; a mistake in the configuration should not
+    from adascope_fast.training.trainer import Trainer
 
     begun: list[Trainer] = []
 
@@ -105,12 +108,11 @@ def refuse_without_resume(resume: Path | None, arguments: list[str], *, overwrit
 
 def resumed(folder: Path, overrides: list[str], *, trust_code: bool) -> Config:
     """The configuration of a started run, with what may change in its middle changed."""
-    from adascope_fast.reporting.files import is_run
+    if not is_run(folder):
+        raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
     from adascope_fast.training import origin, trust
     from adascope_fast.training.run_folder import load_config, refuse_another
 
-    if not is_run(folder):
-        raise ConfigError(f"--resume names the folder of a run (with config.toml), got {str(folder)!r}; check the path")
     before = load_config(folder)
     after = before.changed([*overrides, f"run.folder={folder}"])
     refuse_another(before, after)

@@ -8,6 +8,7 @@ import typer
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import ConfigError
 from adascope_fast.settings import MOST_IMAGES
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
 def train_preference_model(
@@ -22,12 +23,13 @@ def train_preference_model(
     config = configured(arguments, command="train-preference-model")
     if out.exists() and not (overwrite and out.is_dir()):
         raise ConfigError(f"{str(out)!r} exists and is not replaced; give --overwrite, or another --out")
+    import_libraries()
     from adascope_fast.preferences.model import is_made_here
     from adascope_fast.pretraining.preference_model import make
 
     if out.exists() and any(out.iterdir()) and not is_made_here(out):
         raise ConfigError(f"--overwrite replaces a preference model, and {str(out)!r} is none; choose another --out")
-    made = make(config, num_prompts=prompts, num_samples=samples, num_steps=steps)
+    made = make(config, num_prompts=prompts, num_samples=samples, num_steps=steps, progress=Progress())
     made.model.save(out)
     print(made.text())
     print(out)

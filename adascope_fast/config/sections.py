@@ -1,5 +1,6 @@
 """Sections that belong to the run as a whole: `[run]`, `[train]`, `[evaluation]` and `[log]`."""
 
+from importlib.util import find_spec
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -99,8 +100,27 @@ class Evaluation(Section):
     """Iterations between evaluations in the course of training; 0: only before and after."""
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab", "mlflow", "aim", "comet_ml", "clearml", "dvclive")
+"""accelerate's, each by the module that it needs."""
+
+
 class Log(Section):
-    """Where the numbers go besides the run folder."""
+    """Where the numbers and images go besides the run folder."""
 
     trackers: list[Text] = Field(default=["tensorboard"])
-    """accelerate's trackers by name; empty: none."""
+    """accelerate's trackers by name (`tensorboard`, `wandb`, `trackio`, ...), which must be installed; empty: none."""
+    project: Text = "adascope-fast"
+    """What the trackers call the project; TensorBoard has none, its files are in the run's folder."""
+    run_name: Text | None = None
+    """What the trackers call the run; absent: the name of its folder."""
+
+    def examine(self) -> None:
+        """ValueError where a tracker is not installed."""
+        for tracker in self.trackers:
+            if tracker not in TRACKERS or find_spec(tracker) is None:
+                known = [name for name in TRACKERS if find_spec(name)]
+                raise ValueError(
+                    f"log.trackers are installed ones ({', '.join(known) or 'none'}), got {tracker!r}; "
+                    + (f"pip install {tracker}" if tracker in TRACKERS else f"choose among {', '.join(TRACKERS)}")
+                    + ", or set log.trackers = []"
+                )

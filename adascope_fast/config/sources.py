@@ -100,10 +100,14 @@ def _depth(value: Any) -> int:
     return depth
 
 
+Override = str | tuple[str, Any]
+"""`section.field=value` with the value as TOML or bare text, or the same as (`section.field`, value)."""
+
+
 def apply_overrides(
-    model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]
+    model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[Override]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A copy of `values` with each `section.field=value` set; later ones win. A value is TOML, else bare text.
+    """A copy of `values` with each override set; later ones win.
 
     Where an override makes another choice (`selector.name=every_step`), the keys of `values` that the new choice has
     not are left out; the second result says so, a line for each such override.
@@ -127,7 +131,10 @@ def apply_overrides(
     return result, [f"{choice} leaves out the file's {', '.join(keys)}" for choice, keys in left_out.items()]
 
 
-def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
+def _split(model: type[BaseModel], override: Override) -> tuple[str, str, Any]:
+    if not isinstance(override, str):
+        section, field, _ = _place(model, *override)
+        return section, field, override[1]
     key, equals, text = _halves(override)
     key = key if len(key) <= MOST_OF_A_KEY else key[:MOST_OF_A_KEY] + "..."
     if not equals:
@@ -135,14 +142,20 @@ def _split(model: type[BaseModel], override: str) -> tuple[str, str, Any]:
             f"an override is section.field=value, got {show(override)} without '='; "
             f"write for example {_example_key(model, key)}=..."
         )
-    key, text = key.strip(), text.strip()
+    text = text.strip()
+    section, field, known = _place(model, key.strip(), _value(text, as_text=False))
+    return section, field, _value(text, as_text=known is not None and known.annotation is str)
+
+
+def _place(model: type[BaseModel], key: str, received: Any) -> tuple[str, str, Any]:
+    """Section and field of a key, and the field's description, None for a table's; `ConfigError` if there is none."""
     section, _, field = key.partition(".")
     if key in _sections(model):
-        raise ConfigError(_not_a_field(model, key, _value(text, as_text=False)))
+        raise ConfigError(_not_a_field(model, key, received))
     known = _sections(model).get(section, {}).get(field)
     if known is None and _path(model, section, field) is None and not (OWN in _choices(model, section) and field):
-        raise ConfigError(_unknown(model, key, _value(text, as_text=False)))
-    return section, field, _value(text, as_text=known is not None and known.annotation is str)
+        raise ConfigError(_unknown(model, key, received))
+    return section, field, known
 
 
 def _halves(override: str) -> tuple[str, str, str]:

@@ -35,7 +35,7 @@ from adascope_fast.algorithms.settings import (
 from adascope_fast.backbones.settings import EMBEDDED_NAMES, Model
 from adascope_fast.config.presets import values_of
 from adascope_fast.config.sections import Evaluation, Log, Run, Train
-from adascope_fast.config.sources import SENSED, ConfigError, apply_overrides, explain
+from adascope_fast.config.sources import SENSED, ConfigError, Override, apply_overrides, explain
 from adascope_fast.config.writing import toml_of
 from adascope_fast.engine.settings import Acceleration
 from adascope_fast.prompts.settings import Prompts, held_out_of
@@ -421,8 +421,8 @@ class Config(Section):
             )
 
     @classmethod
-    def load(cls, path: Path | str | None, overrides: Sequence[str] = ()) -> Self:
-        """The validated configuration of a TOML file or a preset (`sd15`), with `section.field=value` overrides on top.
+    def load(cls, path: Path | str | None, overrides: Sequence[Override] = ()) -> Self:
+        """The validated configuration of a TOML file or a preset (`sd15`), with overrides on top.
 
         None is neither, the defaults alone.
 
@@ -436,8 +436,8 @@ class Config(Section):
             logger.warning("%s", line)
         return config
 
-    def changed(self, overrides: Sequence[str]) -> Self:
-        """The same with `section.field=value` overrides on top; `ConfigError` where they are wrong."""
+    def changed(self, overrides: Sequence[Override]) -> Self:
+        """The same with overrides on top; `ConfigError` where they are wrong."""
         values, left_out = apply_overrides(type(self), self.model_dump(exclude_none=True), overrides)
         config = self.of(values)
         for line in left_out:
@@ -451,6 +451,12 @@ class Config(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(explain(cls, values, error)) from None
+
+    def examine(self) -> None:
+        """ValueError where what a section names is not there, as far as that is told without importing torch."""
+        for _, section in self:
+            if section is not None:
+                section.examine()
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML, every key written out; one that is not set is a comment."""

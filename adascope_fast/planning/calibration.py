@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from adascope_fast import rewards
 from adascope_fast.adascope.interval_rule import finite_mean, host
@@ -25,6 +26,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, SharedStart, Trajectory, rollout
 from adascope_fast.theory import ideal_chain, measured_correlation, schedule_correlation
 from adascope_fast.training.building import selector_of, sensor_of
+from adascope_fast.training.monitoring.progress import Progress
 from adascope_fast.training.trainer import Trainer
 
 PAPER = (0.106, 0.636)
@@ -118,6 +120,7 @@ def calibrate(
     target: tuple[float, float] = PAPER,
     stride: int = 1,
     trainer: Callable[[Config], Trainer] = Trainer,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Sample `num_prompts` prompts as an iteration of `config` would, and look at them with AdaScope.
 
@@ -126,8 +129,9 @@ def calibrate(
         target: the mean interval that the proposed thresholds aim at, as shares of the steps.
         stride: states between two that are decoded and given to the reward.
         trainer: makes the trainer, for a reward or prompts of your own.
+        progress: what tells how far it is; None: it is quiet.
     """
-    started = time.perf_counter()
+    started, progress = time.perf_counter(), progress or Progress(quiet=True)
     if config.sampler.num_steps < 4:
         raise ConfigError(
             f"a rollout of {config.sampler.num_steps} steps is trained whole, there is nothing to calibrate; "
@@ -147,13 +151,23 @@ def calibrate(
     adascope = selector_of(made.config, sensor_of(made.config, made.backbone, made.reward))  # keeps nothing on disk
     assert isinstance(adascope, AdaScope)
     prompts = made.prompts_of(0)
-    trajectory = _sample(made, prompts)
-    seen = Seen.by(adascope, trajectory)
-    judge = DecodedSensor(
-        made.backbone.decode, lambda images, texts: rewards.score_guesses(made.reward, images, texts), stride=stride
-    )
-    judged = judge(trajectory)
+    with progress.stage("sampling", len(prompts) * sampler.num_steps) as on_step:
+        trajectory = _sample(made, prompts, on_step)
+    with progress.stage("sensing"):
+        seen = Seen.by(adascope, trajectory)
+    states = len(range(0, trajectory.num_steps, stride)) + 1
+    with progress.stage("judging unfinished images", len(prompts) * states, "image") as on_images:
+
+        def score(images: Tensor, texts: list[str]) -> Tensor:
+            scores = rewards.score_guesses(made.reward, images, texts)
+            on_images(len(images))
+            return scores
+
+        judged = DecodedSensor(made.backbone.decode, score, stride=stride)(trajectory)
     is_decoded = isinstance(sensing, RewardOnly)  # semantic sensing too
+    configured = _decide(adascope, seen, adascope.kappa, adascope.phi_end)
+    with progress.stage("looking for thresholds", len(KAPPAS) + len(PHIS)) as on_step:
+        proposed = _proposed(adascope, seen, target, on_step)
     return Calibration(
         num_steps=trajectory.num_steps,
         num_prompts=num_prompts,
@@ -166,8 +180,8 @@ def calibrate(
         curves=_curves(trajectory, seen.curves, judged),
         theory=(1 - schedule_correlation(trajectory.schedule)).tolist(),
         sampler=(1 - ideal_chain(trajectory.schedule, 1.0).correlation).tolist(),
-        configured=_decide(adascope, seen, adascope.kappa, adascope.phi_end),
-        proposed=_proposed(adascope, seen, target),
+        configured=configured,
+        proposed=proposed,
         target=target,
         halves=_halves(adascope, seen, target, config.run.seed),
         seconds=time.perf_counter() - started,
@@ -188,7 +202,7 @@ def _looking(config: Config) -> tuple[AdaScopeSettings, Latent | RewardOnly]:
     return AdaScopeSettings(**shared), config.sensing or Latent()
 
 
-def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
+def _sample(made: Trainer, prompts: list[str], on_step: Callable[[int], None]) -> Trajectory:
     schedule = made.algorithm.schedule(made.schedule)
     with made.accelerator.autocast():
         return rollout(
@@ -200,6 +214,7 @@ def _sample(made: Trainer, prompts: list[str]) -> Trajectory:
             noise=OwnNoise(made.config.run.seed),
             batch=made.config.train.rollout_batch,
             shared=SharedStart.of(prompts, schedule) if made.algorithm.shares_noise else None,
+            on_step=on_step,
         )
 
 
@@ -270,15 +285,26 @@ def _decide(adascope: AdaScope, seen: Seen, kappa: float, phi: float) -> Decisio
     )
 
 
-def _proposed(adascope: AdaScope, seen: Seen, target: tuple[float, float]) -> Decision:
+def _proposed(
+    adascope: AdaScope,
+    seen: Seen,
+    target: tuple[float, float],
+    on_step: Callable[[int], None] = lambda count: None,
+) -> Decision:
     """The thresholds whose mean interval comes nearest: first kappa, which alone moves the start, then phi.
 
     A fallback looks at no threshold and lies near the paper's interval, so it costs as much as missing by all steps.
     """
     t = seen.num_steps
-    starts = [_decide(adascope, seen, kappa, adascope.phi_end) for kappa in KAPPAS]
+
+    def decided(kappa: float, phi: float) -> Decision:
+        decision = _decide(adascope, seen, kappa, phi)
+        on_step(1)
+        return decision
+
+    starts = [decided(kappa, adascope.phi_end) for kappa in KAPPAS]
     kappa = min(starts, key=lambda one: abs(one.mean_start - target[0] * t) + t * _fallbacks(one)).kappa
-    ends = [_decide(adascope, seen, kappa, phi) for phi in PHIS]
+    ends = [decided(kappa, phi) for phi in PHIS]
     return min(ends, key=lambda one: abs(one.mean_end - target[1] * t) + t * _fallbacks(one))
 
 

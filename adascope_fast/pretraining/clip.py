@@ -22,7 +22,6 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from adascope_fast.backbones import ASSETS
@@ -31,6 +30,7 @@ from adascope_fast.pretraining.autoencoder import TRAINING_SCENES
 from adascope_fast.pretraining.drawing import IMAGE_SIZE, draw
 from adascope_fast.prompts.scenes import Scene, every_scene
 from adascope_fast.rewards.clip import features, prepared
+from adascope_fast.training.monitoring.progress import Progress
 
 RECIPE = loop.Recipe(num_steps=650, learning_rate=3e-3, warmup=60, ema=0.99)
 MUON = 2.0  # learning rate of Muon over AdamW's
@@ -176,11 +176,13 @@ def _drawings(path: Path, count: int) -> tuple[Tensor, list[Scene]]:
     scenes = [rng.choice(TRAINING_SCENES) for _ in range(count)]
     if not path.is_file():
         vae, parts = embedded_vae(), []
-        for start in tqdm(range(0, count, 64), desc="pictures", mininterval=1.0):
-            part = _bytes(draw(scenes[start : start + 64], 2 * 10**7 + start))
-            if start < count // 4:
-                part = _bytes(given_back(vae, part.float() / 255, LATENT_NOISE * (start // 64 % 2), start))
-            parts.append(part)
+        with Progress().stage("pictures", count, "image") as on_images:
+            for start in range(0, count, 64):
+                part = _bytes(draw(scenes[start : start + 64], 2 * 10**7 + start))
+                if start < count // 4:
+                    part = _bytes(given_back(vae, part.float() / 255, LATENT_NOISE * (start // 64 % 2), start))
+                parts.append(part)
+                on_images(len(part))
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"pictures": torch.cat(parts)}, path)
     return load_file(path)["pictures"], scenes

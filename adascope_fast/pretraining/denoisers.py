@@ -22,7 +22,6 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -35,6 +34,7 @@ from transformers import (
 
 from adascope_fast.pretraining import autoencoder, captions, loop
 from adascope_fast.pretraining.drawing import draw
+from adascope_fast.training.monitoring.progress import Progress
 
 RECIPES = {
     "scenes": loop.Recipe(num_steps=4000, learning_rate=2e-3, warmup=200, ema=0.999),
@@ -98,10 +98,12 @@ def _latents(vae: Any, path: Path) -> tuple[Tensor, list]:
     scenes = autoencoder.scenes_for(2, NUM_LATENTS)
     if not path.is_file():
         parts = []
-        for start in tqdm(range(0, NUM_LATENTS, 64), desc="latents", mininterval=1.0):
-            images = draw(scenes[start : start + 64], 10**7 + start) * 2 - 1
-            with torch.no_grad():
-                parts.append(vae.encode(images).latent_dist.mean)
+        with Progress().stage("latents", NUM_LATENTS, "image") as on_images:
+            for start in range(0, NUM_LATENTS, 64):
+                images = draw(scenes[start : start + 64], 10**7 + start) * 2 - 1
+                with torch.no_grad():
+                    parts.append(vae.encode(images).latent_dist.mean)
+                on_images(len(images))
         save_file({"latents": torch.cat(parts).contiguous()}, path)
     return load_file(path)["latents"], scenes
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adascope_fast.training import checkpoint
+from adascope_fast.training.monitoring.progress import bar
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def train(
         for name, (optimizer, _) in optimizers.items():
             checkpoint.load_optimizer_tensors(optimizer, checkpoint.select(found.tensors, name))
     model.train()
-    bar = tqdm(range(start, recipe.num_steps), initial=start, total=recipe.num_steps, desc=title, mininterval=1.0)
+    shown = bar(title, recipe.num_steps, unit="it", first=start, stays=True)
     recent = None
-    for step in bar:
+    for step in range(start, recipe.num_steps):
         for optimizer, factor in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = factor * recipe.rate(step)
@@ -77,13 +77,15 @@ def train(
         decay = min(recipe.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
         recent = loss.item() if recent is None else 0.98 * recent + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{recent:.4f}")
+        shown.set_postfix(loss=f"{recent:.4f}", refresh=False)
+        shown.update()
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.num_steps:
             tensors = {f"parameter.{index}": parameter for index, parameter in enumerate(parameters)}
             tensors |= {f"average.{index}": value for index, value in enumerate(average)}
             for name, (optimizer, _) in optimizers.items():
                 tensors |= checkpoint.prefixed(checkpoint.optimizer_tensors(optimizer), name)
             checkpoint.save(folder, tensors, {"step": step + 1, "loss": recent})
+    shown.close()
     for parameter, value in zip(parameters, average, strict=True):
         parameter.data.copy_(value)
     model.eval()

@@ -1,6 +1,7 @@
 """A step-aware preference model for a configuration: images of the untrained model, ranked by its reward."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.preferences import RatedImages, StepAwareModel, fit, held_out_accuracy
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.selectors.settings import EveryStep
+from adascope_fast.training.monitoring.progress import Progress
 from adascope_fast.training.trainer import Trainer
 
 BATCH = 64
@@ -41,22 +43,28 @@ class Made:
         return "\n".join(lines)
 
 
-def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) -> Made:
+def make(
+    config: Config, *, num_prompts: int, num_samples: int, num_steps: int, progress: Progress | None = None
+) -> Made:
     """Sample `num_samples` images of each of `num_prompts` prompts, and a quarter as many held-out ones; then train.
 
     The rollouts are as an iteration's: sampler, guidance and seed are the configuration's. Nothing of its algorithm and
     selector matters.
+
+    Args:
+        progress: what tells how far it is; None: it is quiet.
     """
-    started = time.perf_counter()
+    started, progress = time.perf_counter(), progress or Progress(quiet=True)
     plain = Awm(kl_weight=0.0, ema_kl_weight=0.0)  # one that any sampler will do for, and that keeps no reference
     sections = {"algorithm": plain, "selector": EveryStep(), "sensing": None}
     trainer = Trainer(config.model_copy(update=sections))
     trainer.prepare()
     generator = torch.Generator(trainer.schedule.coef.device).manual_seed(config.run.seed)
     held_out = trainer.held_out[: max(1, num_prompts // 4)]
-    noise = OwnNoise(config.run.seed)
-    trained = _judged(trainer, trainer.train_prompts[:num_prompts], num_samples, noise.of_use(0))
-    other = _judged(trainer, held_out, num_samples, noise.of_use(1))
+    seen, noise = trainer.train_prompts[:num_prompts], OwnNoise(config.run.seed)
+    with progress.stage("drawing", (len(seen) + len(held_out)) * num_samples, "image") as on_images:
+        trained = _judged(trainer, seen, num_samples, noise.of_use(0), on_images)
+        other = _judged(trainer, held_out, num_samples, noise.of_use(1), on_images)
     if not len(other.pairs()):
         raise ConfigError(
             "the images of held-out prompts must differ in their rewards, or nobody can tell what was learned, got "
@@ -67,7 +75,16 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
         torch.manual_seed(config.run.seed)
         model = StepAwareModel(trainer.backbone.name, trainer.backbone.latent_shape, widths)
     model.to(trained.clean.device)
-    fit(model, trained, num_steps=num_steps, batch=BATCH, learning_rate=LEARNING_RATE, generator=generator)
+    with progress.stage("fitting", num_steps) as on_step:
+        fit(
+            model,
+            trained,
+            num_steps=num_steps,
+            batch=BATCH,
+            learning_rate=LEARNING_RATE,
+            generator=generator,
+            on_step=lambda step, loss: on_step(1),
+        )
     accuracy, num_pairs = held_out_accuracy(model, other, batch=4 * BATCH, generator=generator)
     levels = [
         {"timestep": round(timestep, 3), "accuracy": round(share, 4)}
@@ -80,7 +97,13 @@ def make(config: Config, *, num_prompts: int, num_samples: int, num_steps: int) 
 
 
 @torch.no_grad()
-def _judged(trainer: Trainer, prompts: list[str], num_samples: int, noise: OwnNoise) -> RatedImages:
+def _judged(
+    trainer: Trainer,
+    prompts: list[str],
+    num_samples: int,
+    noise: OwnNoise,
+    on_images: Callable[[int], None],
+) -> RatedImages:
     """Images of the model and their rewards, some prompts at a time: a trajectory holds every state."""
     config, backbone = trainer.config, trainer.backbone
     encoded, at_once = EncodedPrompts.of(backbone, prompts), max(1, config.train.rollout_batch // num_samples)
@@ -101,4 +124,5 @@ def _judged(trainer: Trainer, prompts: list[str], num_samples: int, noise: OwnNo
             )
         clean.append(trajectory.latents[:, -1].clone())
         scores.append(rewards.score(trainer.reward, backbone.decode(clean[-1]), texts))
+        on_images(len(texts))
     return RatedImages.of(torch.cat(clean), torch.cat(scores), repeated, encoded, trainer.schedule)

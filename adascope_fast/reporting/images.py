@@ -20,23 +20,27 @@ MOST_SHOWN = 256
 
 
 def save_grid(images: Any, columns: int, path: Path) -> None:
-    """Write the pictures, row by row, as one PNG with `GAP` between them; places left over in the last row are white.
+    """Write the pictures as `grid` lays them out, as one PNG, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid(images, columns)).save(path)
+
+
+def grid(images: Any, columns: int) -> np.ndarray:
+    """The pictures [n, 3, h, w] as one of 8 bits, row by row, with `GAP` between them; places left over are white.
 
     Args:
-        images: [n, 3, h, w] in [0, 1]; values outside are clipped.
+        images: values outside [0, 1] are clipped.
         columns: pictures in a row.
-        path: the PNG; its folder is made.
     """
     pixels = _to_pixels(images)
     num, height, width, _ = pixels.shape
     rows = -(-num // columns)
-    grid = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
+    laid = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
     for index, image in enumerate(pixels):
         top, left = index // columns * (height + GAP) + GAP, index % columns * (width + GAP) + GAP
-        grid[top - 1 : top + height + 1, left - 1 : left + width + 1] = 150
-        grid[top : top + height, left : left + width] = image
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(path)
+        laid[top - 1 : top + height + 1, left - 1 : left + width + 1] = 150
+        laid[top : top + height, left : left + width] = image
+    return laid
 
 
 def contact_sheet(images: Any, captions: Sequence[str], columns: int, path: Path, *, scale: int = 2) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from adascope_fast.rewards.reward import eight_bits
+from adascope_fast.rewards.settings import OCR_NOT_INSTALLED
 
 QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
-NOT_INSTALLED = "reward ocr needs rapidocr and onnxruntime, which are not installed; pip install 'adascope-fast[ocr]'"
 
 
 class Ocr:
@@ -29,7 +29,7 @@ class Ocr:
             import onnxruntime  # noqa: F401 - RapidOCR says that it is missing only once it reads
             from rapidocr import RapidOCR
         except ImportError:
-            raise ValueError(NOT_INSTALLED) from None
+            raise ValueError(OCR_NOT_INSTALLED) from None
         threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
         self._read: Any = RapidOCR(params={"Global.log_level": "critical", **threads})
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -110,7 +111,18 @@ class PickScore(_OnDevice):
         )
 
 
-class Hpsv2(_OnDevice):
+class _Imported(_OnDevice):
+    """Of one whose weights `import-weights` wrote."""
+
+    def _place(self) -> str:
+        raise NotImplementedError
+
+    def examine(self) -> None:
+        """ValueError where the folder of its weights is not there."""
+        self._place()
+
+
+class Hpsv2(_Imported):
     """HPSv2 (2306.09341): what people would prefer, the cosine by a CLIP; about 0.2 to 0.35."""
 
     name: Literal["hpsv2"] = "hpsv2"
@@ -124,14 +136,17 @@ class Hpsv2(_OnDevice):
     def _may_be_a_number(cls, version: Any) -> Any:
         return str(version) if isinstance(version, float) else version
 
+    def _place(self) -> str:
+        kind = "hpsv2" if self.version == "2.0" else "hpsv2.1"
+        return _made_here(self.model or f"weights/{kind}", kind)
+
     def build(self, **context: object) -> object:
         """The CLIP, loaded."""
-        kind = "hpsv2" if self.version == "2.0" else "hpsv2.1"
-        model = _made_here(self.model or f"weights/{kind}", kind)
-        return imported("adascope_fast.rewards.hps:Hps").load(model, version=self.version, **self._options())
+        load = imported("adascope_fast.rewards.hps:Hps").load
+        return load(self._place(), version=self.version, **self._options())
 
 
-class Aesthetic(_OnDevice):
+class Aesthetic(_Imported):
     """LAION's aesthetic predictor V2: how people would rate the image, about 1 to 10; the prompt does not matter."""
 
     name: Literal["aesthetic"] = "aesthetic"
@@ -140,25 +155,33 @@ class Aesthetic(_OnDevice):
     clip: Text = "openai/clip-vit-large-patch14"
     """The CLIP that it was trained on: a folder of its CLIPModel in safetensors, or a Hugging Face repository."""
 
+    def _place(self) -> str:
+        return _made_here(self.model, "aesthetic")
+
     def build(self, **context: object) -> object:
         """The CLIP and the layers, loaded."""
-        return imported("adascope_fast.rewards.aesthetic:Aesthetic").load(
-            _made_here(self.model, "aesthetic"), clip=self.clip, **self._options()
-        )
+        load = imported("adascope_fast.rewards.aesthetic:Aesthetic").load
+        return load(self._place(), clip=self.clip, **self._options())
 
 
-class ImageReward(_OnDevice):
+class ImageReward(_Imported):
     """ImageReward (2304.05977): what people would prefer, by BLIP; about -2 to 2."""
 
     name: Literal["image_reward"] = "image_reward"
     model: Text = "weights/image_reward"
     """The folder that `import-weights` wrote, or a Hugging Face repository of one."""
 
+    def _place(self) -> str:
+        return _made_here(self.model, "image_reward")
+
     def build(self, **context: object) -> object:
         """The networks, loaded."""
-        return imported("adascope_fast.rewards.image_reward:ImageReward").load(
-            _made_here(self.model, "image_reward"), **self._options()
-        )
+        return imported("adascope_fast.rewards.image_reward:ImageReward").load(self._place(), **self._options())
+
+
+OCR_NOT_INSTALLED = (
+    "reward ocr needs rapidocr and onnxruntime, which are not installed; pip install 'adascope-fast[ocr]'"
+)
 
 
 class Ocr(Section):
@@ -167,6 +190,11 @@ class Ocr(Section):
     implementation: ClassVar[str] = "adascope_fast.rewards.ocr:Ocr"
 
     name: Literal["ocr"] = "ocr"
+
+    def examine(self) -> None:
+        """ValueError where what reads is not installed."""
+        if not all(find_spec(package) for package in ("onnxruntime", "rapidocr")):
+            raise ValueError(OCR_NOT_INSTALLED)
 
 
 class GenEval(_OnDevice):
@@ -311,6 +339,11 @@ class Mixed(Section):
             name: reward_named(name, **{key: value for key, value in own.items() if key != "weight"})
             for name, own in keys.items()
         }
+
+    def examine(self) -> None:
+        """ValueError where a part's own is not there."""
+        for section in self.sections().values():
+            section.examine()
 
     def build(self, **context: object) -> object:
         """The rewards, loaded."""

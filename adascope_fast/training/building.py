@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from adascope_fast import backbones, rewards
@@ -13,7 +12,7 @@ from adascope_fast.adascope.sensing import DecodedSensor, LatentSensor, Sensor
 from adascope_fast.adascope.settings import Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
-from adascope_fast.backbones import EMBEDDED
+from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.acceleration import accelerate
 from adascope_fast.remote_rollout.drawing import Drawing
@@ -24,23 +23,15 @@ from adascope_fast.training.sharing import refuse_other_engines
 
 
 def accelerator_of(config: Config) -> Accelerator:
-    """The device, its precision and the trackers that a configuration names; ConfigError if one is not there."""
+    """The device and precision that a configuration names; ValueError if it, or a tracker, is not there."""
     refuse_other_engines()
     train = config.train
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    for tracker in config.log.trackers:  # accelerate leaves out silently what is not installed
-        if tracker not in installed:
-            raise ConfigError(
-                f"log.trackers are installed ones ({', '.join(sorted(installed)) or 'none'}), got {tracker!r}; "
-                f"pip install it, or set log.trackers = []"
-            )
+    config.log.examine()
     return Accelerator(
         cpu=train.device == "cpu",
         mixed_precision=train.mixed_precision,
-        log_with=config.log.trackers or None,  # type: ignore[arg-type]
-        project_dir=config.run.folder,
     )
 
 
@@ -94,7 +85,7 @@ def clip_of(sensing: Semantic, model: str) -> str:
     """The CLIP of semantic sensing; ConfigError if none is named and none is shipped for `model`."""
     if sensing.clip is not None:
         return sensing.clip
-    if model not in EMBEDDED:
+    if model not in EMBEDDED_NAMES:
         raise ConfigError(
             f"sensing.kind = semantic needs a CLIP that knows the images of {model!r}, got none; set sensing.clip to "
             'a folder or repository, for example "openai/clip-vit-large-patch14"'

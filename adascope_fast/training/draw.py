@@ -1,6 +1,6 @@
 """Images from a trained run next to the base model's: deterministic, and the same as plain diffusers draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def draw(
     guidance_scale: float,
     shift: float | None = None,
     batch: int = 16,
+    on_step: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "n 3 h w"]:
-    """One image of every (prompt, seed), prompt by prompt, as `draw_each` has them."""
+    """One image of every (prompt, seed), prompt by prompt, as `draw_each` has them; `on_step` as in `rollout`."""
     return draw_each(
         backbone,
         [prompt for prompt in prompts for _ in seeds],
@@ -43,6 +44,7 @@ def draw(
         guidance_scale=guidance_scale,
         shift=shift,
         batch=batch,
+        on_step=on_step,
     )
 
 
@@ -55,6 +57,7 @@ def draw_each(
     guidance_scale: float,
     shift: float | None = None,
     batch: int = 16,
+    on_step: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "n 3 h w"]:
     """An image of each prompt on its seed, with the model's own deterministic sampler, on the CPU.
 
@@ -72,6 +75,7 @@ def draw_each(
         guidance_scale=guidance_scale,
         noise=OwnNoise(0),
         batch=batch,
+        on_step=on_step,
         initial=initial_latents(backbone, seeds).to(device),
     )
     images = decoded_whole(backbone, trajectory.latents[:, -1]).cpu()
@@ -91,7 +95,7 @@ def load_run(
 
     Args:
         pipeline: the one that the run was made with, where that was passed in Python.
-        changes: arguments of `backbones.load` in place of the configuration's.
+        changes: arguments of `backbones.load` in place of the configuration's, or besides.
 
     Raises:
         ConfigError: there is no whole checkpoint, or the pipeline is not the one that was trained.

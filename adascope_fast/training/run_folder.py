@@ -41,7 +41,8 @@ from adascope_fast.training.lock import locked
 PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out", "algorithm.preferences", "reward.url"}
 PLACES |= {"rollout.url"}
 """Where things are: they may have been moved, and `origin` sees to it that they are the same."""
-MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers"} | PLACES
+MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints"} | PLACES
+MAY_CHANGE |= {"log.trackers", "log.project", "log.run_name"}
 MAY_CHANGE |= {"reward.host", "reward.port"}
 MAY_CHANGE |= {"reward.token_env", "reward.timeout", "reward.patience", "reward.parallel"}
 MAY_CHANGE |= {f"rollout.{key}" for key in ("token_env", "timeout", "patience", "parallel", "max_drift")}
@@ -169,7 +170,7 @@ class RunFolder:
 
     def save_checkpoint(
         self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Config, keep: int
-    ) -> None:
+    ) -> Path:
         """Write the state from which `next_iteration` can start, with what else the run has so far; older ones go.
 
         Raises:
@@ -182,6 +183,7 @@ class RunFolder:
         checkpoint.save(folder / f"{next_iteration:06d}", tensors, state, self._log())
         for old in checkpoint.numbered(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+        return folder / f"{next_iteration:06d}"
 
     def restore(self, found: Checkpoint | None) -> None:
         """Put log and evaluation back to what they were at a checkpoint: what came later will be made again."""

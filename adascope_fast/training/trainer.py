@@ -11,19 +11,19 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adascope_fast import backbones, prompts, reporting, rewards
+from adascope_fast import backbones, reporting, rewards
+from adascope_fast import prompts as prompt_sets
 from adascope_fast.adascope.settings import RewardOnly, Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
@@ -53,10 +53,16 @@ from adascope_fast.training.building import (
     sensor_of,
 )
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
+from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
+from adascope_fast.training.monitoring.progress import Progress, import_libraries
+from adascope_fast.training.monitoring.trackers import Trackers
 from adascope_fast.training.nonfinite import NonFinite, remedy
-from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
 from adascope_fast.training.sharing import WHOLE, settled, share
+from adascope_fast.training.starting import start_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -97,32 +103,50 @@ class Result:
 class Trainer:
     """RL fine-tuning of one model as a `Config` says; the other arguments replace what it names.
 
-    >>> Trainer(Config.load("configs/quickstart.toml"), reward=my_reward).train()
+    >>> Trainer("scenes", reward="jpeg_compressibility", train__iterations=5).train()
 
     Args:
-        config: everything that decides the run.
-        reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b]; higher is better.
-        train_prompts, held_out_prompts: lists in place of `config.prompts`, of texts, or of dicts with `prompt` and
-            what a reward is given as its metadata.
+        config: everything that decides the run: a `Config`, a .toml file, a preset (`sd15`), the name or path of a model,
+            which is trained with the defaults of everything else, or a loaded pipeline, for which the same holds.
+        reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b], higher is better; or what `reward.name` takes.
+        prompts: a list to train on, of texts, or of dicts with `prompt` and what a reward is given as its metadata;
+            without `held_out_prompts`, `prompts.held_out_share` of them is held out, drawn by `prompts.seed`.
+        train_prompts, held_out_prompts: such lists in place of `config.prompts`.
         pipeline: a loaded diffusers pipeline in place of `config.model.name`.
         algorithm: in place of `config.algorithm`.
         selector: in place of `config.selector`.
+        callbacks: told what happens, and may end the run; see `Callback`.
         quiet: no progress bars.
+        settings: keys of the configuration as `section__key`.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: "Config | str | Path | DiffusionPipeline",
+        reward: rewards.Reward | str | None = None,
+        prompts: prompt_sets.Given | None = None,
         *,
-        reward: rewards.Reward | None = None,
-        train_prompts: prompts.Given | None = None,
-        held_out_prompts: prompts.Given | None = None,
-        pipeline: DiffusionPipeline | None = None,
+        train_prompts: prompt_sets.Given | None = None,
+        held_out_prompts: prompt_sets.Given | None = None,
+        pipeline: "DiffusionPipeline | None" = None,
         algorithm: Algorithm | None = None,
         selector: TimestepSelector | None = None,
+        callbacks: Sequence[Any] = (),
         quiet: bool = False,
+        **settings: Any,
     ) -> None:
-        self.config = config
+        start = start_of(
+            config,
+            settings,
+            reward=reward,
+            pipeline=pipeline,
+            prompts=prompts,
+            train_prompts=train_prompts,
+            held_out_prompts=held_out_prompts,
+        )
+        config, reward, pipeline = start.config, start.reward, start.pipeline
+        train_prompts, held_out_prompts = start.train_prompts, start.held_out_prompts
+        self.config, self._callbacks = config, Callbacks(callbacks)
         given = {
             "reward": reward,
             "train_prompts": train_prompts,
@@ -134,14 +158,16 @@ class Trainer:
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
         self._refuse_mixing_of_one_reward()
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
-        self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
+        self.train_prompts, held_out = prompt_sets.chosen(
+            config.prompts, train=train_prompts, held_out=held_out_prompts
+        )
         self.held_out = held_out[: config.evaluation.num_prompts]
         if len(held_out) < config.evaluation.num_prompts:
             asked = config.evaluation.num_prompts
             logger.warning("evaluation.num_prompts is %d, and all %d held-out prompts are used", asked, len(held_out))
         self._metadata: dict[str, dict[str, Any]] = {}
         if rewards.takes_metadata(self.reward):
-            self._metadata = prompts.metadata(config.prompts, train=train_prompts, held_out=held_out_prompts)
+            self._metadata = prompt_sets.metadata(config.prompts, train=train_prompts, held_out=held_out_prompts)
             rewards.hand_metadata(self.reward, self._metadata)
         rewards.check_prompts(self.reward, self.train_prompts, "prompts.train")
         rewards.check_prompts(self.reward, self.held_out, "prompts.held_out")
@@ -155,10 +181,12 @@ class Trainer:
         self._progress, self._is_stopped = Progress(quiet=quiet), False
         self._found: checkpoint.Checkpoint | None = None
         self.sharing = WHOLE
+        self._stopped_by: str | None = None
         self._remote: RemoteRollout | None = None
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
             clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
         if pipeline is None:
+            import_libraries(self._progress)
             backbones.check(config.model.name, base=config.model.base, revision=config.model.revision)
 
     def train(self, *, overwrite: bool = False) -> Result:
@@ -340,8 +368,7 @@ class Trainer:
         return origin.of_pipeline(components, self.backbone.name, dtype, is_given=self._pipeline is not None)
 
     def _run(self, folder: Any, first: int) -> Result:
-        if self.config.log.trackers and self.ranks.is_first:
-            self.accelerator.init_trackers("tensorboard", config=_flat(self.config.model_dump()))
+        self._trackers = Trackers(self.config, is_quiet=not self.ranks.is_first)
         self._not_read = self.backbone.cut_summary([*self.train_prompts, *self.held_out])
         if self._not_read and self.ranks.is_first:
             logger.warning("%s", self._not_read)
@@ -362,6 +389,7 @@ class Trainer:
             raise
         finally:
             self._progress.close()
+            self._trackers.close()
             try:
                 # Where a full disk stopped the run, it is what is told, and not that no more can be written.
                 with nullcontext() if status == "finished" else suppress(OSError):
@@ -395,6 +423,7 @@ class Trainer:
         seconds = time.perf_counter() - self._start
         more |= {"prompts_not_read": self._not_read} if self._not_read else {}
         more |= {} if self.ranks.is_alone else {"processes": self.ranks.size, "sharing": self.sharing}
+        more |= {"stopped_by": f"callback {who}"} if (who := self._stopped_by) else {}
         chosen = self.acceleration | ({} if self.graphs is None else {"cuda_graphs": self.graphs.words()})
         folder.describe(status, self.accelerator.device, seconds, chosen, **more)
 
@@ -406,12 +435,14 @@ class Trainer:
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
         self._refuse_preferences()
-        self.backbone = backbones.load(
-            self._pipeline if self._pipeline is not None else config.model.name,
-            **config.model.options(),
-            seed=_seed(config.run.seed, "adapter"),
-            keep_reference=self.algorithm.needs_reference,
-        )
+        with self._progress.loading("the model" if self._pipeline is not None else config.model.name) as told:
+            self.backbone = backbones.load(
+                self._pipeline if self._pipeline is not None else config.model.name,
+                **config.model.options(),
+                seed=_seed(config.run.seed, "adapter"),
+                keep_reference=self.algorithm.needs_reference,
+                told=told,
+            )
         if (known := self.algorithm.preferences) is not None:
             known.refuse_small(self.backbone.resolution)
         self.backbone.to(self.accelerator.device)
@@ -492,7 +523,7 @@ class Trainer:
         known = self.algorithm.preferences
         if known is None:
             return
-        if warning := prompts.overlap(known.prompts, self.held_out, where="algorithm.preferences"):
+        if warning := prompt_sets.overlap(known.prompts, self.held_out, where="algorithm.preferences"):
             logger.warning("%s", warning)
         if isinstance(self.config.sensing, RewardOnly):
             rewards.check_prompts(self.reward, known.prompts, "algorithm.preferences")
@@ -503,7 +534,7 @@ class Trainer:
         if not has_before:
             self._evaluate(folder, "before", iteration=0)
         self._progress.start(first, train.iterations)
-        cache = PromptCache(self.backbone)
+        cache, done = PromptCache(self.backbone), train.iterations
         for iteration in range(first, train.iterations):
             started, cpu = time.perf_counter(), time.process_time()
             batch = self._batch(iteration)
@@ -521,8 +552,10 @@ class Trainer:
             record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
-            record |= self._speed(record, taken)
-            ranks.by_first(lambda record=record, report=report: folder.log(record | {"seconds": report.seconds}))
+            record |= self._speed(record, taken) | {"seconds": report.seconds}
+            ranks.by_first(lambda record=record: folder.log(record))
+            self._trackers.on_iteration(record)
+            self._tell(lambda callbacks, record=record: callbacks.on_iteration(record))
             if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
                 self._progress.say(hint)
                 has_hinted = True
@@ -530,10 +563,11 @@ class Trainer:
                 self._progress.say(hint)
                 has_warned = True
             watch.add(record)
-            is_last = iteration + 1 == train.iterations
+            is_last = iteration + 1 == train.iterations or self._stopped_by is not None
             every = self.config.evaluation.every
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
+                is_last = self._stopped_by is not None
             # The checkpoint has the log and the evaluations so far; what comes after it is made again after a kill.
             is_stopped = any(ranks.objects(self._is_stopped))
             if (iteration + 1) % train.checkpoint_every == 0 or is_last or is_stopped:
@@ -543,11 +577,12 @@ class Trainer:
             if is_stopped and not is_last:
                 raise Stopped
             self._progress.done(record, watch.words())
-            if self.config.log.trackers and ranks.is_first:
-                numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-                self.accelerator.log(numbers | {f"seconds/{k}": v for k, v in report.seconds.items()}, step=iteration)
+            done = iteration + 1
+            if self._stopped_by is not None:
+                self._progress.say(f"callback {self._stopped_by} ends the run after {done} iterations")
+                break
         watch.refuse_nothing_learned()
-        self._evaluate(folder, "after", iteration=train.iterations)
+        self._evaluate(folder, "after", iteration=done)
         with self._averaged():
             tensors = self.backbone.adapter_tensors()
             self._refuse_not_finite(tensors)
@@ -602,13 +637,16 @@ class Trainer:
         tensors |= checkpoint.prefixed(self.sensor.tensors(), "sensor")
         state = {"algorithm": self.algorithm.state_dict(), "selector": self.selector.state_dict()}
 
-        def save() -> None:
+        def save() -> Any:
             try:
-                folder.save_checkpoint(next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints)
+                return folder.save_checkpoint(
+                    next_iteration, tensors, state, self.config, self.config.train.keep_checkpoints
+                )
             except checkpoint.NotFiniteError as error:
                 raise FloatingPointError(self._not_finite(error.name)) from None
 
-        self.ranks.by_first(save)
+        path = self.ranks.by_first(save)
+        self._tell(lambda callbacks: callbacks.on_checkpoint(path))
 
     def _batch(self, iteration: int) -> list[str]:
         """What this iteration trains on: the prompts of a set's records, or those of a rollout."""
@@ -630,7 +668,7 @@ class Trainer:
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
-        with self._progress.evaluation(total) as on_step, self.accelerator.autocast(), self._averaged():
+        with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), self._averaged():
             try:
                 evaluation = evaluate(
                     self.backbone,
@@ -650,6 +688,15 @@ class Trainer:
             except FloatingPointError as error:
                 raise FloatingPointError(f"after {iteration} iterations {error}; {remedy(self.config)}") from None
         self.ranks.by_first(lambda: self._record(folder, evaluation, name, iteration))
+        shown = self.held_out[: settings.grid_prompts]
+        told = HeldOut(iteration, name, evaluation.summary(), evaluation.shown, shown)
+        self._trackers.on_evaluation(told)
+        self._tell(lambda callbacks: callbacks.on_evaluation(told))
+
+    def _tell(self, what: Callable[[Callbacks], None]) -> None:
+        """Call the callbacks, on the first rank alone; every rank knows which of them has ended the run."""
+        self.ranks.by_first(lambda: what(self._callbacks))
+        self._stopped_by = self.ranks.of_first(self._callbacks.stopped_by)
 
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self._reward_name(), "history": []}
@@ -735,14 +782,3 @@ def _with_nan(estimate: dict[str, Any]) -> dict[str, Any]:
 def _seed(*parts: Any) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.field`, in types that trackers take."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

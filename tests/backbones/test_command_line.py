@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import call
+from command_line import beside_progress, call
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -110,7 +110,8 @@ def test_a_run_without_optional_parts_becomes_a_plain_pipeline(tiny, tmp_path: P
     try:
         assert _call("plan", TINY, f"model.name={folder}", *OVERRIDES[family])[0] == 0
         _train(lambda _: folder, family, run)
-        assert _call("merge", run, merged, "--dtype", "bfloat16") == (0, f"{merged}\n", "")
+        code, out, err = _call("merge", run, merged, "--dtype", "bfloat16")
+        assert (code, out, beside_progress(err)) == (0, f"{merged}\n", [])
         assert _call("merge", run, tmp_path / "float32")[0] == 0
     finally:
         os.umask(mask)
@@ -151,7 +152,7 @@ def test_full_fine_tuning_of_each_family_becomes_a_whole_pipeline(tiny, family: 
     run, merged = tmp_path / "run", tmp_path / "merged"
     _train(tiny, family, run, "model.train=full", "train.learning_rate=0.001", "train.iterations=1")
     code, out, err = _call("merge", run, merged)
-    assert (code, out, err) == (0, f"{merged}\n", "")
+    assert (code, out, beside_progress(err)) == (0, f"{merged}\n", [])
     trained = load_file(run / "checkpoints/000001/state.safetensors")
     pipeline, base = (DiffusionPipeline.from_pretrained(folder) for folder in (merged, tiny(family)))
     name = "unet" if "unet" in pipeline.components else "transformer"
@@ -179,7 +180,7 @@ def test_kl_draws_a_fully_trained_model_back_to_what_it_was(tiny, tmp_path: Path
 def test_a_model_that_cannot_be_trained_is_one_line(tiny, tmp_path: Path):
     code, out, err = _call("train", TINY, *SMALLEST, f"model.name={tiny('schnell')}", f"run.folder={tmp_path / 'run'}")
     assert (code, out) == (2, "")
-    (line,) = err.splitlines()
+    (line,) = beside_progress(err)
     assert "schnell) is refused for RL: it is distilled to draw in 1 to 4 steps" in line
     assert not (tmp_path / "run").exists()
 
@@ -204,7 +205,7 @@ def _mistake(tiny: Callable[[str], Path], family: str, tmp_path: Path, *override
     settings = [*SMALLEST, *OVERRIDES.get(family, []), f"model.name={tiny(family)}", f"run.folder={run}", *overrides]
     code, out, err = _call(command, TINY, *settings)
     assert (code, out) == (2, ""), err
-    (line,) = err.splitlines()
+    (line,) = beside_progress(err)
     assert line.startswith("error: ")
     assert not run.exists()
     return line

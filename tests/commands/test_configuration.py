@@ -82,10 +82,46 @@ def test_a_prompt_of_the_command_line_is_checked(tmp_path: Path, prompt: str):
     assert line.isprintable()
 
 
-def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path):
+OTHER = [PLAIN, "prompts.train=animals:train"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", TINY, "prompts.train=animals:train"], 'reward.name = "scene_attributes" judges scene captions'),
+        (["train", TINY, "reward.name=nowhere:score"], "there is no module nowhere"),
+        (["train", TINY, "reward.name=math:sqroot"], "has no sqroot; did you mean sqrt?"),
+        (
+            ["train", TINY, "reward.name=json:JSONDecoder", "reward.size=3"],
+            "could not be made from size: TypeError: got a",
+        ),
+        (["train", TINY, "reward.name=hpsv2", "prompts.train=animals:train"], "the folder that import-weights wrote"),
+        (
+            ["train", TINY, "reward.name=mixed", "reward.parts={jpeg_compressibility = 1.0, 'nowhere:score' = 1.0}"],
+            "there is no module nowhere",
+        ),
+        (["train", TINY, PLAIN, "prompts.train=TMP/none.txt", "prompts.held_out=TMP/b.txt"], "which is no file"),
+        (["train", TINY, PLAIN, "prompts.train=TMP/empty.txt", "prompts.held_out=TMP/b.txt"], "is empty; add at least"),
+        (["train", TINY, *OTHER, "model.name=TMP"], "the folder of a saved diffusers pipeline (with model_index.json)"),
+        (["train", TINY, *OTHER, "model.name=TMP/model.ckpt"], "must not be a pickle"),
+        (["calibrate", TINY, *OTHER, "model.name=TMP/model.safetensors"], "is no file here"),
+        (["plan", TINY, "model.name=TMP"], "the folder of a saved diffusers pipeline (with model_index.json)"),
+        (["train", "--resume", "TMP"], "--resume names the folder of a run"),
+        (["sample", "TMP", "--prompt", "a cat"], "a run's folder holds a config.toml"),
+        (["merge", "TMP", "TMP/out"], "a run's folder holds a config.toml"),
+        (["report", "TMP"], "a run's folder holds a config.toml"),
+    ],
+)
+def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], line: str):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "b.txt").write_text("two\n")
+    given = ["adascope-fast", *(argument.replace("TMP", str(tmp_path)) for argument in arguments)]
     program = (
-        "import sys; from adascope_fast.commands.configuration import configured\n"
-        f"try: configured([{TINY!r}, 'prompts.train=animals:train'], command='train')\n"
-        "except ValueError: sys.exit('torch' in sys.modules)\nsys.exit(3)"
+        f"import sys; from adascope_fast import cli\nsys.argv = {given!r}\n"
+        "try: cli.main()\nexcept SystemExit as stopped: sys.exit(100 if 'torch' in sys.modules else stopped.code)"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    stopped = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert stopped.returncode == 2, stopped
+    (told,) = stopped.stderr.splitlines()
+    assert told.startswith("error: ")
+    assert line in told

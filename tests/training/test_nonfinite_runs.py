@@ -207,7 +207,7 @@ def test_images_that_are_not_finite_are_not_drawn(tmp_path: Path, monkeypatch: p
     )
     outcome = call("sample", folder, "--prompt", CAPTIONS[0], "--num", "2")
     assert outcome.code == 1
-    assert outcome.err.startswith("error: images must be finite, and 2 of 2 are not")
+    assert outcome.err.splitlines()[-1].startswith("error: images must be finite, and 2 of 2 are not")
     assert not (folder / "samples" / "sample.png").exists()
 
 

@@ -273,32 +273,6 @@ def test_the_adapter_draws_the_same_in_plain_diffusers(tmp_path: Path, name: str
     torch.testing.assert_close(untrained, base, rtol=0, atol=1e-4)
 
 
-def test_tensorboard_is_given_the_numbers_of_every_iteration(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    _trainer(_config(tmp_path / "run", "log.trackers=['tensorboard']")).train()
-    (events,) = [path for path in (tmp_path / "run").rglob("events.out.tfevents.*") if _has_scalars(path)]
-    accumulator = EventAccumulator(str(events))
-    accumulator.Reload()
-    logged = accumulator.Scalars("reward_mean")
-    assert [(point.step, point.value) for point in logged] == [
-        (record["iteration"], pytest.approx(record["reward_mean"])) for record in lines_of(tmp_path / "run")
-    ]
-    assert "seconds/rollout" in accumulator.Tags()["scalars"]
-
-
-@pytest.mark.parametrize("tracker", ["no_such_tracker", "clearml"])
-def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str):
-    monkeypatch.setattr("adascope_fast.training.building.get_available_trackers", lambda: ["tensorboard"])
-    with pytest.raises(ConfigError, match=rf"log.trackers are installed ones \(tensorboard\), got '{tracker}'"):
-        _trainer(_config(tmp_path / "run", f"log.trackers=['tensorboard', '{tracker}']")).train()
-    assert not (tmp_path / "run").exists()
-
-
-def _has_scalars(path: Path) -> bool:
-    return b"reward_mean" in path.read_bytes()
-
-
 def test_every_algorithm_and_selector_of_the_configuration_exists(tmp_path: Path):
     def names(section: str) -> list[str]:
         return [name for name in choices_of(Config.model_fields[section].annotation) if name != OWN]

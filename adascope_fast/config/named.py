@@ -1,0 +1,20 @@
+"""Where a name becomes a configuration: a TOML file, a preset, or a model with the defaults of everything else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adascope_fast.config.presets import names
+from adascope_fast.config.sources import Override
+from adascope_fast.config.tree import Config
+
+
+def named(name: str | Path, overrides: Sequence[Override] = ()) -> Config:
+    """The configuration that `name` stands for, with `overrides` on top.
+
+    Args:
+        name: a .toml file, a preset, or what `model.name` takes: an embedded model, a pipeline's folder, a .safetensors
+            file, or a repository.
+    """
+    if Path(name).suffix == ".toml" or str(name) in names():
+        return Config.load(name, overrides)
+    return Config.load(None, [("model.name", str(name)), *overrides])
