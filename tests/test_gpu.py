@@ -345,7 +345,7 @@ def test_rollout_and_update_never_wait_for_the_device(update: str, tail_share: f
         slopes = engine.algorithm.slopes(samples, context)  # type: ignore[attr-defined]
         told = mock.patch.object(engine.algorithm, "slopes", return_value=slopes)
         with told, mock.patch.object(Trajectory, "pairs", return_value=pairs), _no_waiting():
-            engine._apply(collection.gradients, samples, context, schedule)
+            engine._apply(collection.gradients, samples, context, schedule, collection.own)
 
 
 @contextmanager

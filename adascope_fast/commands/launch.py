@@ -4,6 +4,7 @@ import os
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -37,7 +38,7 @@ def _on_cpus(path: Path, options: list[str]) -> list[str]:
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
-    given = load_config_from_file(str(path))
+    given: Any = load_config_from_file(str(path))
     number, rest = str(given.num_processes), [option for option in options if option != "--cpu"]
     if rest[:1] == ["--num_processes"] and len(rest) > 1:
         number, rest = rest[1], rest[2:]

@@ -106,8 +106,8 @@ class Trainer:
     >>> Trainer("scenes", reward="jpeg_compressibility", train__iterations=5).train()
 
     Args:
-        config: everything that decides the run: a `Config`, a .toml file, a preset (`sd15`), the name or path of a model,
-            which is trained with the defaults of everything else, or a loaded pipeline, for which the same holds.
+        config: everything that decides the run: a `Config`, a .toml file, a preset (`sd15`), the name or path of a
+            model, which is trained with the defaults of everything else, or a loaded pipeline, with the same defaults.
         reward: (images [b, 3, h, w] in [0, 1], prompts) -> [b], higher is better; or what `reward.name` takes.
         prompts: a list to train on, of texts, or of dicts with `prompt` and what a reward is given as its metadata;
             without `held_out_prompts`, `prompts.held_out_share` of them is held out, drawn by `prompts.seed`.
