@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from graph_emulation import Emulation
 from preference_sets import write_judged, write_pairs
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.config import Config
 from adascope_fast.distributed.sharded import whole
 from adascope_fast.engine.engine import Engine
+from adascope_fast.engine.graphs import Graphs
 from adascope_fast.rollout import EncodedPrompts, PromptCache
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.training.trainer import Trainer
@@ -62,6 +64,7 @@ TOYS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "diffusion_nft": (lambda: named.diffusion_nft(beta=0.5, kl_weight=0.1), {}),
     "one pass": (lambda: named.ddpo(), {"inner_epochs": 1, "updates_per_iteration": 1, "update": "one_pass"}),
     "whole samples": (lambda: named.ddpo(), {"minibatch": "samples"}),
+    "graphs": (lambda: named.ddpo(clip_range=0.01), {"graphs": True, "microbatch": 2}),
     "NaN": (lambda: named.grpo(), {"score": "nan"}),
 }
 
@@ -151,11 +154,14 @@ def of_toy(name: str, folder: Path) -> dict[str, Any]:
         )
     if options.get("update") == "one_pass":
         options["selector"] = StaticRange(start=1, end=4)
+    if "graphs" in options:
+        options["graphs"] = Graphs(Emulation(), tell=lambda line: None)
     engine, watch = engines._engine(toy, make(), **options), Watch()
     encoded = EncodedPrompts.of(toy, PROMPTS)
-    for iteration in range(2):
+    for iteration in range(3 if "graphs" in options else 2):
         watch.step(engine, encoded, PROMPTS, iteration=iteration, seed=iteration)
-    return {"iterations": watch.found} | _numbers(watch.gradients, engines.flat(toy))
+    told = {"is_replayed": engine._recording is not None and engine._recording.graphs.num_replays > 0}
+    return {"iterations": watch.found} | told | _numbers(watch.gradients, engines.flat(toy))
 
 
 def _numbers(gradients: list[Tensor], weights: Tensor) -> dict[str, Any]:

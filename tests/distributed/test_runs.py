@@ -62,6 +62,10 @@ def test_an_algorithm_learns_the_same_on_two_processes(alone: Any, two: Any, cas
     _assert_same(alone[case], two[case], tolerance=1e-13)
 
 
+def test_graphs_are_replayed_on_every_process(alone: Any, two: Any) -> None:
+    assert all(one["is_replayed"] for one in (alone["graphs"], *two["graphs"]))
+
+
 @pytest.mark.parametrize("case", [case for case in QUICK if case in RUNS])
 def test_a_run_is_the_same_on_two_processes(alone: Any, two: Any, case: str) -> None:
     _assert_same(alone[case], two[case], tolerance=1e-6)

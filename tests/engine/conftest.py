@@ -44,6 +44,7 @@ def _engine(
     train_guidance: Any = None,
     score: Any = None,
     learning_rate: float = 1.0,
+    graphs: Any = None,
     **updates: Any,
 ) -> Engine:
     optimizer = torch.optim.SGD(toy.trainable_parameters(), lr=learning_rate)
@@ -51,7 +52,7 @@ def _engine(
     sampler = Sampler(guidance_scale=guidance_scale, train_guidance=train_guidance)
     schedule, selector = toy.schedule(T, kind=kind), selector or StaticRange(start=1, end=5)
     score = score or (lambda images, prompts: images.mean((1, 2, 3)))
-    return Engine(toy, schedule, algorithm, selector, score, optimizer, settings, sampler=sampler)
+    return Engine(toy, schedule, algorithm, selector, score, optimizer, settings, sampler=sampler, graphs=graphs)
 
 
 @pytest.fixture
