@@ -98,6 +98,21 @@ class Evaluation(Section):
     """CLIP whose mean similarity is reported beside the reward, as `reward.clip`; absent: none."""
     every: CountOrZero = 0
     """Iterations between evaluations in the course of training; 0: only before and after."""
+    patience: CountOrZero = 0
+    """Evaluations in a row without a higher held-out reward after which the training ends; 0: it goes on to its end."""
+    keep_best: bool = False
+    """Export the weights of the evaluation with the highest held-out reward, not the last ones. The best of several
+    evaluations on the same prompts is better there than it would be on others, since it was chosen by them."""
+
+    @model_validator(mode="after")
+    def _is_looked_at_in_between(self) -> Self:
+        asked = [name for name in ("patience", "keep_best") if getattr(self, name)]
+        if asked and not self.every:
+            raise ValueError(
+                f"evaluation.{asked[0]} goes by evaluations in the course of training, got evaluation.every = 0; set "
+                f"evaluation.every"
+            )
+        return self
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab", "mlflow", "aim", "comet_ml", "clearml", "dvclive")

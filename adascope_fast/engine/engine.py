@@ -27,6 +27,7 @@ from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.distributed import Ranks, dealt
 from adascope_fast.distributed.sharded import sum_gradients, whole
 from adascope_fast.engine.acceleration import halving
+from adascope_fast.engine.best_worst import best_and_worst
 from adascope_fast.engine.collection import Collection, NothingFiniteError, Sampling
 from adascope_fast.engine.graphs import Graphs
 from adascope_fast.engine.per_sample import PerSampleGradients
@@ -149,6 +150,10 @@ class Engine:
             if keep is None:
                 keep = self.algorithm.steps(chosen, schedule.trainable)
             keep = keep.to(chosen.device)
+            if self.settings.best_worst_k is not None:
+                assert isinstance(samples, Samples)  # `refuse` sees to it
+                rows = best_and_worst(samples.rewards, samples.prompts, self.settings.best_worst_k)
+                keep = keep & rows[:, None].to(keep.device)
             if collection.num_dropped and self._too_few(keep):
                 return self._nothing(collection)
             self._refuse_too_few(keep)
@@ -484,6 +489,17 @@ def refuse_in_step(algorithm: Algorithm, settings: Updates, sampler: Sampler) ->
 
 def refuse(algorithm: Algorithm, settings: Updates, sampler: Sampler) -> None:
     """ValueError where `algorithm` cannot be carried out like this."""
+    if settings.best_worst_k is not None:
+        if settings.update == "one_pass":
+            raise ValueError(
+                "the best and worst images are known after the rollout, in which one_pass trains all of them, got "
+                f"train.best_worst_k = {settings.best_worst_k}; set train.update = 'replay', or remove it"
+            )
+        if algorithm.preferences is not None:
+            raise ValueError(
+                f"{algorithm.name} learns from a set, whose images have no rewards, got train.best_worst_k = "
+                f"{settings.best_worst_k}; remove it"
+            )
     if settings.update == "one_pass":
         if type(algorithm) is not PolicyGradient:
             raise ValueError(

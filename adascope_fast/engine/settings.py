@@ -29,6 +29,9 @@ class Updates(Section):
     """Optimiser steps in each of them, whatever share of the steps is trained."""
     minibatch: Literal["pairs", "samples"] = "pairs"
     """What an update's share of the samples is drawn from: single (image, step) pairs, or whole images."""
+    best_worst_k: Images | None = None
+    """Images with the highest reward of each prompt that are trained, and as many with the lowest; absent: all. What an
+    advantage compares with is the whole group all the same."""
     update: Literal["replay", "one_pass"] = "replay"
     """`replay`: after the rollout; `one_pass`: kept steps are differentiated while they are sampled, which saves the
     replay's forward pass, allows one update, and needs the steps beforehand."""

@@ -15,7 +15,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.scoring import decoded_whole
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.training import checkpoint, origin
-from adascope_fast.training.run_folder import load_run_files
+from adascope_fast.training.run_folder import best_weights, load_run_files
 
 
 def initial_latents(backbone: Backbone, seeds: Sequence[int]) -> Float[Tensor, "n *latent"]:
@@ -118,8 +118,9 @@ def load_run(
                 f"trained weights belong to the model that they were trained on, and {'; '.join(changed)}; "
                 f"restore that model, or set model.name in config.toml to where it is now"
             )
-    backbone.load_adapter_tensors(checkpoint.select(found.tensors, "adapter"))
-    if config.model.average_decay:
+    best = best_weights(folder, config)
+    backbone.load_adapter_tensors(checkpoint.select(found.tensors, "adapter") if best is None else best)
+    if config.model.average_decay and best is None:
         ema = Ema(backbone.trainable_parameters(), config.model.average_decay)
         ema.load(checkpoint.select(found.tensors, "ema"))
         ema.swap()

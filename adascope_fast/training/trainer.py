@@ -52,7 +52,7 @@ from adascope_fast.training.building import (
     selector_of,
     sensor_of,
 )
-from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
+from adascope_fast.training.evaluation import HeldOutScores, best_of, evaluate, interval, since_best
 from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 from adascope_fast.training.monitoring.trackers import Trackers
@@ -423,7 +423,7 @@ class Trainer:
         seconds = time.perf_counter() - self._start
         more |= {"prompts_not_read": self._not_read} if self._not_read else {}
         more |= {} if self.ranks.is_alone else {"processes": self.ranks.size, "sharing": self.sharing}
-        more |= {"stopped_by": f"callback {who}"} if (who := self._stopped_by) else {}
+        more |= {"stopped_by": self._stopped_by} if self._stopped_by else {}
         chosen = self.acceleration | ({} if self.graphs is None else {"cuda_graphs": self.graphs.words()})
         folder.describe(status, self.accelerator.device, seconds, chosen, **more)
 
@@ -567,6 +567,8 @@ class Trainer:
             every = self.config.evaluation.every
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
+                if self._looked(folder, iteration + 1):
+                    self._stopped_by = self._stopped_by or "evaluation.patience"
                 is_last = self._stopped_by is not None
             # The checkpoint has the log and the evaluations so far; what comes after it is made again after a kill.
             is_stopped = any(ranks.objects(self._is_stopped))
@@ -579,14 +581,39 @@ class Trainer:
             self._progress.done(record, watch.words())
             done = iteration + 1
             if self._stopped_by is not None:
-                self._progress.say(f"callback {self._stopped_by} ends the run after {done} iterations")
+                self._progress.say(f"{self._stopped_by} ends the run after {done} iterations")
                 break
         watch.refuse_nothing_learned()
         self._evaluate(folder, "after", iteration=done)
         with self._averaged():
+            if self.config.evaluation.keep_best:
+                done = self._take_best(folder, done)
             tensors = self.backbone.adapter_tensors()
             self._refuse_not_finite(tensors)
             ranks.by_first(lambda: self._export(folder, tensors))
+
+    def _take_best(self, folder: Any, last: int) -> int:
+        """Take the weights of the best evaluation where it is not the last, and evaluate them as what comes of the run.
+
+        The iteration that they are of.
+        """
+        best = self.ranks.by_first(lambda: best_of(folder.read("evaluation.json")["history"]))
+        if best is None or best == last:
+            return last
+        found = self.ranks.by_first(lambda: folder.read_best(best))
+        self.backbone.load_adapter_tensors(self.ranks.tensors_of_first(found))
+        self._progress.say(f"the weights after {best} iterations are kept, whose held-out reward was the highest")
+        self._evaluate(folder, "after", iteration=best, is_averaged=True)
+        return best
+
+    def _looked(self, folder: Any, iteration: int) -> bool:
+        """Keep the weights of an evaluation that is the best so far; whether the run has waited too long for one."""
+        history = self.ranks.by_first(lambda: folder.read("evaluation.json")["history"])
+        if self.config.evaluation.keep_best and best_of(history) == iteration:
+            with self._averaged():
+                tensors = self.backbone.adapter_tensors()
+                self.ranks.by_first(lambda: folder.write_best(iteration, tensors))
+        return bool(self.config.evaluation.patience) and since_best(history) >= self.config.evaluation.patience
 
     def _export(self, folder: RunFolder, tensors: dict[str, Tensor]) -> None:
         try:
@@ -662,13 +689,18 @@ class Trainer:
         chosen = rng.sample(self.train_prompts * rounds, count)
         return [prompt for prompt in chosen for _ in range(self.config.train.samples_per_prompt)]
 
-    def _evaluate(self, folder: Any, name: str | None, *, iteration: int) -> None:
-        """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between."""
+    def _evaluate(self, folder: Any, name: str | None, *, iteration: int, is_averaged: bool = False) -> None:
+        """Add an evaluation to `evaluation.json`; `name` is "before", "after", or None for one in between.
+
+        Args:
+            is_averaged: the model has the weights that are to be evaluated.
+        """
+        averaged = nullcontext() if is_averaged else self._averaged()
         settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
-        with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), self._averaged():
+        with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), averaged:
             try:
                 evaluation = evaluate(
                     self.backbone,
@@ -696,14 +728,16 @@ class Trainer:
     def _tell(self, what: Callable[[Callbacks], None]) -> None:
         """Call the callbacks, on the first rank alone; every rank knows which of them has ended the run."""
         self.ranks.by_first(lambda: what(self._callbacks))
-        self._stopped_by = self.ranks.of_first(self._callbacks.stopped_by)
+        who = self.ranks.of_first(self._callbacks.stopped_by)
+        self._stopped_by = self._stopped_by or (None if who is None else f"callback {who}")
 
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
         values = folder.read("evaluation.json") or {"reward": self._reward_name(), "history": []}
         summary = evaluation.summary()
         shown = ("mean", "low", "high", "diversity", "contrast", "clip_score", "num_not_finite")
         point = {"iteration": iteration, **{key: summary[key] for key in shown if key in summary}}
-        values["history"] = [*(old for old in values["history"] if old["iteration"] < iteration), point]
+        others = [old for old in values["history"] if old["iteration"] != iteration]
+        values["history"] = sorted([*others, point], key=lambda one: one["iteration"])
         if name is not None:
             values[name] = summary | {"scores": evaluation.scores.tolist()}
             columns = self.config.evaluation.samples_per_prompt
