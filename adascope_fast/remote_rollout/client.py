@@ -7,13 +7,12 @@ are not ours, see `refuse_drift`. `b` samples, `t` steps.
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.reference import Kind
 from adascope_fast.remote_rollout import wire
 from adascope_fast.remote_rollout.wire import Answer, Request, Served
@@ -21,6 +20,9 @@ from adascope_fast.rollout import Tables, Trajectory
 from adascope_fast.schedules import Schedule
 from adascope_fast.serving.client import Client, RefusedError, TryAgainError, Words, in_order
 from adascope_fast.serving.wire import read_json
+
+if TYPE_CHECKING:
+    from adascope_fast.backbones.base import PipelineBackbone
 
 MOST_CONFLICTS = 3
 """Times in a row that the server may have lost the weights of one rollout."""
@@ -56,7 +58,7 @@ class RemoteRollout:
     def __init__(
         self,
         url: str,
-        backbone: PipelineBackbone,
+        backbone: "PipelineBackbone",
         *,
         model: str,
         token: str | None = None,

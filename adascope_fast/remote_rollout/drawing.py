@@ -6,16 +6,18 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adascope_fast.backbones.base import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.engine.acceleration import halving
 from adascope_fast.remote_rollout.wire import Answer, Request, noise_of
 from adascope_fast.rollout import Denoising, PromptCache, Tables
+
+if TYPE_CHECKING:
+    from adascope_fast.backbones.base import PipelineBackbone
 
 
 class Drawing:
@@ -29,7 +31,7 @@ class Drawing:
 
     def __init__(
         self,
-        backbone: PipelineBackbone,
+        backbone: "PipelineBackbone",
         *,
         folds_adapter: bool,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,

@@ -16,16 +16,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel
 from torch import nn
 
-from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.config import ConfigError
 from adascope_fast.rewards import Mixed, Remote
 from adascope_fast.training.run_folder import write_whole
+
+if TYPE_CHECKING:
+    from adascope_fast.backbones import PipelineBackbone
 
 FILE = "parts.json"
 NUM_PROBED = 64
@@ -83,7 +85,7 @@ def of_pipeline(components: Mapping[str, Any], name: str, dtype: torch.dtype, *,
     return Part(name, _digest(json.dumps(found, sort_keys=True)), is_given)
 
 
-def of_model(backbone: PipelineBackbone, pipeline: Part) -> str:
+def of_model(backbone: "PipelineBackbone", pipeline: Part) -> str:
     """Digest of a model before it is trained and of what will be: whoever draws its rollouts must have the same.
 
     Args:

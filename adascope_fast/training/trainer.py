@@ -54,9 +54,9 @@ from adascope_fast.training.building import (
 )
 from adascope_fast.training.evaluation import HeldOutScores, best_of, evaluate, interval, since_best
 from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
+from adascope_fast.training.monitoring.nonfinite import NonFinite, remedy
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 from adascope_fast.training.monitoring.trackers import Trackers
-from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
 from adascope_fast.training.sharing import WHOLE, settled, share
 from adascope_fast.training.starting import start_of

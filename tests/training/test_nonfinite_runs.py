@@ -16,7 +16,7 @@ from torch import Tensor
 from adascope_fast import backbones
 from adascope_fast.config import Config
 from adascope_fast.training.building import optimizer_of
-from adascope_fast.training.nonfinite import NonFinite
+from adascope_fast.training.monitoring.nonfinite import NonFinite
 from adascope_fast.training.run_folder import RunFolder
 from adascope_fast.training.trainer import Trainer
 

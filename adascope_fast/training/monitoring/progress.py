@@ -5,6 +5,7 @@ begins, every ten seconds, and where it ends; parts of an iteration that are ove
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ class Progress:
     """What is shown of a run; nothing where it is `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+        self._quiet = quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one tells
         self._run: Any = None
         self._inner: Any = None
         self._part = ""
