@@ -198,6 +198,15 @@ def test_the_configuration_and_every_section_are_read_without_torch():
     assert finished.returncode == 0, finished.stderr
 
 
+def test_a_training_can_be_named_before_the_libraries_are_imported():
+    """They take six CPU seconds, and a mistake in what `Trainer` is given is told before."""
+    program = (
+        "import sys\nfrom adascope_fast import Trainer\nassert not {'diffusers', 'transformers'} & sys.modules.keys()"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_a_room_is_small_enough_to_look_around_in():
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_IN_ROOT
     for folder in (folder for folder in PACKAGE.iterdir() if folder.is_dir() and folder.name != "commands"):

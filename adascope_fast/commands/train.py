@@ -45,7 +45,7 @@ def train(
     go_on = _goes_on(go_on, resume, overwrite=overwrite)
     config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
     import_libraries()  # they take seconds; a mistake in the configuration should not
-    from adascope_fast.training.trainer import Trainer
+    from adascope_fast.training.trainer import Stopped, Trainer
 
     begun: list[Trainer] = []
 
@@ -71,7 +71,7 @@ def train(
             )
         if is_first_process():
             print(line, file=sys.stderr)
-        sys.exit(getattr(stopped, "code", 128 + signal.SIGTERM))
+        sys.exit(128 + signal.SIGTERM if isinstance(stopped, Stopped) else getattr(stopped, "code", 130))
     if is_first_process():
         print(outcome(result))
 

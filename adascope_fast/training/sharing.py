@@ -1,16 +1,18 @@
 """How the processes of a run share its model, as accelerate's configuration says: whole on each, or in parts."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.distributed import Ranks
 from adascope_fast.distributed.sharded import shard
+
+if TYPE_CHECKING:
+    from adascope_fast.backbones import PipelineBackbone
 
 WHOLE = "each process has the whole model"
 
@@ -50,7 +52,7 @@ def settled(config: Config, accelerator: Accelerator, ranks: Ranks) -> Config:
     return config.model_copy(update={"acceleration": config.acceleration.model_copy(update=off)})
 
 
-def share(backbone: PipelineBackbone, accelerator: Accelerator, ranks: Ranks) -> str:
+def share(backbone: "PipelineBackbone", accelerator: Accelerator, ranks: Ranks) -> str:
     """Spread the denoiser over the processes where accelerate says so, in place; in words what was done."""
     if ranks.is_alone:
         return "one process"

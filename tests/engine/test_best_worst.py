@@ -28,14 +28,9 @@ def test_an_iteration_trains_them_and_compares_with_all(
     """Groups of two images are whole at k = 1, so that all learns the same; a group of six is not."""
     whole, same = (move(make_engine(make_toy(torch.float64), make(), best_worst_k=k)) for k in (None, 1))
     assert torch.equal(whole.by, same.by)
-    alike = lambda images, prompts: torch.arange(6.0)[: len(prompts)] * 0 + images.mean((1, 2, 3))  # noqa: E731
-    engine = make_engine(make_toy(torch.float64), make(), best_worst_k=1, score=alike)
-    prompts = ["see"] * 6
+    engine, prompts = make_engine(make_toy(torch.float64), make(), best_worst_k=1), ["see"] * 6
     values = engine.step(EncodedPrompts.of(engine.backbone, prompts), prompts, iteration=0, seed=1).values
-    assert values["fraction_trained"] == pytest.approx(2 / 6 * whole.values["fraction_trained"], rel=0.01) or (
-        make not in (ddpo, grpo)
-    )
-    assert 0 < values["fraction_trained"] < whole.values["fraction_trained"] or make not in (ddpo, grpo)
+    assert 0 < values["pairs_trained"] < whole.values["pairs_trained"]
 
 
 def test_the_gradient_is_that_of_the_chosen_images_with_the_advantages_of_all(
