@@ -368,6 +368,11 @@ class Engine:
         """
         if self.ranks.is_alone:
             return rows.ordered(update.rows), 1.0
+        if not hasattr(rows, "held"):
+            raise ValueError(
+                f"the rows of {self.algorithm.name} must have a method `held` to be trained by several processes, got "
+                f"{type(rows).__name__} without; see algorithms.Rows, or start one process"
+            )
         sample, ends = rows.sample_index[update.rows], torch.tensor(bounds[1:], device=update.rows.device)
         shares, self._own_rows = dealt(update.rows, torch.searchsorted(ends, sample, right=True), self.ranks.size)
         is_idle = not len(shares[self.ranks.rank])

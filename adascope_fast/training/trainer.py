@@ -697,7 +697,9 @@ class Trainer:
         """
         averaged = nullcontext() if is_averaged else self._averaged()
         settings, sampler, schedule = self.config.evaluation, self.config.sampler, self.evaluation_schedule
-        total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
+        count, batch = len(self.held_out) * settings.samples_per_prompt, self.config.train.rollout_batch
+        start, stop = bounds_of(count, batch, self.ranks.size, needs_all=False)[self.ranks.rank :][:2]
+        total = (stop - start) * schedule.num_steps
         scale = settings.guidance_scale
         rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
         with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), averaged:
@@ -710,7 +712,7 @@ class Trainer:
                     samples_per_prompt=settings.samples_per_prompt,
                     guidance_scale=sampler.guidance_scale if scale is None else scale,
                     seed=settings.seed,
-                    batch=self.config.train.rollout_batch,
+                    batch=batch,
                     num_shown=settings.grid_prompts,
                     breakdown=lambda images, texts: rewards.breakdown(self.reward, images, texts),
                     similarity=self.similarity,
