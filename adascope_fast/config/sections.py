@@ -1,8 +1,8 @@
 """Sections that belong to the run as a whole: `[run]`, `[train]`, `[evaluation]` and `[log]`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from adascope_fast.engine.settings import Updates
 from adascope_fast.schedules.settings import Kind
@@ -99,8 +99,23 @@ class Evaluation(Section):
     """Iterations between evaluations in the course of training; 0: only before and after."""
 
 
+def address_of(text: str) -> tuple[str, int]:
+    """(host, port) of `host:port`, without a host on loopback; ValueError where it is none."""
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535 or any(letter in host for letter in "/ @"):
+        raise ValueError(f"log.prometheus is HOST:PORT, got {text!r}; write it as 127.0.0.1:9464")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def _is_address(text: str) -> str:
+    address_of(text)
+    return text
+
+
 class Log(Section):
     """Where the numbers go besides the run folder."""
 
     trackers: list[Text] = Field(default=["tensorboard"])
     """accelerate's trackers by name; empty: none."""
+    prometheus: Annotated[str, AfterValidator(_is_address)] | None = None
+    """Address at which Prometheus reads the last iteration's numbers, as `127.0.0.1:9464`; absent: none."""

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from adascope_fast.reporting import by_step, figures
+from adascope_fast.reporting import by_step, figures, processes
 from adascope_fast.reporting.figures import number
 from adascope_fast.reporting.files import json_object, records, text_of
 from adascope_fast.reporting.images import cut_rows
@@ -104,6 +104,9 @@ def _contents(folder: Path) -> dict[str, Any]:
         "reasons": _reasons(stats),
         "time_bar": Markup(figures.stacked_bar(_seconds(stats), _css)),
         "time_rows": _time_rows(stats),
+        "processes": processes.table(stats),
+        "processes_headings": processes.HEADINGS,
+        "imbalance": processes.imbalance(stats),
         "seconds_total": _duration(run.get("seconds_total")),
         "diagnostics": [
             (label, Markup(chart))

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.sources import read_toml
+from adascope_fast.engine.acceleration import peak_memory
 from adascope_fast.reporting.files import is_run, json_object, no_run, records, text_of
 from adascope_fast.training import checkpoint
 from adascope_fast.training.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ from adascope_fast.training.lock import locked
 
 PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out", "algorithm.preferences", "reward.url"}
 """Where things are: they may have been moved, and `origin` sees to it that they are the same."""
-MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers"} | PLACES
+MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints", "log.trackers", "log.prometheus"} | PLACES
 MAY_CHANGE |= {"reward.host", "reward.port"}
 MAY_CHANGE |= {"reward.token_env", "reward.timeout", "reward.patience", "reward.parallel"}
 """What a resumed run may have otherwise than before."""
@@ -201,10 +201,7 @@ class RunFolder:
             seconds: of this process; those of the processes before it are added.
             more: what else there is to say.
         """
-        on_gpu = device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        on_gpu, peak = device.type == "cuda", peak_memory(device)
         self.write(
             "run.json",
             {

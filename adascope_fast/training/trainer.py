@@ -50,6 +50,8 @@ from adascope_fast.training.building import (
     sensor_of,
 )
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
+from adascope_fast.training.monitoring import prometheus
+from adascope_fast.training.monitoring.efficiency import Efficiency
 from adascope_fast.training.nonfinite import NonFinite, remedy
 from adascope_fast.training.progress import Progress
 from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
@@ -130,6 +132,7 @@ class Trainer:
         self._given = {name for name, value in given.items() if value is not None}
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
         self._refuse_mixing_of_one_reward()
+        prometheus.check(config)
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts, held_out = prompts.chosen(config.prompts, train=train_prompts, held_out=held_out_prompts)
         self.held_out = held_out[: config.evaluation.num_prompts]
@@ -340,6 +343,8 @@ class Trainer:
         if self._not_read and self.ranks.is_first:
             logger.warning("%s", self._not_read)
         self._describe(folder, "running")
+        self._prometheus = prometheus.Prometheus(self.config)
+        self.ranks.by_first(self._prometheus.start)
         status, why, report = "failed", "", folder.path / "report.html"
         has_before = self.ranks.of_first("before" in (folder.read("evaluation.json") or {}))
         ahead = self._images_ahead(first, has_before=has_before)
@@ -356,6 +361,7 @@ class Trainer:
             raise
         finally:
             self._progress.close()
+            self._prometheus.close()
             try:
                 # Where a full disk stopped the run, it is what is told, and not that no more can be written.
                 with nullcontext() if status == "finished" else suppress(OSError):
@@ -478,6 +484,9 @@ class Trainer:
         watch, has_hinted, has_warned = NonFinite(self.config, ranks.of_first(folder.stats())), False, False
         if not has_before:
             self._evaluate(folder, "before", iteration=0)
+        efficiency = Efficiency.of(self.config, self.accelerator.device, is_given=self._pipeline is not None)
+        if efficiency.why_not:
+            self._progress.say(efficiency.why_not)
         self._progress.start(first, train.iterations)
         cache = PromptCache(self.backbone)
         for iteration in range(first, train.iterations):
@@ -496,6 +505,8 @@ class Trainer:
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
             record |= self._speed(record, taken)
+            efficiency.add(record)
+            self._prometheus.log(record | {"seconds": report.seconds})
             ranks.by_first(lambda record=record, report=report: folder.log(record | {"seconds": report.seconds}))
             if not has_hinted and (hint := rewards.constant_hint(report.rewards)):
                 self._progress.say(hint)
