@@ -191,7 +191,8 @@ def _iterations(case: str, out: Path) -> list[dict[str, Any]]:
 
     with mock.patch.object(engine, "planned", watched), _collectives() as told, _objects(ranks) as objects:
         for iteration in range(2):
-            updates.clear(), told.clear(), objects.clear()
+            for kept in (updates, told, objects):
+                kept.clear()
             batch = trainer._batch(iteration)
             report = engine.step(cache(batch), batch, iteration=iteration, seed=iteration)
             is_in_parts = ranks.are_in_step
@@ -199,7 +200,7 @@ def _iterations(case: str, out: Path) -> list[dict[str, Any]]:
             shape = Shape(
                 bounds,
                 trainer.schedule.num_steps,
-                math.prod(engine.backbone.latent_shape) * engine.backbone.dtype.itemsize,
+                4 * math.prod(engine.backbone.latent_shape),
                 gradients,
                 len(report.values.get("reward_parts", {})),
                 engine.selector.senses(iteration),
@@ -212,7 +213,7 @@ def _iterations(case: str, out: Path) -> list[dict[str, Any]]:
             }
             if is_in_parts:
                 forwards = -(-shape.most // train.rollout_batch) * shape.steps
-                microbatches = [math.ceil(math.ceil(len(rows) / ranks.size) / train.microbatch) for rows in updates]
+                microbatches = [math.ceil(math.ceil(len(rows) / ranks.size) / engine.microbatch) for rows in updates]
                 calls = forwards + 2 * sum(microbatches)
                 row["in_parts"] = {
                     "predicted": gathered(groups, ranks.size, calls=calls, updates=len(updates)),
@@ -382,7 +383,7 @@ def load_of(name: str) -> Load:
         4 * math.prod(backbone.latent_shape),
         [parameter.numel() * 4 for parameter in backbone.trainable_parameters()],
         [*sizes, rest],
-        train.microbatch,
+        planned.microbatch,
     )
 
 

@@ -71,7 +71,9 @@ class Efficiency:
 
     def add(self, record: MutableMapping[str, Any]) -> None:
         """Put `mfu` beside each rank's seconds."""
-        for rank in record["ranks"] if self._peak else ():
+        if self._peak is None:
+            return
+        for rank in record["ranks"]:
             seconds = sum(rank["seconds"].values())
             done = rank["forwards_sampled"] * self._forward + rank["rows_trained"] * self._trained
             rank["mfu"] = round(done / (seconds * self._peak), 4) if seconds else 0.0
