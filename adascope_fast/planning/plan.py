@@ -18,7 +18,7 @@ from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
-from adascope_fast.engine.flops import Cost, denoiser_cost, measure
+from adascope_fast.training.monitoring.flops import Cost, denoiser_cost, measure
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 GIB = 2**30

@@ -14,7 +14,7 @@ import torch
 from adascope_fast import backbones
 from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised
 from adascope_fast.config import Config
-from adascope_fast.engine.flops import denoiser_cost
+from adascope_fast.training.monitoring.flops import denoiser_cost
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
