@@ -15,7 +15,7 @@ TEST := OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/python -m pytest
 MEASURE := $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(VENV)/python)
 MEASURE_READY := $(if $(filter command,$(origin PYTHON)),,$(READY))
 
-.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu bench-migrating faults experiment-quickstart gpu wheel screenshots docs
+.PHONY: quickstart test test-runs test-parts test-all test-lowest lint types bench bench-cpu bench-migrating bench-scaling faults experiment-quickstart gpu wheel screenshots docs
 .DEFAULT_GOAL := quickstart
 
 $(INSTALLED): pyproject.toml
@@ -102,6 +102,10 @@ bench-cpu: $(TRL_READY)
 # One script for TRL's DDPOTrainer, and the same with its import changed: CPU time of an epoch.
 bench-migrating: $(TRL_READY)
 	$(OFFLINE) $(VENV)/python bench/migrating.py $(ARGS)
+
+# What processes send each other: counted on 1, 2 and 4 of this machine, computed for 8 to 512 GPUs.
+bench-scaling: $(READY)
+	$(OFFLINE) $(VENV)/python bench/scaling.py $(ARGS)
 
 # Kills, damaged files, full disks, bad rewards and more, put into real runs; a fault that is not withstood is an error. About 20 minutes.
 faults: $(MEASURE_READY)

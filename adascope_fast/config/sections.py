@@ -1,9 +1,9 @@
 """Sections that belong to the run as a whole: `[run]`, `[train]`, `[evaluation]` and `[log]`."""
 
 from importlib.util import find_spec
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from adascope_fast.engine.settings import Updates
 from adascope_fast.schedules.settings import Kind
@@ -119,6 +119,19 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab", "mlflow", "aim", "come
 """accelerate's, each by the module that it needs."""
 
 
+def address_of(text: str) -> tuple[str, int]:
+    """(host, port) of `host:port`, without a host on loopback; ValueError where it is none."""
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535 or any(letter in host for letter in "/ @"):
+        raise ValueError(f"log.prometheus is HOST:PORT, got {text!r}; write it as 127.0.0.1:9464")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def _is_address(text: str) -> str:
+    address_of(text)
+    return text
+
+
 class Log(Section):
     """Where the numbers and images go besides the run folder."""
 
@@ -128,6 +141,8 @@ class Log(Section):
     """What the trackers call the project; TensorBoard has none, its files are in the run's folder."""
     run_name: Text | None = None
     """What the trackers call the run; absent: the name of its folder."""
+    prometheus: Annotated[str, AfterValidator(_is_address)] | None = None
+    """Address at which Prometheus reads the last iteration's numbers, as `127.0.0.1:9464`; absent: none."""
 
     def examine(self) -> None:
         """ValueError where a tracker is not installed."""

@@ -3,6 +3,7 @@
 Each is a key of the configuration's `acceleration` section; "auto" turns on what pays on the device at hand.
 """
 
+import resource
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -92,6 +93,13 @@ def _cuda_graphs(choice: Switch, device: torch.device) -> str:
 def graphs_of(acceleration: Acceleration, device: torch.device, tell: Callable[[str], None]) -> Graphs | None:
     """What an engine records by, if that is asked for; `tell` is given lines on what is recorded and what is not."""
     return Graphs(CudaBackend(device), tell=tell) if acceleration.cuda_graphs == "on" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: of tensors on a GPU, elsewhere of all that is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def halving(attempt: Callable[[int], T], size: int, name: str) -> tuple[T, int]:

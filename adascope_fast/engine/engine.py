@@ -26,7 +26,7 @@ from adascope_fast.algorithms.policy_gradient import PolicyGradient
 from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.distributed import Ranks, dealt
 from adascope_fast.distributed.sharded import sum_gradients, whole
-from adascope_fast.engine.acceleration import halving
+from adascope_fast.engine.acceleration import halving, peak_memory
 from adascope_fast.engine.best_worst import best_and_worst
 from adascope_fast.engine.collection import Collection, NothingFiniteError, Sampling
 from adascope_fast.engine.graphs import Graphs
@@ -122,6 +122,7 @@ class Engine:
         self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
         self._seconds: dict[str, float] = {}
         self._own_rows: list[int] = []
+        self._rows_trained = 0
 
     @property
     def train_guidance(self) -> str:
@@ -133,7 +134,8 @@ class Engine:
 
         For an algorithm that learns from a set, the prompts are those that its `draw` gave.
         """
-        self._seconds, self._own_rows = {}, []
+        self._seconds, self._own_rows, self._rows_trained = {}, [], 0
+        self.ranks.take_cost()  # what was told between iterations is none of this one's
         schedule = self.algorithm.schedule(self.selector.sampler(self.schedule, iteration))
         if self._recording is not None:
             self._recording.start()
@@ -191,7 +193,7 @@ class Engine:
             "steps": measured | statistics.by_step(),
         }
         seconds = dict.fromkeys(PARTS, 0.0) | self._seconds
-        values |= self._told_by_ranks(seconds)
+        values |= self._told_by_ranks(seconds, collection.num_forwards)
         return IterationStatistics(values, seconds, *([] if rewards is None else [rewards]))
 
     def _chosen(
@@ -221,14 +223,27 @@ class Engine:
     def _of_all_ranks(self, count: int) -> int:
         return sum(self.ranks.objects(count))
 
-    def _told_by_ranks(self, seconds: dict[str, float]) -> dict[str, Any]:
-        """What the iteration cost each rank, and how uneven the pairs lay before they were dealt; alone, nothing."""
-        ranks = self.ranks
+    def _told_by_ranks(self, seconds: dict[str, float], num_forwards: int) -> dict[str, Any]:
+        """What the iteration cost each rank; of several, how uneven the pairs lay before they were dealt.
+
+        Args:
+            num_forwards: of this rank's rollouts.
+        """
+        ranks, known = self.ranks, sum(seconds.values())
         exchange, num_bytes = ranks.take_cost()
+        told = ranks.objects(
+            {
+                "seconds": {name: round(part, 4) for name, part in seconds.items()},
+                "exchange_seconds": round(exchange, 4),
+                "idle_share": round(exchange / known, 4) if known else 0.0,
+                "bytes_sent": num_bytes,
+                "forwards_sampled": num_forwards,
+                "rows_trained": self._rows_trained,
+                "peak_memory_mb": round(peak_memory(self.schedule.coef.device) / 2**20),
+            }
+        )
         if ranks.is_alone:
-            return {}
-        own = {"seconds": {name: round(part, 4) for name, part in seconds.items()}}
-        told = ranks.objects(own | {"exchange_seconds": round(exchange, 4), "bytes_sent": num_bytes})
+            return {"ranks": told}
         mean = sum(self._own_rows) / ranks.size
         return {"ranks": told, "imbalance": max(self._own_rows) / mean - 1 if mean else 0.0}
 
@@ -247,7 +262,8 @@ class Engine:
             "selector": {},
             "steps": {},
         }
-        return IterationStatistics(values, dict.fromkeys(PARTS, 0.0) | self._seconds)
+        seconds = dict.fromkeys(PARTS, 0.0) | self._seconds
+        return IterationStatistics(values | self._told_by_ranks(seconds, collection.num_forwards), seconds)
 
     def policy(self, encoded: EncodedPrompts, schedule: Schedule) -> ModelPolicy:
         """The model as a loss sees it."""
@@ -348,6 +364,7 @@ class Engine:
                     self._progress("update", done, total)
                 return parts
 
+            self._rows_trained += len(mine) * num_forwards if weight else 0
             if len(mine):
                 parts, self.microbatch = self.halving(attempt, self.microbatch, "train.microbatch")
             else:
@@ -447,6 +464,7 @@ class Engine:
         loss, slope = self.algorithm.slopes(samples, context)
         pairs = samples.trajectory.pairs(context.keep)
         weights = self.algorithm.weights(context.keep, schedule)
+        self._rows_trained = int(context.keep[own].sum())
         found = [gradient / len(pairs) for gradient in gradients.weighted(slope[own])]
         self.ranks.add(found)
         for parameter, gradient in zip(self._parameters, found, strict=True):

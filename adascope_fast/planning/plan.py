@@ -20,7 +20,7 @@ from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
-from adascope_fast.planning.flops import Cost, measure
+from adascope_fast.training.monitoring.flops import Cost, denoiser_cost, measure
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 GIB = 2**30
@@ -242,19 +242,6 @@ def _share_sensed(config: Config) -> float:
     if config.sensing is None or not isinstance(config.selector, AdaScope) or not config.selector.is_sensed:
         return 0.0
     return 1 / config.sensing.every
-
-
-def denoiser_cost(
-    backbone: PipelineBackbone, rows: int, *, backward: bool, autocast: torch.dtype | None = None
-) -> Cost:
-    """Of one call with `rows` samples."""
-    sample = torch.empty(rows, *backbone.latent_shape, device="meta")
-    condition = {
-        name: torch.empty(rows, *shape, dtype=backbone.dtype, device="meta")
-        for name, shape in backbone.condition_shape().items()
-    }
-    timestep = torch.empty(rows, device="meta")
-    return measure(lambda: backbone.predict(sample, timestep, condition), backward=backward, autocast=autocast)
 
 
 def peak_of(costs: list[Cost], rows: int) -> float:

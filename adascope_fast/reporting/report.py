@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from adascope_fast.reporting import by_step, diagnostics, figures, head, outcome, reasons
+from adascope_fast.reporting import by_step, diagnostics, figures, head, outcome, processes, reasons
 from adascope_fast.reporting.diagnostics import curve
 from adascope_fast.reporting.figures import number
 from adascope_fast.reporting.files import json_object, mapping, number_of, records, text_of
@@ -102,6 +102,9 @@ def _contents(folder: Path) -> dict[str, Any]:
         "reasons": _reasons(stats),
         "time_bar": Markup(figures.stacked_bar(_seconds(stats), _css)),
         "time_rows": _time_rows(stats),
+        "processes": processes.table(stats),
+        "processes_headings": processes.HEADINGS,
+        "imbalance": processes.imbalance(stats),
         "seconds_total": head.duration(run.get("seconds_total")),
         "diagnostics": _marked(of_updates),
         "diagnostics_same": diagnostics.sentences(same_updates, config, "in every iteration"),

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import platform
-import resource
 import shlex
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.sources import read_toml
+from adascope_fast.engine.acceleration import peak_memory
 from adascope_fast.reporting.files import is_run, json_object, no_run, records, text_of
 from adascope_fast.training import checkpoint
 from adascope_fast.training.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out", "algo
 PLACES |= {"rollout.url"}
 """Where things are: they may have been moved, and `origin` sees to it that they are the same."""
 MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints"} | PLACES
-MAY_CHANGE |= {"log.trackers", "log.project", "log.run_name"}
+MAY_CHANGE |= {"log.trackers", "log.project", "log.run_name", "log.prometheus"}
 MAY_CHANGE |= {"reward.host", "reward.port"}
 MAY_CHANGE |= {"reward.token_env", "reward.timeout", "reward.patience", "reward.parallel"}
 MAY_CHANGE |= {f"rollout.{key}" for key in ("token_env", "timeout", "patience", "parallel", "max_drift")}
@@ -222,10 +222,7 @@ class RunFolder:
             seconds: of this process; those of the processes before it are added.
             more: what else there is to say.
         """
-        on_gpu = device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        on_gpu, peak = device.type == "cuda", peak_memory(device)
         self.write(
             "run.json",
             {

@@ -53,7 +53,9 @@ from adascope_fast.training.building import (
     sensor_of,
 )
 from adascope_fast.training.evaluation import HeldOutScores, best_of, evaluate, interval, since_best
+from adascope_fast.training.monitoring import prometheus
 from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
+from adascope_fast.training.monitoring.efficiency import Efficiency
 from adascope_fast.training.monitoring.nonfinite import NonFinite, remedy
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 from adascope_fast.training.monitoring.trackers import Trackers
@@ -157,6 +159,7 @@ class Trainer:
         self._given = {name for name, value in given.items() if value is not None}
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
         self._refuse_mixing_of_one_reward()
+        prometheus.check(config)
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts, held_out = prompt_sets.chosen(
             config.prompts, train=train_prompts, held_out=held_out_prompts
@@ -373,6 +376,8 @@ class Trainer:
         if self._not_read and self.ranks.is_first:
             logger.warning("%s", self._not_read)
         self._describe(folder, "running")
+        self._prometheus = prometheus.Prometheus(self.config)
+        self.ranks.by_first(self._prometheus.start)
         status, why, report = "failed", "", folder.path / "report.html"
         has_before = self.ranks.of_first("before" in (folder.read("evaluation.json") or {}))
         ahead = self._images_ahead(first, has_before=has_before)
@@ -390,6 +395,7 @@ class Trainer:
         finally:
             self._progress.close()
             self._trackers.close()
+            self._prometheus.close()
             try:
                 # Where a full disk stopped the run, it is what is told, and not that no more can be written.
                 with nullcontext() if status == "finished" else suppress(OSError):
@@ -533,6 +539,9 @@ class Trainer:
         watch, has_hinted, has_warned = NonFinite(self.config, ranks.of_first(folder.stats())), False, False
         if not has_before:
             self._evaluate(folder, "before", iteration=0)
+        efficiency = Efficiency.of(self.config, self.accelerator.device, is_given=self._pipeline is not None)
+        if efficiency.why_not:
+            self._progress.say(efficiency.why_not)
         self._progress.start(first, train.iterations)
         cache, done = PromptCache(self.backbone), train.iterations
         for iteration in range(first, train.iterations):
@@ -553,6 +562,8 @@ class Trainer:
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
             record |= self._speed(record, taken) | {"seconds": report.seconds}
+            efficiency.add(record)
+            self._prometheus.log(record)
             ranks.by_first(lambda record=record: folder.log(record))
             self._trackers.on_iteration(record)
             self._tell(lambda callbacks, record=record: callbacks.on_iteration(record))

@@ -19,12 +19,12 @@ from adascope_fast.backbones import ASSETS
 from adascope_fast.config import Config
 from adascope_fast.engine.engine import Engine
 from adascope_fast.engine.settings import Updates
-from adascope_fast.planning.flops import Cost, measure
 from adascope_fast.planning.measured import measured_step, measured_table
-from adascope_fast.planning.plan import denoiser_cost, fraction_trained, peak_of, plan, weight_bytes
+from adascope_fast.planning.plan import fraction_trained, peak_of, plan, weight_bytes
 from adascope_fast.schedules.settings import Sampler
 from adascope_fast.selectors.simple import EveryStep
 from adascope_fast.settings import OWN, choices_of
+from adascope_fast.training.monitoring.flops import Cost, denoiser_cost, measure
 
 PUBLISHED = ASSETS / "published"
 CLIP_L, CLIP_H, CLIP_G, T5_XXL, VAE = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656, 83_653_863

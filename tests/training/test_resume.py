@@ -191,7 +191,9 @@ def test_files_beside_the_checkpoint_are_restored_from_it(
     assert outcome.code == 0, outcome
     got, want = (load_file(run / "checkpoints/000003/state.safetensors") for run in (folder, longer))
     assert all(torch.equal(got[key], want[key]) for key in want)
-    untimed = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share"))
+    untimed = dict.fromkeys(
+        ("seconds", "cpu_seconds", "sensing_share", "ranks", "images_per_second", "pairs_per_second")
+    )
     assert [line | untimed for line in lines_of(folder)] == [line | untimed for line in lines_of(longer)]
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((longer / "evaluation.json").read_text())
     assert Config.load(folder / "config.toml").train.iterations == 3

@@ -31,7 +31,7 @@ from adascope_fast.training.building import algorithm_of, selector_of
 from adascope_fast.training.draw import draw, initial_latents, load_run
 from adascope_fast.training.trainer import Result, Trainer
 
-UNTIMED = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share", "images_per_second", "pairs_per_second"))
+UNTIMED = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share", "ranks", "images_per_second", "pairs_per_second"))
 
 
 def _config(folder: Path, *overrides: str) -> Config:

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from adascope_fast.backbones import PipelineBackbone
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -43,6 +45,19 @@ def measure(compute: Callable[[], Tensor], *, backward: bool, autocast: torch.dt
         if backward:
             result.sum().backward()
     return Cost(forward, meter.flops - forward, meter.peak)
+
+
+def denoiser_cost(
+    backbone: PipelineBackbone, rows: int, *, backward: bool, autocast: torch.dtype | None = None
+) -> Cost:
+    """Of one call with `rows` samples."""
+    sample = torch.empty(rows, *backbone.latent_shape, device="meta")
+    condition = {
+        name: torch.empty(rows, *shape, dtype=backbone.dtype, device="meta")
+        for name, shape in backbone.condition_shape().items()
+    }
+    timestep = torch.empty(rows, device="meta")
+    return measure(lambda: backbone.predict(sample, timestep, condition), backward=backward, autocast=autocast)
 
 
 class _Meter(TorchDispatchMode):
