@@ -1,7 +1,8 @@
 """`stopped_run.py WHERE ARGUMENTS...`: `adascope-fast` as a program that signals itself at a place of its training.
 
-WHERE is JSON: the `rank` and `iteration`, the `place` (rollout, update, checkpoint), the `signals` to send, and the
-`folder` of a marker that says it was done, so that the process that is started in its place is left alone.
+WHERE is JSON: the `rank` and `iteration`, the `place` (rollout, update, checkpoint), the `signals` to send,
+whether to the launcher `too`, and the `folder` of a marker that says it was done, so that the process that is started
+in its place is left alone.
 """
 
 import json
@@ -21,10 +22,12 @@ from adascope_fast.training.trainer import Trainer
 class Stop:
     """Sends the signals at the second prediction of a part of the iteration, or in the midst of a checkpoint."""
 
-    def __init__(self, *, rank: int, iteration: int, place: str, signals: list[str], folder: str) -> None:
+    def __init__(
+        self, *, rank: int, iteration: int, place: str, signals: list[str], folder: str, too: bool = False
+    ) -> None:
         self.is_here = int(os.environ.get("RANK", "0")) == rank
         self.iteration, self.place, self.signals = iteration, place, signals
-        self.marker = Path(folder) / "signalled"
+        self.marker, self.too = Path(folder) / "signalled", too
         self.at, self.part, self.calls = -1, "", 0
 
     def arm(self) -> None:
@@ -69,6 +72,8 @@ class Stop:
             return
         self.marker.touch()
         for name in self.signals:
+            if self.too:
+                os.kill(os.getppid(), signal.Signals[name])
             os.kill(os.getpid(), signal.Signals[name])
 
 

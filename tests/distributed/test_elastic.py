@@ -1,7 +1,8 @@
 """Processes of a run that end at any moment: with torchrun's restarts nothing is lost but the iteration at work.
 
 Without restarts the others end by themselves, each in one line at most, and the run continues on any number of
-processes. The processes are real ones (gloo), which kill themselves (`stopped_run`).
+processes. The processes are real ones (gloo), which kill themselves (`stopped_run`). Machines are network namespaces of
+this one, each with its own torchrun, joined by a cable; the second has no access to the run's folder.
 """
 
 import json
@@ -9,12 +10,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from small_runs import TINY, lines_of, untimed
+
+from adascope_fast.config import ConfigError
+from adascope_fast.training.trainer import _refuse_elsewhere
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "tests" / "stopped_run.py")
@@ -188,3 +193,102 @@ def test_processes_that_are_told_to_stop_leave_a_checkpoint_of_the_iteration_at_
     assert len(lines_of(folder)) == int(saved.name)
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert told.count("the run continues from its newest checkpoint with") == 1
+
+
+def test_a_run_is_not_begun_anew_where_its_checkpoints_are_out_of_reach() -> None:
+    """As where another machine than before is the first."""
+    path = Path("runs/one")
+    for has_some in ([False, False], [True, False], [True, True]):
+        _refuse_elsewhere(path, has_some)
+    with pytest.raises(
+        ConfigError, match=r"run\.folder = 'runs/one', and they lie on the machine of rank 2, not on that"
+    ):
+        _refuse_elsewhere(path, [False, False, True])
+
+
+class Machines:
+    """Two network namespaces, joined by a cable, and what runs in them."""
+
+    def __init__(self) -> None:
+        self.names = [f"adascope{os.getpid()}{side}" for side in "ab"]
+        self.addresses = [f"10.203.{os.getpid() % 250}.{number}" for number in (1, 2)]
+        self._started: list[subprocess.Popen[str]] = []
+
+    def join(self) -> None:
+        """Make them; pytest's skip where that is not permitted."""
+        try:
+            _ip("netns", "add", self.names[0])
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', None) or error}")
+        _ip("netns", "add", self.names[1])
+        cables = [f"ada{os.getpid()}{side}" for side in "ab"]
+        _ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for name, cable, address in zip(self.names, cables, self.addresses, strict=True):
+            _ip("link", "set", cable, "netns", name)
+            _ip("-n", name, "link", "set", cable, "name", "cable0")
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "cable0")
+            _ip("-n", name, "link", "set", "cable0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+
+    def start(self, node: int, folder: Path, stop: dict[str, Any], *more: str) -> subprocess.Popen[str]:
+        """The command of a machine, whose own `folder` is."""
+        launch = "--nnodes 2 --nproc-per-node 1 --max-restarts 2 --rdzv-backend c10d --rdzv-id run"
+        launch += f" --rdzv-endpoint {self.addresses[0]}:29500 --local-addr {self.addresses[node]}"
+        launch += f" --rdzv-conf is_host={int(node == 0)}"  # by its name, a namespace is the machine that it is on
+        command = ["ip", "netns", "exec", self.names[node], sys.executable, "-m", "torch.distributed.run"]
+        command += [*launch.split(), PROGRAM, json.dumps({"signals": ["SIGKILL"], "too": True} | stop)]
+        command += ["train", str(TINY), *SMALL, f"run.folder={folder}", *more]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "cable0"}
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a machine that joins later waits for ever
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self._started.append(process)
+        return process
+
+    def part(self) -> None:
+        """End what still runs, and take them away."""
+        for process in self._started:
+            process.kill()
+            process.communicate()
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    found = Machines()
+    try:
+        found.join()
+        yield found
+    finally:
+        found.part()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("node", "place"), [(1, "rollout"), (1, "update"), (1, "checkpoint"), (0, "update"), (0, "checkpoint")]
+)
+def test_a_machine_that_is_lost_and_started_again_loses_nothing_but_its_iteration(
+    tmp_path: Path, undisturbed: Path, machines: Machines, node: int, place: str
+) -> None:
+    """The first one has the rendezvous besides: without it the other ends, and both are started again."""
+    folders = [tmp_path / "first" / "run", tmp_path / "second" / "no such" / "run"]
+    folders[0].parent.mkdir()
+    stop = _stop(place, node) | {"folder": str(tmp_path)}
+    running = [machines.start(number, folder, stop) for number, folder in enumerate(folders)]
+    assert running[node].wait(PATIENCE) == -signal.SIGKILL
+    if node == 0:
+        _, told = running[1].communicate(timeout=PATIENCE)
+        assert running[1].returncode != 0
+        assert "Traceback" not in told.partition("torch/distributed/elastic")[0]
+        running = [machines.start(number, folder, stop, "--continue") for number, folder in enumerate(folders)]
+    else:
+        running[1] = machines.start(1, folders[1], stop)  # the first one's processes know that they are started again
+    for process in running:
+        _, told = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, told[-3000:]
+    _assert_same(folders[0], undisturbed)
+    assert not folders[1].parent.exists(), "the second machine has written nothing"
