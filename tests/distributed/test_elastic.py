@@ -46,7 +46,15 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     """`adascope-fast train` in `size` processes; `stop` is where one of them signals itself."""
     where = {} if stop is None else {"signals": ["SIGKILL"], "folder": str(folder.parent)} | stop
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--max-restarts", str(restarts)]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(size),
+        "--max-restarts",
+        str(restarts),
+    ]
     command = [sys.executable, *(launch if size > 1 else []), PROGRAM, json.dumps(where), "train", *arguments]
     return subprocess.run(
         command,
@@ -181,7 +189,17 @@ def test_a_killed_run_continues_on_other_processes(
 def test_processes_that_are_told_to_stop_leave_a_checkpoint_of_the_iteration_at_work(tmp_path: Path) -> None:
     """SIGTERM to torchrun, which passes it on, as a scheduler does before it takes the machine away."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", PROGRAM, "{}", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        PROGRAM,
+        "{}",
+        "train",
+    ]
     command += [str(TINY), *SMALL, "train.iterations=1000", "train.checkpoint_every=1000", f"run.folder={folder}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (folder / "stats.jsonl").exists():
