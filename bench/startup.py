@@ -30,7 +30,7 @@ COMMANDS = {
     "a missing prompt file": [*QUICKSTART, "prompts.train=none.txt", "prompts.held_out=none_either.txt"],
     "a folder that is no model": [*QUICKSTART, *OTHER, "model.name=EMPTY"],
     "a folder that is no run": ["sample", "EMPTY", "--prompt", "a cat"],
-    "plan configs/sd15.toml": ["plan", "configs/sd15.toml"],
+    "plan sd15": ["plan", "sd15"],
 }
 IMPORT = "from adascope_fast import Trainer"
 TRAINING = "train configs/quickstart.toml, until it says something"

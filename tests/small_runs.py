@@ -24,3 +24,9 @@ def redness(images: Tensor, prompts: list[str]) -> Tensor:
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """What a run logged of its iterations."""
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    """The same without what a clock has told, which no two runs share."""
+    timed = ("seconds", "cpu_seconds", "sensing_share", "images_per_second", "pairs_per_second", "ranks")
+    return record | dict.fromkeys(timed)

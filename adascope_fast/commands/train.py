@@ -59,7 +59,7 @@ def train(
     try:
         with answered_by(answer):
             begun.append(trainer := Trainer(config))
-            if go_on:
+            if trainer.is_asked(go_on):
                 result = trainer.train_or_resume()
             else:
                 result = trainer.resume(accept_changes=accept_changes) if resume else trainer.train(overwrite=overwrite)

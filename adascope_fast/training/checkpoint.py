@@ -1,7 +1,8 @@
 """Folders of safetensors and JSON that are either whole or absent: training state survives a kill at any moment.
 
 Unlike accelerate's `save_state` nothing is pickled: optimizer moments are named tensors. Each folder has SHA256SUMS, so
-that what was damaged later is found, named and left alone, and the one before it is used.
+that what was damaged later is found, named and left alone, and the one before it is used. The run's log is not in it
+but beside it, once: a checkpoint says how much of it there was, and costs the same however long the run has been.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,37 @@ class NotFiniteError(FloatingPointError):
         self.name = name
 
 
+class LogCopy:
+    """A copy of a run's log beside its checkpoints, written on from where it ends."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._length, self._sum = 0, hashlib.sha256()
+
+    def extend(self, folder: Path) -> dict[str, Any]:
+        """The length and the SHA-256 of the log, of which `folder` then has the same.
+
+        Where less is left than was copied before, all is copied again.
+        """
+        copy = folder / LOG
+        self._log.touch()
+        copy.touch()
+        if min(self._log.stat().st_size, copy.stat().st_size) < self._length:
+            self._length, self._sum = 0, hashlib.sha256()
+        with self._log.open("rb") as file:
+            file.seek(self._length)
+            new = file.read()
+        with copy.open("r+b") as file:
+            file.seek(self._length)
+            file.truncate()
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        self._sum.update(new)
+        self._length += len(new)
+        return {"bytes": self._length, "sha256": self._sum.hexdigest()}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read of a checkpoint: tensors on the CPU in memory of their own, JSON state, and the run's log."""
@@ -56,8 +89,11 @@ class Checkpoint:
         return self.state["next_iteration"]
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], log: str = "") -> None:
+def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], log: LogCopy | None = None) -> None:
     """Write the files of a checkpoint into `folder`, replacing it in one rename.
+
+    Args:
+        log: what is copied beside `folder`, as far as it has come.
 
     Raises:
         NotFiniteError: a tensor is not finite; nothing is written.
@@ -70,9 +106,9 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / TENSORS)
-        (partial / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-        (partial / LOG).write_text(log, encoding="utf-8")
-        sums = [f"{digest(partial / name)}  {name}\n" for name in (TENSORS, STATE, LOG)]
+        told = {**state} if log is None else {**state, "log": log.extend(folder.parent)}
+        (partial / STATE).write_text(json.dumps(told, allow_nan=False), encoding="utf-8")
+        sums = [f"{digest(partial / name)}  {name}\n" for name in (TENSORS, STATE)]
         (partial / SUMS).write_text("".join(sums), encoding="utf-8")
         follow_umask(partial)
         for path in partial.iterdir():
@@ -91,7 +127,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
 def load(folder: Path) -> Checkpoint:
     """A checkpoint as it was written; ValueError that names the file where it is not."""
     sums = _sums(folder)
-    for name in (TENSORS, STATE, LOG):
+    for name in dict.fromkeys((TENSORS, STATE, *sums)):
         try:
             is_same = digest(folder / name) == sums.get(name)
         except OSError as error:
@@ -102,7 +138,21 @@ def load(folder: Path) -> Checkpoint:
     if name := not_finite(tensors):
         raise ValueError(f"{TENSORS} has numbers that are not finite, in {name}")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(tensors, state, (folder / LOG).read_text(encoding="utf-8"), sums[TENSORS])
+    return Checkpoint(tensors, state, _log(folder, state, sums), sums[TENSORS])
+
+
+def _log(folder: Path, state: Mapping[str, Any], sums: Mapping[str, str]) -> str:
+    """The log at a checkpoint, from the copy beside it or the run's own; in the folders of earlier versions its own."""
+    if LOG in sums:
+        return (folder / LOG).read_text(encoding="utf-8")
+    if (told := state.get("log")) is None:
+        return ""
+    for path in (folder.parent / LOG, folder.parents[1] / LOG):
+        with suppress(OSError), path.open("rb") as file:
+            found = file.read(told["bytes"])
+            if hashlib.sha256(found).hexdigest() == told["sha256"]:
+                return found.decode("utf-8")
+    raise ValueError(f"neither {folder.parent / LOG} nor {folder.parents[1] / LOG} has what was logged until then")
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -2,7 +2,8 @@
 
 `config.toml` (resolved), `parts.json` (what the run was made of besides), `stats.jsonl` (a line an iteration),
 `evaluation.json`, `samples/`, `checkpoints/NNNNNN/`, `adapter/` (diffusers LoRA format), `run.json` (status, versions,
-cost), `report.html`. A checkpoint also has the configuration, the log and the evaluation as they were.
+cost), `report.html`. A checkpoint also has the configuration and the evaluation as they were, and beside it lies a copy
+of the log.
 """
 
 import json
@@ -68,6 +69,7 @@ class RunFolder:
 
     def __init__(self, path: Path, held: ExitStack) -> None:
         self.path, self._held = path, held
+        self._log_copy = checkpoint.LogCopy(path / "stats.jsonl")
         earlier = _json(path / "run.json")
         self._seconds, self._peak = (_number(earlier.get(key)) for key in ("seconds_total", "peak_memory_mb"))
         self._date = earlier.get("date") or f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -169,7 +171,7 @@ class RunFolder:
 
     def stats(self) -> list[dict[str, Any]]:
         """The logged iterations. A line cut short by a kill is ignored."""
-        return records(self._log())
+        return records(text_of(self.path / "stats.jsonl"))
 
     def save_checkpoint(
         self, next_iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Config, keep: int
@@ -183,7 +185,7 @@ class RunFolder:
         folder = self.path / "checkpoints"
         told = {"evaluation": self.read("evaluation.json"), "config": config.to_toml()}
         state = {"next_iteration": next_iteration, **state, **told}
-        checkpoint.save(folder / f"{next_iteration:06d}", tensors, state, self._log())
+        checkpoint.save(folder / f"{next_iteration:06d}", tensors, state, self._log_copy)
         for old in (*checkpoint.numbered(folder)[:-keep], *checkpoint.numbered(self.path / BEST)[:-1]):
             shutil.rmtree(old, ignore_errors=True)
         return folder / f"{next_iteration:06d}"
@@ -240,9 +242,6 @@ class RunFolder:
                 "acceleration": dict(chosen),
             },
         )
-
-    def _log(self) -> str:
-        return text_of(self.path / "stats.jsonl")
 
 
 def best_weights(folder: Path, config: Config) -> dict[str, Tensor] | None:

@@ -249,9 +249,16 @@ class Trainer:
         """
         self._join()
         path = Path(self.config.run.folder)
-        if self.ranks.by_first(lambda: bool(checkpoint.numbered(path / "checkpoints"))):
+        has_some = self.ranks.objects(bool(checkpoint.numbered(path / "checkpoints")))
+        self.ranks.by_first(lambda: _refuse_elsewhere(path, has_some))
+        if has_some[0]:
             return self.resume()
         return self.train(overwrite=self.ranks.by_first(lambda: is_run(path)))
+
+    def is_asked(self, is_so: bool) -> bool:
+        """Whether any process of the run was asked for something: a machine that joins later has had no restart."""
+        self._join()
+        return any(self.ranks.objects(is_so))
 
     def _join(self) -> None:
         """Meet the other processes of the run, if there are any."""
@@ -795,6 +802,16 @@ class Trainer:
             reward=values["reward"],
             samples_dropped=sum(record.get("samples_dropped") or 0 for record in stats),
             updates_skipped=sum(record.get("updates_skipped") or 0 for record in stats),
+        )
+
+
+def _refuse_elsewhere(path: Path, has_some: list[bool]) -> None:
+    """ConfigError where a run would be begun anew because its checkpoints are out of the first process's reach."""
+    if any(has_some) and not has_some[0]:
+        raise ConfigError(
+            f"the first process goes on from the checkpoints of run.folder = {str(path)!r}, and they lie on the "
+            f"machine of rank {has_some.index(True)}, not on that of rank 0; make that machine the first (torchrun "
+            f"orders them by --local-addr), or let run.folder be on a file system that both have"
         )
 
 

@@ -181,7 +181,8 @@ def cases(found: Base, count: int, seed: int) -> list[Case]:
     """`count` cases: each damage of each file once with a command, then others, in an order that the seed decides."""
     rng = random.Random(f"{seed}/damage")
     files = list(found.finished)
-    files += sorted({"checkpoints/*/" + name.split("/")[-1] for name in files if name.startswith("checkpoints/")})
+    in_each = {name.split("/")[-1] for name in files if name.startswith("checkpoints/") and name.count("/") == 2}
+    files += [f"checkpoints/*/{name}" for name in sorted(in_each)]
     pairs = [(file, damage) for file in files for damage in DAMAGES if fits(damage, file)]
     rng.shuffle(pairs)
     rounds, commands = [], list(COMMANDS)

@@ -18,6 +18,7 @@ from adascope_fast.training.run_folder import differences
 from adascope_fast.training.trainer import Result
 
 REWARDS = """
+import os, signal
 import torch
 
 def redness(images, prompts):
@@ -34,6 +35,15 @@ def ctrl_c_in_the_second_iteration(images, prompts, calls=[]):
     if len(calls) == 3:
         raise KeyboardInterrupt
     return redness(images, prompts)
+
+def sigterm_in_the_second_iteration(images, prompts, calls=[], times=1):
+    calls.append(1)
+    for _ in range(times if len(calls) == 3 else 0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return redness(images, prompts)
+
+def two_in_the_second_iteration(images, prompts, calls=[]):
+    return sigterm_in_the_second_iteration(images, prompts, calls, 2)
 """
 
 
@@ -102,6 +112,39 @@ def test_ctrl_c_says_how_to_resume_and_resume_finishes(tmp_path: Path, reward_mo
     records = [json.loads(record) for record in (folder / "stats.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [0, 1, 2]
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("function", "every", "logged", "saved"),
+    [
+        ("sigterm_in_the_second_iteration", 3, 2, ["000002"]),
+        ("sigterm_in_the_second_iteration", 1, 1, ["000001"]),
+        ("two_in_the_second_iteration", 3, 1, []),
+    ],
+    ids=["its end is far", "its beginning is saved", "told twice"],
+)
+def test_sigterm_lets_an_iteration_end_that_would_be_lost(
+    tmp_path: Path,
+    reward_module: str,
+    capfd: pytest.CaptureFixture[str],
+    function: str,
+    every: int,
+    logged: int,
+    saved: list[str],
+):
+    """It ends at once where the iteration began at a checkpoint, or where the signal comes again."""
+    folder = tmp_path / "run"
+    settings = [f"run.folder={folder}", "train.iterations=4", f"train.checkpoint_every={every}"]
+    stopped = call("train", TINY, *SMALLEST, *settings, f"reward.name={reward_module}:{function}")
+    assert stopped.code == 143
+    assert stopped.err.splitlines()[-1].endswith(f"newest checkpoint with: adascope-fast train --resume {folder}")
+    told = "told to stop: the run ends after this iteration, with a checkpoint; again: at once\n"
+    assert capfd.readouterr().err == (told if every > 1 else "")
+    assert len((folder / "stats.jsonl").read_text().splitlines()) == logged
+    assert [path.name for path in (folder / "checkpoints").glob("0*")] == saved
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert call("train", "--resume", folder).code == 0
+    assert len((folder / "stats.jsonl").read_text().splitlines()) == 4
 
 
 def test_what_differs_between_two_configurations_is_named():
@@ -189,7 +232,7 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path: Path, stop: signal.Signals
         time.sleep(0.1)
     process.send_signal(stop)
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 130
+    assert process.returncode == (143 if stop == signal.SIGTERM else 130)
     assert err.splitlines()[-1].endswith(f"newest checkpoint with: adascope-fast train --resume {folder}")
     assert "Traceback" not in err
     done = len((folder / "stats.jsonl").read_text().splitlines())

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from adascope_fast.config import ConfigError
 from adascope_fast.training import checkpoint
 
-FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.LOG, checkpoint.SUMS)
+FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.SUMS)
 
 
 def _flip(path: Path) -> None:
@@ -39,17 +40,17 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _save(folder: Path, number: int) -> Path:
+def _save(folder: Path, number: int, log: checkpoint.LogCopy | None = None) -> Path:
     path = folder / f"{number:06d}"
     tensors = {"adapter.weight": torch.full((3, 5), float(number)), "optimizer.0.step": torch.tensor(number)}
-    checkpoint.save(path, tensors, {"next_iteration": number}, f'{{"iteration": {number}}}\n')
+    checkpoint.save(path, tensors, {"next_iteration": number}, log)
     return path
 
 
 def test_what_was_written_is_read(tmp_path: Path):
     found = checkpoint.load(_save(tmp_path, 7))
     assert torch.equal(found.tensors["adapter.weight"], torch.full((3, 5), 7.0))
-    assert (found.next_iteration, found.log) == (7, '{"iteration": 7}\n')
+    assert (found.next_iteration, found.log) == (7, "")
     assert not list(tmp_path.glob(".*")), "nothing half written is left"
 
 
@@ -61,9 +62,7 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(
     _save(tmp_path, 1)
     newest = _save(tmp_path, 2)
     DAMAGES[damage](newest / name)
-    with pytest.raises(
-        ValueError, match=rf"^({name}|state\.\w+|stats\.jsonl) (cannot be read|is not what was written)"
-    ):
+    with pytest.raises(ValueError, match=rf"^({name}|state\.\w+) (cannot be read|is not what was written)"):
         checkpoint.load(newest)
     with caplog.at_level(logging.WARNING):
         found = checkpoint.newest(tmp_path)
@@ -136,3 +135,111 @@ def test_an_equal_number_is_replaced(tmp_path: Path):
     (tmp_path / "000001" / "state.json").write_text("{}")
     _save(tmp_path, 1)
     assert checkpoint.load(tmp_path / "000001").next_iteration == 1
+
+
+LINES = ['{"iteration": 0}\n', '{"iteration": 1, "of": "höchstens"}\n', '{"iteration": 2}\n']
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> Path:
+    """A folder of checkpoints after the first and the second line of a log, which goes on."""
+    folder, log = tmp_path / "checkpoints", tmp_path / "stats.jsonl"
+    copy = checkpoint.LogCopy(log)
+    for number, line in enumerate(LINES):
+        with log.open("a", encoding="utf-8") as file:
+            file.write(line)
+        if number < 2:
+            _save(folder, number + 1, copy)
+    return folder
+
+
+def _logs(folder: Path) -> list[str]:
+    return [checkpoint.load(path).log for path in checkpoint.numbered(folder)]
+
+
+WANTED = ["".join(LINES[:1]), "".join(LINES[:2])]
+
+
+def test_each_checkpoint_knows_what_had_been_logged(logged: Path):
+    assert _logs(logged) == WANTED
+    assert {path.name for path in (logged / "000002").iterdir()} == set(FILES)
+    assert (logged / checkpoint.LOG).read_text() == WANTED[1]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_log_is_there_twice(logged: Path, damage: str):
+    for path in (logged / checkpoint.LOG, logged.parent / checkpoint.LOG):
+        before = path.read_bytes()
+        DAMAGES[damage](path)
+        assert _logs(logged) == WANTED
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(before)
+
+
+def test_a_log_that_is_damaged_twice_is_told(logged: Path):
+    for path in (logged / checkpoint.LOG, logged.parent / checkpoint.LOG):
+        path.write_text(LINES[0] + LINES[1].replace("1", "7"))
+    with pytest.raises(ValueError, match=r"neither .*checkpoints/stats\.jsonl nor .* has what was logged until then"):
+        checkpoint.load(logged / "000002")
+    found = checkpoint.newest(logged)
+    assert found is not None
+    assert (found.next_iteration, found.log) == (1, WANTED[0])
+
+
+@pytest.mark.parametrize("left", ["", "half", "more", "nothing"])
+def test_a_copy_goes_on_whatever_an_earlier_process_left_of_it(logged: Path, left: str):
+    """As after a kill, or a disk that was full."""
+    copy = logged / checkpoint.LOG
+    contents = {
+        "": b"",
+        "half": copy.read_bytes()[:20],
+        "more": copy.read_bytes() + b'{"iteration": 5',
+        "nothing": None,
+    }
+    copy.unlink()
+    if contents[left] is not None:
+        copy.write_bytes(contents[left])
+    _save(logged, 3, checkpoint.LogCopy(logged.parent / checkpoint.LOG))
+    (logged.parent / checkpoint.LOG).unlink()
+    assert _logs(logged) == [*WANTED, "".join(LINES)]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/stats.jsonl", "stats.jsonl"])
+def test_a_copy_or_a_log_that_is_lost_in_between_is_begun_again(tmp_path: Path, name: str):
+    folder, log = tmp_path / "checkpoints", tmp_path / "stats.jsonl"
+    copy = checkpoint.LogCopy(log)
+    log.write_text(LINES[0])
+    _save(folder, 1, copy)
+    (tmp_path / name).unlink()
+    with log.open("a") as file:
+        file.write("{}\n")
+    _save(folder, 2, copy)
+    assert checkpoint.load(folder / "000002").log == log.read_text() == (folder / checkpoint.LOG).read_text()
+
+
+def test_a_checkpoint_costs_what_is_new_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, log = tmp_path / "checkpoints", tmp_path / "stats.jsonl"
+    copy, hashed = checkpoint.LogCopy(log), []
+    log.write_text("x" * 100_000)
+    _save(folder, 1, copy)
+    inner = copy._sum
+    monkeypatch.setattr(copy, "_sum", mock.Mock(update=lambda new: hashed.append(len(new)) or inner.update(new)))
+    copy._sum.hexdigest = inner.hexdigest
+    with log.open("a") as file:
+        file.write("y" * 50)
+    path = _save(folder, 2, copy)
+    assert hashed == [50]
+    assert sum(file.stat().st_size for file in path.iterdir()) < 2000
+    assert checkpoint.load(path).log == log.read_text()
+
+
+def test_the_checkpoint_of_an_earlier_version_has_the_log_in_it(tmp_path: Path):
+    path = _save(tmp_path, 1)
+    (path / checkpoint.LOG).write_text(LINES[1], encoding="utf-8")
+    with (path / checkpoint.SUMS).open("a") as file:
+        file.write(f"{checkpoint.digest(path / checkpoint.LOG)}  {checkpoint.LOG}\n")
+    assert checkpoint.load(path).log == LINES[1]
+    (path / checkpoint.LOG).write_text(LINES[0], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"stats\.jsonl is not what was written, its SHA-256 differs"):
+        checkpoint.load(path)

@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer._progress, "done", spoil)
     with pytest.raises(FloatingPointError, match=r"(weights must be finite, and adapter\.|none of the .* is finite)"):
         trainer.train()
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000001"]
+    assert [path.name for path in (folder / "checkpoints").glob("0*")] == ["000001"]
     assert not (folder / "adapter").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 from command_line import call, refused
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
+from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness, untimed
 from torch import Tensor
 
 from adascope_fast import backbones
@@ -191,10 +191,7 @@ def test_files_beside_the_checkpoint_are_restored_from_it(
     assert outcome.code == 0, outcome
     got, want = (load_file(run / "checkpoints/000003/state.safetensors") for run in (folder, longer))
     assert all(torch.equal(got[key], want[key]) for key in want)
-    untimed = dict.fromkeys(
-        ("seconds", "cpu_seconds", "sensing_share", "ranks", "images_per_second", "pairs_per_second")
-    )
-    assert [line | untimed for line in lines_of(folder)] == [line | untimed for line in lines_of(longer)]
+    assert [untimed(line) for line in lines_of(folder)] == [untimed(line) for line in lines_of(longer)]
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((longer / "evaluation.json").read_text())
     assert Config.load(folder / "config.toml").train.iterations == 3
     if name == "config.toml":

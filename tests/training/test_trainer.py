@@ -15,7 +15,7 @@ from graph_emulation import Emulation
 from PIL import Image
 from preference_sets import write_judged, write_pairs
 from safetensors.torch import load_file
-from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
+from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness, untimed
 from torch import Tensor
 
 from adascope_fast import backbones
@@ -30,8 +30,6 @@ from adascope_fast.settings import OWN, choices_of
 from adascope_fast.training.building import algorithm_of, selector_of
 from adascope_fast.training.draw import draw, initial_latents, load_run
 from adascope_fast.training.trainer import Result, Trainer
-
-UNTIMED = dict.fromkeys(("seconds", "cpu_seconds", "sensing_share", "ranks", "images_per_second", "pairs_per_second"))
 
 
 def _config(folder: Path, *overrides: str) -> Config:
@@ -76,12 +74,14 @@ def _check_same_run(folder: Path, alone: Path) -> None:
         assert got.keys() == want.keys()
         assert all(torch.equal(got[key], want[key]) for key in want), name
     states = [json.loads((run / "checkpoints/000002/state.json").read_text()) for run in (folder, alone)]
+    for run, state in zip((folder, alone), states, strict=True):
+        assert state.pop("log")["bytes"] == (run / "stats.jsonl").stat().st_size, "whose seconds are its own"
     configs = [tomllib.loads(state.pop("config")) for state in states]
     assert states[0] == states[1]
     assert [config.pop("run")["folder"] for config in configs] == [str(folder), str(alone)]
     assert configs[0] == configs[1]
     for got, want in zip(lines_of(folder), lines_of(alone), strict=True):
-        assert got | UNTIMED == want | UNTIMED
+        assert untimed(got) == untimed(want)
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((alone / "evaluation.json").read_text())
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
@@ -118,7 +118,7 @@ def test_a_run_leaves_every_file_that_it_promises(alone: tuple[Path, Result]):
         with Image.open(folder / "samples" / name) as image:
             assert image.size == (64 + 2 * GAP, 64 + 2 * GAP)
     assert json.loads((folder / "samples" / "grid.json").read_text())["gap"] == GAP
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000001", "000002", "stats.jsonl"]
     assert [path.name for path in (folder / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
@@ -216,7 +216,7 @@ def test_a_bad_reward_stops_the_run_and_keeps_what_was_reached(
 ):
     with pytest.raises(ValueError, match=message):
         _trainer(_config(tmp_path / "run"), _calls(outcome, 3)).train()
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000001"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*")] == ["000001"]
     assert len(lines_of(tmp_path / "run")) == 1
     _, backbone = load_run(tmp_path / "run")
     assert any(value.abs().max() > 0 for key, value in backbone.adapter_tensors().items() if "lora_B" in key)
