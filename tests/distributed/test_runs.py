@@ -22,7 +22,11 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def _launched(folder: Path, size: int, cases: list[str], **environment: str) -> dict[str, list[dict[str, Any]]]:
     """What each rank has found, by case."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)] if size > 1 else []
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        if size > 1
+        else []
+    )
     command = [*(command or [sys.executable]), str(TESTS / "rank_cases.py"), str(folder), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
