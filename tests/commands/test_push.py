@@ -104,7 +104,7 @@ def test_the_lines_of_the_card_draw_with_the_published_weights(run: Path, tmp_pa
 
 def test_the_card_and_the_settings_are_read_by_their_own_readers(run: Path, tmp_path: Path):
     assert call("push", run, "me/shapes", "--dry-run", tmp_path / "out").code == 0
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+    card: Any = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.to_dict()["license"] == "apache-2.0"
     assert {"lora", "text-to-image", "adascope"} <= set(card.data.tags)
     assert Config.load(tmp_path / "out" / "config.toml").run.folder == "runs/shapes"

@@ -48,13 +48,8 @@ def test_a_relative_path_is_known_by_its_form_or_by_what_is_there(tmp_path: Path
 
 
 def test_the_keys_of_ones_own_parts_are_looked_through():
-    config = Config.load(
-        None,
-        [
-            "reward.name=mixed",
-            'reward.parts={"mine:score" = {weight = 1.0, where = ["/data/me/a", "/data/you/a"], host = "gpu7"}, jpeg_compressibility = 1.0}',
-        ],
-    )
+    own = '"mine:score" = {weight = 1.0, where = ["/data/me/a", "/data/you/a"], host = "gpu7"}'
+    config = Config.load(None, ["reward.name=mixed", f"reward.parts={{{own}, jpeg_compressibility = 1.0}}"])
     shown, _ = settings_shown(config, name="it", base="scenes", folder=Path("run"))
     assert shown.reward.model_dump()["parts"]["mine:score"] == {"weight": 1.0, "where": ["a", "where-a"]}
 

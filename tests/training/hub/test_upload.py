@@ -23,6 +23,11 @@ def published(run: Path, **given: Any) -> Path:
     return out
 
 
+def metadata(out: Path) -> Any:
+    """What the Hub reads of the card."""
+    return ModelCard.load(out / "README.md").data
+
+
 def test_the_words_of_others_stay_words(made: Any):
     text = (published(made()) / "README.md").read_text()
     shown = text.replace(json.dumps(HOSTILE), "")  # in the lines of Python, which are a block of code
@@ -35,7 +40,7 @@ def test_the_gain_is_told_with_what_was_tested(made: Any):
     text = (out / "README.md").read_text()
     assert "| difference | +0.186 | +0.151 to +0.222 |" in text
     assert "lies above 0: the reward rose. After 30 iterations." in text
-    results = ModelCard.load(out / "README.md").data.eval_results
+    results = metadata(out).eval_results
     assert [(one.metric_type, one.metric_value) for one in results] == [("reward", 0.699), ("reward_gain", 0.186)]
     assert results[0].metric_name == "held-out reward scene_attributes, 95 % interval 0.669 to 0.728"
 
@@ -84,7 +89,7 @@ def test_a_local_base_is_named_by_hand(made: Any, tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="this run's is the local 'mine'"):
         published(run)
     out = published(run, base="some/model")
-    assert ModelCard.load(out / "README.md").data.base_model == "some/model"
+    assert metadata(out).base_model == "some/model"
     assert tomllib.loads((out / "config.toml").read_text())["model"]["name"] == "some/model"
     assert 'DiffusionPipeline.from_pretrained("some/model")' in (out / "README.md").read_text()
 
@@ -107,7 +112,7 @@ def test_a_whole_denoiser_is_published_in_its_folder_without_its_origin(made: An
         "sample_size": 8,
     }
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-    data = ModelCard.load(out / "README.md").data
+    data = metadata(out)
     assert "lora" not in data.tags
     assert data.to_dict()["base_model_relation"] == "finetune"
     text = (out / "README.md").read_text()
@@ -123,7 +128,7 @@ def test_prompts_are_shown_by_their_number_and_first_lines(made: Any):
 
 def test_a_licence_that_is_not_found_is_to_be_checked(made: Any):
     out = published(made("model.name=some/model", "prompts.train=animals:train"))
-    assert ModelCard.load(out / "README.md").data.license == "other"
+    assert metadata(out).license == "other"
     assert "which was not found when this card was written: check it" in (out / "README.md").read_text()
 
 
@@ -133,5 +138,5 @@ def test_the_licence_file_of_a_local_base_goes_with_the_weights(made: Any, tmp_p
     (model / "LICENSE.md").write_text("You may.")
     out = published(made(f"model.name={model}", "prompts.train=animals:train"), base="some/model")
     assert (out / "LICENSE.md").read_text() == "You may."
-    data = ModelCard.load(out / "README.md").data
+    data = metadata(out)
     assert (data.license, data.license_link) == ("other", "LICENSE.md")
