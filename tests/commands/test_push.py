@@ -35,7 +35,8 @@ class Hub:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
-        self.is_private, self.error = False, None
+        self.is_private = False
+        self.error: Exception | None = None
         self.files: dict[str, bytes] = {}
 
     def create_repo(self, api: HfApi, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:

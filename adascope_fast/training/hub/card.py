@@ -17,6 +17,8 @@ from adascope_fast.training.hub.licence import Licence
 from adascope_fast.training.hub.markdown import card, escaped, table
 
 PAPER = "https://arxiv.org/abs/2605.15855"
+MOST_PROMPTS = 16
+"""Prompts that are shown beside the pictures."""
 LEFT_TO_THE_HEAD = ("model", "reward")
 """Facts that stand elsewhere on the card."""
 
@@ -159,8 +161,10 @@ def _pictures(published: Published) -> list[str]:
     lines = [*table(list(found), [shown]), ""]
     if published.prompts:
         lines += ["Held-out prompts, a row of pictures each, on the same seeds before and after:", ""]
-        lines += [f"{number}. {escaped(prompt)}" for number, prompt in enumerate(published.prompts, 1)]
-        lines += [""]
+        shown = published.prompts[:MOST_PROMPTS]
+        lines += [f"{number}. {escaped(prompt)}" for number, prompt in enumerate(shown, 1)]
+        rest = len(published.prompts) - len(shown)
+        lines += ["", f"And {rest} more.", ""] if rest else [""]
     return lines
 
 

@@ -126,6 +126,15 @@ def test_prompts_are_shown_by_their_number_and_first_lines(made: Any):
     assert r"- Trained on 1364 prompts, 'a \*red\* circle' first, of scenes:train" in text
 
 
+def test_no_more_prompts_are_shown_than_a_reader_looks_at(made: Any):
+    run = made()
+    told = json.loads((run / "samples" / "grid.json").read_text()) | {"prompts": [f"prompt {i}" for i in range(20)]}
+    (run / "samples" / "grid.json").write_text(json.dumps(told))
+    text = (published(run) / "README.md").read_text()
+    assert "16. prompt 15\n\nAnd 4 more.\n" in text
+    assert "prompt 16" not in text
+
+
 def test_a_licence_that_is_not_found_is_to_be_checked(made: Any):
     out = published(made("model.name=some/model", "prompts.train=animals:train"))
     assert metadata(out).license == "other"
