@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.reporting import head, outcome
-from adascope_fast.reporting.files import mapping, number_of
+from adascope_fast.reporting.files import mapping
 from adascope_fast.training.hub.licence import Licence
 from adascope_fast.training.hub.markdown import card, escaped, table
 
@@ -106,10 +106,6 @@ def _metadata(published: Published) -> ModelCardData:
 def _results(published: Published) -> list[EvalResult]:
     """The held-out reward at the end and its gain, with their intervals in words."""
     told = outcome.headline(published.evaluation, published.reward)
-    ends = {
-        "after": outcome.ends(published.evaluation)[1],
-        "difference": mapping(published.evaluation.get("difference")),
-    }
     count = told["num_prompts"]
     called = {"after": "held-out reward", "difference": "gain of the held-out reward"}
     return [
@@ -122,8 +118,8 @@ def _results(published: Published) -> list[EvalResult]:
             metric_name=f"{called[which]} {published.reward}, 95 % interval {told[which]['interval']}",
             metric_value=float(told[which]["mean"]),
         )
-        for which, end in ends.items()
-        if told[which] is not None and number_of(end, "mean") == number_of(end, "mean")
+        for which in called
+        if told[which] is not None
     ]
 
 
