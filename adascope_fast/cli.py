@@ -32,6 +32,7 @@ from adascope_fast.commands.make_preferences import make_preferences
 from adascope_fast.commands.merge import merge
 from adascope_fast.commands.plan import plan
 from adascope_fast.commands.pretrain import pretrain
+from adascope_fast.commands.push import push
 from adascope_fast.commands.report import report
 from adascope_fast.commands.reward_server import reward_server
 from adascope_fast.commands.rollout_server import rollout_server
@@ -56,6 +57,7 @@ for command in (
     sample,
     evaluate,
     merge,
+    push,
     import_weights,
     pretrain,
     reward_server,

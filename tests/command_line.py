@@ -13,7 +13,7 @@ import pytest
 from adascope_fast import cli
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.toml")
-PROGRESS = re.compile(r"(loading|counting|adding|writing) |.+: \d+/\d+ (step|image|pair|it), ")
+PROGRESS = re.compile(r"(loading|counting|adding|reading|uploading|writing) |.+: \d+/\d+ (step|image|pair|it), ")
 """How a line of progress begins."""
 SMALLEST = ["sampler.num_steps=4", "train.prompts_per_iteration=1", "evaluation.num_prompts=1"]
 

@@ -24,6 +24,7 @@ from adascope_fast import cli
         (["sample", "no/such/run"], "sample needs at least one --prompt, got none"),
         (["sample", "no/such/run", "--prompt", "  "], "a prompt has at least one character, --prompt is empty"),
         (["sample", "no/such/run", "--prompt", "x" * 10_000], "--prompt has 10000; shorten it"),
+        (["push", "no/such/run", "me/shapes"], "a run's folder holds a config.toml, 'no/such/run' does not"),
         (["report", "no/such/run"], "a run's folder holds a config.toml, 'no/such/run' does not"),
         (["pretrain", "sceens"], "pretrain makes 'scenes', 'scenes-flow' or 'scenes-clip', got 'sceens'"),
     ],
@@ -55,7 +56,10 @@ def test_a_mistake_is_one_line_of_a_real_process(tmp_path: Path):
     assert "did you mean train.learning_rate?" in finished.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", TINY, "train.learning_rat=1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["train", TINY, "train.learning_rat=1"], ["push", "none", "me/shapes"]],
+)
 def test_neither_help_nor_a_mistake_waits_for_torch(arguments: list[str]):
     program = (
         "import sys\nfrom adascope_fast import cli\n"

@@ -80,18 +80,47 @@ def use(folder: Path, config: Record, parts: Record, prompt: str) -> str:
         lines = [f"# first, in a shell: {shlex.join(['adascope-fast', 'merge', str(folder), merged])}", IMPORT, ""]
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({_text(merged)})")
     else:
-        is_embedded = name in EMBEDDED_NAMES
-        lines = ["from adascope_fast.backbones import folder_of"] if is_embedded else []
-        chosen = [f"{key}={_text(model[key])}" for key in ("revision", "variant") if model.get(key)]
-        if (dtype := model.get("dtype", "float32")) != "float32":
-            lines.append("import torch")
-            chosen.append(f"dtype=torch.{dtype}")
-        place = ", ".join([f"folder_of({_text(name)})" if is_embedded else _text(name), *chosen])
-        lines += [IMPORT, "", f"pipeline = DiffusionPipeline.from_pretrained({place})"]
-        lines.append(f"pipeline.load_lora_weights({adapter})")
+        lines = [*_base(model), f"pipeline.load_lora_weights({adapter})"]
+    return "\n".join([*lines, _picture(sampler, prompt)])
+
+
+def use_published(repo_id: str, config: Record, prompt: str, denoiser: tuple[str, str] | None) -> str:
+    """The same with what was published as `repo_id`.
+
+    Args:
+        denoiser: class and folder of a whole one; None: a LoRA adapter.
+    """
+    model, sampler = mapping(config.get("model")), mapping(config.get("sampler"))
+    if denoiser is None:
+        lines = [*_base(model), f"pipeline.load_lora_weights({_text(repo_id)})"]
+    else:
+        lines = _base(model, denoiser, repo_id)
+    return "\n".join([*lines, _picture(sampler, prompt)])
+
+
+def _base(model: Record, denoiser: tuple[str, str] | None = None, repo_id: str = "") -> list[str]:
+    """Lines that load the pipeline that was trained, with another denoiser if one is named."""
+    name = str(model.get("name", ""))
+    is_embedded, dtype = name in EMBEDDED_NAMES, model.get("dtype", "float32")
+    lines = ["from adascope_fast.backbones import folder_of"] if is_embedded else []
+    chosen = [f"{key}={_text(model[key])}" for key in ("revision", "variant") if model.get(key)]
+    kind = [f"dtype=torch.{dtype}"] if dtype != "float32" else []
+    lines += ["import torch"] if kind else []
+    lines += [IMPORT if denoiser is None else f"{IMPORT}, {denoiser[0]}", ""]
+    if denoiser is not None:
+        class_name, part = denoiser
+        given_to = ", ".join([_text(repo_id), f"subfolder={_text(part)}", *kind])
+        lines.append(f"{part} = {class_name}.from_pretrained({given_to})")
+        chosen.append(f"{part}={part}")
+    place = ", ".join([f"folder_of({_text(name)})" if is_embedded else _text(name), *chosen, *kind])
+    return [*lines, f"pipeline = DiffusionPipeline.from_pretrained({place})"]
+
+
+def _picture(sampler: Record, prompt: str) -> str:
+    """The line that draws."""
     how = {"num_inference_steps": sampler.get("num_steps"), "guidance_scale": sampler.get("guidance_scale")}
     arguments = [_text(prompt), *(f"{key}={value}" for key, value in how.items() if isinstance(value, int | float))]
-    return "\n".join([*lines, f"picture = pipeline({', '.join(arguments)}).images[0]"])
+    return f"picture = pipeline({', '.join(arguments)}).images[0]"
 
 
 def given(parts: Record) -> dict[str, str]:

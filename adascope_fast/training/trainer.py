@@ -41,7 +41,7 @@ from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.settings import Own
-from adascope_fast.training import checkpoint, origin, run_folder, trust
+from adascope_fast.training import checkpoint, hub, origin, run_folder, trust
 from adascope_fast.training.building import (
     accelerator_of,
     algorithm_of,
@@ -259,6 +259,14 @@ class Trainer:
         """Whether any process of the run was asked for something: a machine that joins later has had no restart."""
         self._join()
         return any(self.ranks.objects(is_so))
+
+    def push_to_hub(
+        self, repo_id: str, *, base: str | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload the finished run with a model card; arguments, result and errors are those of `hub.push`."""
+        self._join()
+        folder = Path(self.config.run.folder)
+        return self.ranks.by_first(lambda: hub.push(folder, repo_id, base=base, private=private, token=token))
 
     def _join(self) -> None:
         """Meet the other processes of the run, if there are any."""

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from adascope_fast.compat.trl.config import DDPOConfig
+from adascope_fast.training.hub.markdown import card, escaped, table
 
 PAPER = "https://arxiv.org/abs/2305.13301"
 
@@ -28,20 +29,14 @@ def model_card(
         tags=sorted({*given, *tag_names}),
         datasets=[dataset_name] if dataset_name else None,
     )
-    title = model_name or "A diffusion model trained with DDPO"
+    rows = [(name, escaped(getattr(config, name))) for name in vars(config) if name.startswith(("sample_", "train_"))]
     lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# {title}",
+        f"# {escaped(model_name or 'A diffusion model trained with DDPO')}",
         "",
         f"Trained with [DDPO]({PAPER})" + (f" from `{on_hub}`" if on_hub else "") + " by adascope_fast's DDPOTrainer"
-        + (f" on {dataset_name}" if dataset_name else "") + ".",
+        + (f" on {escaped(dataset_name)}" if dataset_name else "") + ".",
         "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {getattr(config, name)} |" for name in vars(config) if name.startswith(("sample_", "train_"))),
+        *table(["setting", "value"], rows),
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
@@ -49,6 +44,5 @@ def model_card(
         'pipeline = DiffusionPipeline.from_pretrained("this folder")',
         'pipeline.load_lora_weights("this folder")  # of a LoRA',
         "```",
-        "",
     ]  # fmt: skip
-    return "\n".join(lines)
+    return card(data, lines)
