@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from adascope_fast.backbones import PipelineBackbone
+if TYPE_CHECKING:
+    from adascope_fast.backbones import PipelineBackbone
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def measure(compute: Callable[[], Tensor], *, backward: bool, autocast: torch.dt
 
 
 def denoiser_cost(
-    backbone: PipelineBackbone, rows: int, *, backward: bool, autocast: torch.dtype | None = None
+    backbone: "PipelineBackbone", rows: int, *, backward: bool, autocast: torch.dtype | None = None
 ) -> Cost:
     """Of one call with `rows` samples."""
     sample = torch.empty(rows, *backbone.latent_shape, device="meta")
