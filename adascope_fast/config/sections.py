@@ -1,7 +1,7 @@
 """Sections that belong to the run as a whole: `[run]`, `[train]`, `[evaluation]` and `[log]`."""
 
 from importlib.util import find_spec
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,7 @@ from adascope_fast.settings import (
     Share,
     Steps,
     Text,
+    only_with,
 )
 
 
@@ -43,7 +44,14 @@ class Train(Updates):
     samples_per_prompt: Images = 4
     """Images drawn for each of them."""
     learning_rate: LearningRate = 3e-4
-    """AdamW learning rate."""
+    """AdamW learning rate; with a schedule, the highest."""
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
+    """Course of the learning rate over all updates of the run after the warm-up, by diffusers' names; all but
+    `constant` fall to 0 behind the last update, whose number follows from `iterations`."""
+    lr_cycles: Annotated[Count, only_with(lr_schedule=["cosine_with_restarts"])] = 1
+    """Times that the rate falls."""
+    warmup_updates: CountOrZero = 0
+    """Optimiser updates in which the rate rises evenly, from 0 at the first; with any `lr_schedule`."""
     weight_decay: PositiveOrZero = 1e-4
     """AdamW weight decay."""
     adam_beta1: Decay = 0.9
@@ -61,12 +69,23 @@ class Train(Updates):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
 
+    @property
+    def total_updates(self) -> int:
+        """Optimiser updates of the run, which its learning rates follow from."""
+        return self.iterations * self.num_updates
+
     @model_validator(mode="after")
     def _can_be_meant(self) -> Self:
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
                 "train.learning_rate times train.weight_decay is the share of every weight that an update takes away, "
                 f"so it must be below 1, got {self.learning_rate} times {self.weight_decay}; lower train.weight_decay"
+            )
+        if 0 < self.total_updates <= self.warmup_updates:
+            raise ValueError(
+                "a warm-up ends within the run, so train.warmup_updates must be below its "
+                f"{self.total_updates} updates (train.iterations times those of each), got {self.warmup_updates}; "
+                "lower it, or raise train.iterations"
             )
         images = self.prompts_per_iteration * self.samples_per_prompt
         if images > MOST_IMAGES:

@@ -29,6 +29,7 @@ from adascope_fast.distributed.sharded import sum_gradients, whole
 from adascope_fast.engine.acceleration import halving
 from adascope_fast.engine.collection import Collection, NothingFiniteError, Sampling
 from adascope_fast.engine.graphs import Graphs
+from adascope_fast.engine.optimizer import Rate
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
 from adascope_fast.engine.recorded import Recording, halved_parts
@@ -82,6 +83,7 @@ class Engine:
         autocast: context in which the denoiser runs.
         progress: called with (part, done, total) as an iteration advances.
         graphs: what steps of a rollout and microbatches of an update are recorded by; None: they are not.
+        rate: learning rate of an update by its number in the run, skipped ones included; None: the optimiser's own.
         ranks: the processes of the run: each samples and trains a share; None: those that torch.distributed knows.
     """
 
@@ -100,6 +102,7 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
         graphs: Graphs | None = None,
+        rate: Rate | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = Ranks() if ranks is None else ranks
@@ -115,7 +118,8 @@ class Engine:
         """What draws the rollouts in place of this process."""
         self.rollout_batch = settings.rollout_batch
         self.microbatch = settings.usual_microbatch(self.sampler.guidance_scale)
-        self._autocast, self._progress = autocast, progress
+        self._autocast, self._progress, self._rate = autocast, progress, rate
+        self._next_update = 0
         self._parameters = backbone.trainable_parameters()
         self._images = ImageCache(backbone)
         self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
@@ -133,6 +137,7 @@ class Engine:
         For an algorithm that learns from a set, the prompts are those that its `draw` gave.
         """
         self._seconds, self._own_rows = {}, []
+        self._next_update = iteration * self.settings.num_updates
         schedule = self.algorithm.schedule(self.selector.sampler(self.schedule, iteration))
         if self._recording is not None:
             self._recording.start()
@@ -450,6 +455,10 @@ class Engine:
     def _optimizer_step(self) -> Float32[Tensor, ""]:
         """One update with the gradient cut to its largest norm, none if that norm is not finite; the norm."""
         norm = whole(nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm))
+        if self._rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(self._next_update)
+        self._next_update += 1
         if self.optimizer.defaults.get("fused"):  # skips by itself, on the device
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()

@@ -15,6 +15,7 @@ from adascope_fast.backbone import Backbone
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.acceleration import accelerate
+from adascope_fast.engine.optimizer import Rate, rate_of
 from adascope_fast.remote_rollout.drawing import Drawing
 from adascope_fast.rewards import ClipSimilarity, Reward
 from adascope_fast.selectors.protocol import TimestepSelector
@@ -45,6 +46,18 @@ def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.
         betas=(train.adam_beta1, train.adam_beta2),
         weight_decay=train.weight_decay,
         eps=train.adam_epsilon,
+    )
+
+
+def rates_of(config: Config) -> Rate:
+    """The learning rate of each update of a configuration's run."""
+    train = config.train
+    return rate_of(
+        train.learning_rate,
+        train.lr_schedule,
+        warmup_updates=train.warmup_updates,
+        num_updates=train.total_updates,
+        num_cycles=train.lr_cycles,
     )
 
 

@@ -48,6 +48,7 @@ from adascope_fast.training.building import (
     clip_of,
     complete,
     optimizer_of,
+    rates_of,
     refuse_other,
     selector_of,
     sensor_of,
@@ -305,7 +306,22 @@ class Trainer:
         if not accept_changes:
             origin.refuse_changed(folder.path, origin.differences(before, self._named_parts()))
         self._found = found
+        self._tell_other_decay(started.config.train.iterations, first)
         return _Started(first, before, changes, signature, None if found is None else found.state)
+
+    def _tell_other_decay(self, iterations: int, first: int) -> None:
+        """A line where the rates of what is left follow from another number of iterations than those before."""
+        train = self.config.train
+        if train.lr_schedule != "constant" and train.iterations != iterations:
+            logger.warning(
+                "train.iterations was %d and is %d: from iteration %d on the learning rate is that of a run of %d "
+                "iterations (train.lr_schedule = %s)",
+                iterations,
+                train.iterations,
+                first,
+                train.iterations,
+                f'"{train.lr_schedule}"',
+            )
 
     def _goes_on(
         self, folder: RunFolder, started: "_Started", now: dict[str, origin.Part], *, accept_changes: bool
@@ -468,6 +484,7 @@ class Trainer:
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         self.graphs = graphs_of(acceleration, device, self._progress.say)
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
+        self.rate = rates_of(config)
         self.sensor = sensor_of(config, self.backbone, self.reward)
         self.selector = self._selector or selector_of(config, self.sensor)
         self.engine = Engine(
@@ -483,6 +500,7 @@ class Trainer:
             autocast=lambda: self.accelerator.autocast(),
             progress=self._progress.part,
             graphs=self.graphs,
+            rate=self.rate,
             ranks=self.ranks,
         )
 
@@ -549,7 +567,8 @@ class Trainer:
             known = sum(report.seconds.values())
             taken = time.perf_counter() - started
             report.seconds["other"] = taken - known
-            record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
+            last_rate = self.rate((iteration + 1) * train.num_updates - 1)
+            record = {"iteration": iteration, **report.values, "learning_rate": last_rate}
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
             record |= self._speed(record, taken) | {"seconds": report.seconds}
