@@ -83,8 +83,7 @@ class PipelineBackbone:
         self.weights = self._make_weights()
         self._gradient_scale = 1.0
         if self.dtype == torch.float16:
-            self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
-            half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
+            self.scale_gradients()
         if options.gradient_checkpointing:
             # Nothing in it is random, so the generators' states need not be kept, which a CUDA graph could not.
             self.denoiser.enable_gradient_checkpointing(
@@ -291,7 +290,10 @@ class PipelineBackbone:
             self._place_text_encoders(is_near=False)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
+        """Model output in the denoiser's type, or autocast's, float32 in place of float16.
+
+        Offloaded text encoders leave the device here.
+        """
         self.settle()
         output = self._predict(sample.to(self.dtype), timestep, condition)
         if self._gradient_scale == 1:
@@ -369,6 +371,12 @@ class PipelineBackbone:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+    def scale_gradients(self) -> None:
+        """Have gradients pass through the denoiser in float16's range, as under its autocast; a float16 model does."""
+        if self._gradient_scale == 1:
+            self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
+            half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
 
     @contextmanager
     def reference_policy(self) -> Iterator[None]:

@@ -43,6 +43,9 @@ class Train(Updates):
     """Different prompts in a rollout."""
     samples_per_prompt: Images = 4
     """Images drawn for each of them."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit`: bitsandbytes' AdamW, whose moments take 2 bytes a weight in place of 8 (extra `bnb`); tensors of
+    fewer than 4,096 elements keep theirs whole."""
     learning_rate: LearningRate = 3e-4
     """AdamW learning rate; with a schedule, the highest."""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
@@ -64,10 +67,19 @@ class Train(Updates):
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the denoiser; log-probabilities stay float32."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the denoiser; log-probabilities stay float32. With `fp16` gradients are scaled on their way through
+    it, as with `model.dtype = "float16"`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
+
+    def examine(self) -> None:
+        """ValueError where bitsandbytes is asked for and not installed."""
+        if self.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                'train.optimizer = "adamw_8bit" needs bitsandbytes, which is not installed; '
+                "pip install 'adascope-fast[bnb]', or set it to \"adamw\""
+            )
 
     @property
     def total_updates(self) -> int:

@@ -3,11 +3,16 @@
 The rate of an update depends on its number and the run's updates alone, so a resumed run needs no state for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
 Rate = Callable[[int], float]
+
+LEAST_8BIT = 4096
+"""Elements of a tensor below which bitsandbytes keeps its moments in float32."""
 
 
 def rate_of(learning_rate: float, schedule: str, *, warmup_updates: int, num_updates: int, num_cycles: int = 1) -> Rate:
@@ -34,3 +39,38 @@ def rate_of(learning_rate: float, schedule: str, *, warmup_updates: int, num_upd
     )
     (factor,) = scheduler.lr_lambdas
     return lambda number: learning_rate * factor(number)
+
+
+def adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with moments of 8 bits; tensors of fewer than 4,096 elements keep theirs in float32.
+
+    bitsandbytes lays weights out anew at the first update. It is done here before, so that a run has the same layout,
+    and its resumed half the same rounding, from the start.
+
+    Args:
+        settings: of torch's AdamW.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or cannot update weights on their device.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"AdamW in 8 bits needs bitsandbytes, got {type(error).__name__}: {error}; "
+            f"pip install 'adascope-fast[bnb]', or set train.optimizer = \"adamw\""
+        ) from error
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous()
+    for device in {parameter.device for parameter in parameters}:
+        tried = nn.Parameter(torch.zeros(LEAST_8BIT, device=device))
+        tried.grad = torch.zeros_like(tried)
+        try:
+            AdamW8bit([tried], **settings).step()
+        except Exception as error:  # which one, depends on how it was built
+            raise ValueError(
+                f"AdamW in 8 bits needs a bitsandbytes that works on the device of the weights, got {device.type}, on "
+                f'which it raises {type(error).__name__}: {error}; upgrade it, or set train.optimizer = "adamw"'
+            ) from error
+    return AdamW8bit(parameters, **settings)

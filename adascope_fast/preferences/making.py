@@ -176,7 +176,8 @@ def _judged(
                 noise=noise,
                 batch=batch,
             )
-            images = backbone.decode(trajectory.latents[:, -1])
+            with torch.autocast(trajectory.latents.device.type, enabled=False):
+                images = backbone.decode(trajectory.latents[:, -1])
             whole = images.flatten(1).isfinite().all(1)
             if not bool(whole.all()):
                 raise FloatingPointError(

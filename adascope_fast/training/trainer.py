@@ -29,7 +29,7 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.distributed import Ranks, bounds_of
-from adascope_fast.engine.acceleration import accelerate, graphs_of
+from adascope_fast.engine.acceleration import accelerate, autocast_of, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
@@ -52,6 +52,7 @@ from adascope_fast.training.building import (
     refuse_other,
     selector_of,
     sensor_of,
+    suited,
 )
 from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
 from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
@@ -447,6 +448,7 @@ class Trainer:
         """Load the model and build what trains it, as `train` does first; may refuse."""
         self._join()
         config, train = settled(self.config, self.accelerator, self.ranks), self.config.train
+        config = suited(config, self.accelerator.device)
         self._refuse_too_many_processes()
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
@@ -459,6 +461,9 @@ class Trainer:
                 keep_reference=self.algorithm.needs_reference,
                 told=told,
             )
+        self.autocast = autocast_of(train.mixed_precision, self.accelerator.device.type)
+        if train.mixed_precision == "fp16":
+            self.backbone.scale_gradients()
         if (known := self.algorithm.preferences) is not None:
             known.refuse_small(self.backbone.resolution)
         self.backbone.to(self.accelerator.device)
@@ -497,7 +502,7 @@ class Trainer:
             train,
             sampler=sampler,
             folds_adapter=acceleration.folds,
-            autocast=lambda: self.accelerator.autocast(),
+            autocast=self.autocast,
             progress=self._progress.part,
             graphs=self.graphs,
             rate=self.rate,
@@ -687,7 +692,7 @@ class Trainer:
         total = len(self.held_out) * settings.samples_per_prompt * schedule.num_steps
         scale = settings.guidance_scale
         rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
-        with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), self._averaged():
+        with self._progress.stage("evaluation", total) as on_step, self.autocast(), self._averaged():
             try:
                 evaluation = evaluate(
                     self.backbone,

@@ -1,16 +1,20 @@
-"""The learning rate of each update: as transformers has it, by the update's number alone."""
+"""The learning rate of each update, as transformers has it; moments of 8 bits, and their way through a checkpoint."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.optimization import get_scheduler
 
 from adascope_fast.algorithms.policy_gradient import ddpo
-from adascope_fast.engine.optimizer import rate_of
+from adascope_fast.engine.optimizer import adamw_8bit, rate_of
 from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.training import checkpoint
 
 PROMPTS = ["a red one", "a red one", "the green", "the green", "see", "see"]
 
@@ -76,3 +80,75 @@ def test_an_iteration_without_an_update_counts_too(make_toy: Callable, make_engi
     del engine.backbone.decode
     engine.step(encoded, PROMPTS, iteration=1, seed=1)
     assert seen == [3, 4, 5]
+
+
+def _eight_bit(sizes: tuple[int, ...] = (5000, 4096, 7), learning_rate: float = 1e-2) -> torch.optim.Optimizer:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+    return adamw_8bit(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+
+
+def _update(optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def test_moments_of_eight_bits_go_through_a_checkpoint_and_on_as_they_were(tmp_path: Path):
+    alone, before, after = _eight_bit(), _eight_bit(), _eight_bit()
+    for seed in range(4):
+        _update(alone, seed)
+    for seed in range(2):
+        _update(before, seed)
+    checkpoint.save(tmp_path / "000001", checkpoint.optimizer_tensors(before), {"next_iteration": 1})
+    found = checkpoint.load(tmp_path / "000001").tensors
+    assert {found[f"0.{name}"].dtype for name in ("state1", "state2")} == {torch.uint8}
+    assert found["2.state1"].dtype == torch.float32, "bitsandbytes keeps small ones whole"
+    for old, new in zip(before.param_groups[0]["params"], after.param_groups[0]["params"], strict=True):
+        new.data.copy_(old.data)
+    checkpoint.load_optimizer_tensors(after, found)
+    for seed in (2, 3):
+        _update(after, seed)
+    pairs = zip(alone.param_groups[0]["params"], after.param_groups[0]["params"], strict=True)
+    assert all(torch.equal(want, got) for want, got in pairs)
+    want, got = (checkpoint.optimizer_tensors(one) for one in (alone, after))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_eight_bits_update_about_as_torch_does():
+    optimizer = _eight_bit()
+    parameters = optimizer.param_groups[0]["params"]
+    start = [parameter.detach().clone() for parameter in parameters]
+    own = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    plain = torch.optim.AdamW(own, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    for seed in range(3):
+        _update(optimizer, seed)
+        _update(plain, seed)
+    for first, got, want in zip(start, parameters, own, strict=True):
+        assert torch.cosine_similarity(got - first, want - first, 0) > 0.99
+
+
+def test_a_device_that_bitsandbytes_cannot_update_on_is_told(monkeypatch: pytest.MonkeyPatch):
+    class Fails(torch.optim.SGD):
+        def __init__(self, parameters: Any, **settings: Any) -> None:
+            super().__init__(parameters, lr=1.0)
+
+        def step(self) -> None:  # type: ignore[override]
+            raise NotImplementedError("no kernel")
+
+    stub: Any = ModuleType("bitsandbytes.optim")
+    stub.AdamW8bit = Fails
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stub)
+    with pytest.raises(ValueError, match=r'got cpu, on which it raises NotImplementedError: no kernel; .* "adamw"$'):
+        adamw_8bit([nn.Parameter(torch.zeros(3))], lr=1.0)
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes, got .*; pip install 'adascope-fast\[bnb\]', or set"):
+        adamw_8bit([nn.Parameter(torch.zeros(3))], lr=1.0)

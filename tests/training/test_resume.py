@@ -319,9 +319,13 @@ def test_code_that_was_added_to_a_folder_is_foreign(tmp_path: Path):
     assert trust.refuse_foreign(tmp_path, _config(tmp_path), "", is_trusted=False) == []
 
 
-def test_a_resumed_run_has_the_rates_of_the_one_left_alone(tmp_path: Path):
-    """And tells where a decay is that of another length from there on."""
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_resumed_run_has_the_rates_and_moments_of_the_one_left_alone(tmp_path: Path, optimizer: str):
+    """With a rank that makes some tensors large enough for 8 bits."""
     rates = ["train.lr_schedule=cosine", "train.warmup_updates=2", "train.updates_per_iteration=2"]
+    rates += [f"train.optimizer={optimizer}", "model.lora_rank=64"]
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     alone, halted = tmp_path / "alone", tmp_path / "halted"
     Trainer(_config(alone, *rates, "train.iterations=3"), quiet=True).train()
     Trainer(_config(halted, *rates, "train.iterations=3"), quiet=True, callbacks=[_End(after=2)]).train()
@@ -329,6 +333,9 @@ def test_a_resumed_run_has_the_rates_of_the_one_left_alone(tmp_path: Path):
     found = [load_file(run / "adapter" / "pytorch_lora_weights.safetensors") for run in (alone, halted)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     told = [record["learning_rate"] for record in lines_of(halted)]
+    moments = load_file(halted / "checkpoints" / "000003" / "state.safetensors")
+    kinds = {value.dtype for name, value in moments.items() if name.endswith(("state1", "exp_avg"))}
+    assert (torch.uint8 in kinds) is (optimizer == "adamw_8bit")
     half = [0.5 * (1 + math.cos(math.pi * part / 4)) for part in (1, 3)]
     assert told == pytest.approx([0.01 * 1 / 2, 0.01 * half[0], 0.01 * half[1]])
 
