@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adascope_fast.backbone import Condition
+from adascope_fast.backbone import Condition, in_double
 from adascope_fast.backbones import float16_gradients as half
 from adascope_fast.backbones import settings
 from adascope_fast.backbones.attention import use_attention
@@ -325,7 +325,7 @@ class PipelineBackbone:
         found = [self.vae.encode(part, return_dict=False)[0] for part in shown.split(self.num_decoded_at_once())]
         # AutoencoderTiny gives latents, AutoencoderKL their distribution.
         means = torch.cat([one if isinstance(one, Tensor) else one.mean for one in found])
-        return self._scaled(means.double()).float()
+        return self._scaled(in_double(means)).float().to(means.device)
 
     def _scaled(self, means: Tensor) -> Tensor:
         """Latents of what the VAE gives: the inverse of `_unscaled`, which is affine in each channel."""

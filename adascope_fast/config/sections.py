@@ -70,8 +70,8 @@ class Train(Updates):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the denoiser; log-probabilities stay float32. With `fp16` gradients are scaled on their way through
     it, as with `model.dtype = "float16"`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU where there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto` takes the GPU where there is one; `mps`, Apple's, was never run."""
 
     def examine(self) -> None:
         """ValueError where bitsandbytes is asked for and not installed."""

@@ -471,8 +471,8 @@ class Engine:
     def _part(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if self.schedule.coef.is_cuda:
-            torch.cuda.synchronize()
+        if self.schedule.coef.device.type != "cpu":
+            torch.accelerator.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
 

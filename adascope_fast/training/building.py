@@ -29,6 +29,8 @@ def accelerator_of(config: Config) -> Accelerator:
     train = config.train
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
+    if train.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError('train.device = "mps" needs an Apple GPU, and torch sees none; use "auto" or "cpu"')
     config.log.examine()
     train.examine()
     return Accelerator(

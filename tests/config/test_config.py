@@ -202,7 +202,7 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "train.mixed_precision=bfloat16",
-            'train.mixed_precision must be one of no, bf16, got "bfloat16"; '
+            'train.mixed_precision must be one of no, bf16, fp16, got "bfloat16"; '
             'set for example train.mixed_precision = "bf16"',
         ),
         (

@@ -1,15 +1,18 @@
-"""Runs under float16 autocast, on a CPU: as in float32 but for rounding, with gradients that do not underflow."""
+"""Runs under float16 autocast, on a CPU: as in float32 but for rounding; what a device or an optimiser cannot have."""
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from small_runs import CAPTIONS, SMALLEST, TINY, lines_of, redness
 from torch import Tensor
 
+from adascope_fast.backbone import in_double
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.training.building import suited
+from adascope_fast.training.building import accelerator_of, suited
 from adascope_fast.training.trainer import Trainer
 
 
@@ -63,3 +66,17 @@ def test_an_optimiser_that_cannot_be_fused_is_not(override: str, device: str):
     with pytest.raises(ConfigError, match=r'fused_optimizer is for AdamW of torch .* got "on", .*; set it to "auto"'):
         suited(asked, torch.device(device))
     assert suited(Config.load(None, []), torch.device("cuda")).acceleration.is_fused
+
+
+def test_what_apples_gpus_have_not_is_computed_on_the_cpu():
+    """By a stand-in: none of this project's machines has one."""
+    stands_in: Any = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: torch.ones(2))
+    assert in_double(stands_in).dtype == torch.float64
+    here: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), double=lambda: "not moved")
+    assert in_double(here) == "not moved"
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has an Apple GPU")
+def test_an_apple_gpu_that_is_not_there_is_told():
+    with pytest.raises(ConfigError, match=r'train\.device = "mps" needs an Apple GPU, .*; use "auto" or "cpu"'):
+        accelerator_of(Config.load(None, ["train.device=mps"]))
