@@ -207,7 +207,7 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "train.device=3",
-            'train.device must be one of auto, cpu, cuda, got 3; set for example train.device = "auto"',
+            'train.device must be one of auto, cpu, cuda, mps, got 3; set for example train.device = "auto"',
         ),
         (
             "selector.name=random_fraction",
