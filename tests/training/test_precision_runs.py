@@ -80,3 +80,13 @@ def test_what_apples_gpus_have_not_is_computed_on_the_cpu():
 def test_an_apple_gpu_that_is_not_there_is_told():
     with pytest.raises(ConfigError, match=r'train\.device = "mps" needs an Apple GPU, .*; use "auto" or "cpu"'):
         accelerator_of(Config.load(None, ["train.device=mps"]))
+
+
+def test_bitsandbytes_that_is_not_there_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    config = Config.load(None, ["train.optimizer=adamw_8bit"])
+    monkeypatch.setattr("adascope_fast.config.sections.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"needs bitsandbytes, which is not installed; pip install 'adascope-fast\[bnb\]'"
+    ):
+        config.train.examine()
+    Config.load(None, []).train.examine()
