@@ -24,6 +24,11 @@ def take(condition: Condition, index: Tensor) -> Condition:
     return {name: value[index] for name, value in condition.items()}
 
 
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in float64: where it is, or on the CPU where its device has none, as Apple's mps."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 class Backbone(Protocol):
     """A frozen pipeline with a trainable adapter. Outputs have the denoiser's type, or a wider one."""
 

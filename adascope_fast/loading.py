@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from adascope_fast.distributed.sharded import all_whole, copy_into
 
 ALIGNMENT = 64  # bytes, of what PyTorch allocates on a CPU
+BITSANDBYTES = "__bnb_optimizer_quant_state__"
+"""The key under which bitsandbytes hides a parameter's moments from FSDP; it reads them without it too."""
 
 
 def align(module: nn.Module) -> None:
@@ -117,11 +119,27 @@ def follow_umask(place: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts as `{parameter index}.{name}` tensors; hyper-parameters are not included."""
-    state = optimizer.state_dict()["state"]
-    return all_whole(
-        {f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()}
-    )
+    """Moments and step counts as `{parameter index}.{name}` tensors; hyper-parameters are not included.
+
+    A count that an optimiser has as a number is an integer tensor; those of torch are floating ones.
+    """
+    found: dict[str, Tensor] = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        inner = entry.get(BITSANDBYTES, {})  # what has another shape than its parameter, apart from the rest
+        for name, value in {**entry, **inner}.items():
+            if name != BITSANDBYTES:
+                found[f"{index}.{name}"] = torch.as_tensor(value)
+    return _apart(all_whole(found))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each in memory of its own, which safetensors asks for: parameters share bitsandbytes' code books."""
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        if value.numel() and value.data_ptr() in seen:
+            tensors[name] = value.clone()
+        seen.add(value.data_ptr())
+    return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -130,7 +148,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     Moments get the memory layout of their parameter: a fused optimiser walks through both as they lie in memory.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
@@ -138,7 +156,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             moments = torch.empty_like(parameter, dtype=value.dtype)
             copy_into(moments, value)
             value = moments
-        state.setdefault(int(index), {})[name] = value
+        is_number = value.ndim == 0 and not value.is_floating_point()
+        state.setdefault(int(index), {})[name] = value.item() if is_number else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -99,7 +99,7 @@ def ideal_chain(schedule: Schedule, variance: float) -> IdealChain:
     Unlike the closed forms, which are for infinitely small steps, this is exact for the table at hand.
     """
     gain = ideal_gain(schedule, variance)
-    std = schedule.coef[:, 2].double().cpu()
+    std = schedule.coef[:, 2].cpu().double()
     variances = [torch.ones((), dtype=torch.float64)]
     for c, s in zip(gain, std, strict=True):
         variances.append(c.square() * variances[-1] + s.square())
@@ -111,14 +111,14 @@ def ideal_gain(schedule: Schedule, variance: float) -> Float64[Tensor, " t"]:
     """Weight of x in the mean of the next latent when the model's guess is E[x0 | x] = signal * variance / V * x."""
     signal, sigma = schedule.levels()
     guess = signal * variance / (signal.square() * variance + sigma.square())
-    a, b, _ = schedule.coef.double().cpu().unbind(1)
-    of_x, of_output = schedule.x0_coef.double().cpu().unbind(1)
+    a, b, _ = schedule.coef.cpu().double().unbind(1)
+    of_x, of_output = schedule.x0_coef.cpu().double().unbind(1)
     return a + b * (guess - of_x) / of_output
 
 
 def schedule_correlation(schedule: Schedule, variance: float = 1.0) -> Float64[Tensor, " t"]:
     """Theorem 2 along a schedule, by its log-SNR alone and so the same for every sampler; the last step ends clean."""
-    noise = (-schedule.log_snr.double().cpu()).exp()
+    noise = (-schedule.log_snr.cpu().double()).exp()
     clean = torch.cat([noise[1:], torch.zeros(1, dtype=torch.float64)])
     return ((variance + clean) / (variance + noise)).sqrt()
 

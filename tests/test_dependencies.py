@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[1]
 OWN = {"adascope_fast", "bench", "experiments", "examples", "kernels"}
 ELSEWHERE = {
     "pydantic_core": "pydantic asks for one release of it exactly, and shows its names in its own documentation",
-    "bitsandbytes": "told where 8-bit Adam is asked for and it is not there",
     "trackio": "a tracker, told where log.trackers names it and it is not there",
     "trl": "measured and recorded in an environment of its own",
     "xformers": "an extra that has no build for CPUs",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from adascope_fast.backbone import in_double
 from adascope_fast.loading import align, load_whole
 
 RIDGE = 1e-4
@@ -96,8 +97,8 @@ class LinearDecoder:
 def fitted(latents: Float[Tensor, "n c h w"], images: Float[Tensor, "n 3 height width"]) -> dict[str, Tensor]:
     """`weight` [3 patch^2, c, 3, 3] and `bias` of the convolution before a pixel shuffle, by ridge regression."""
     channels, patch = latents.shape[1], images.shape[-1] // latents.shape[-1]
-    around = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1).double()
-    target = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
+    around = in_double(F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1))
+    target = in_double(F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1))
     centre, middle = around.mean(0), target.mean(0)
     x, y = around - centre, target - middle
     gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)

@@ -292,7 +292,7 @@ def causal_end(
 
 def host(x: Any) -> np.ndarray:
     """`x` as float64 in numpy."""
-    return np.asarray(x.detach().double().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
+    return np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x, dtype=np.float64)
 
 
 def mean(curves: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from adascope_fast import ops
-from adascope_fast.backbone import Reward
+from adascope_fast.backbone import Reward, in_double
 from adascope_fast.rollout import Trajectory
 from adascope_fast.theory import successive_correlations
 
@@ -185,9 +185,10 @@ def _between(values: Tensor, states: list[int], curve: Callable[[np.ndarray], Ca
         return values
     weights = curve(np.eye(len(states)))(np.arange(states[-1] + 1))
     weights[states] = np.eye(len(states))
-    filled = values.double() @ torch.from_numpy(weights.T).to(values.device)
-    finite = values.isfinite().all(1, keepdim=True)
-    return torch.where(finite, filled, torch.nan).to(values)
+    known = in_double(values)
+    filled = known @ torch.from_numpy(weights.T).to(known.device)
+    finite = known.isfinite().all(1, keepdim=True)
+    return torch.where(finite, filled, torch.nan).to(values.dtype).to(values.device)
 
 
 @torch.no_grad()

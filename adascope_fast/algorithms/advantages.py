@@ -177,7 +177,7 @@ def _added(
 ) -> Float64[Tensor, " b"]:
     alone = replace(advantage, advantage_clip=float("inf"))
     return torch.stack(
-        [weights.get(name, 1.0) * alone(scores.double(), prompts, 1)[:, 0].cpu() for name, scores in parts.items()]
+        [weights.get(name, 1.0) * alone(scores.cpu().double(), prompts, 1)[:, 0] for name, scores in parts.items()]
     ).sum(0)
 
 
@@ -193,7 +193,7 @@ def _checked(rewards: Float[Tensor, " b"], prompts: list[str]) -> Float64[Tensor
         raise ValueError(
             f"a reward for each prompt is needed, but rewards are {list(rewards.shape)}, prompts {len(prompts)}"
         )
-    values = rewards.detach().to("cpu", torch.float64)
+    values = rewards.detach().cpu().double()
     if not values.isfinite().all():
         index = int((~values.isfinite()).nonzero()[0])
         raise ValueError(

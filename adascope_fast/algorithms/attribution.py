@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from adascope_fast.algorithms import settings
+from adascope_fast.backbone import in_double
 from adascope_fast.rollout import Trajectory
 
 
@@ -40,20 +41,21 @@ class Attribution(settings.Attribution):
         Args:
             gains: what each step adds, for "gain" and "similarity"; what is not finite counts as nothing.
         """
-        t = steps.shape[1]
+        t, kept = steps.shape[1], in_double(steps)
         if self.is_known_ahead:
             gamma = self.gamma if self.attribution == "discount" else 1.0
-            raw = gamma ** torch.arange(t - 1, -1, -1, device=steps.device, dtype=torch.float64)
+            raw = gamma ** torch.arange(t - 1, -1, -1, device=kept.device, dtype=torch.float64)
         elif gains is None:
             raise ValueError(
                 f'attribution = "{self.attribution}" needs a selector that has sensed the preference along this '
                 f"rollout, and this one has not; sense every rollout of 4 steps or more, or use another attribution"
             )
         else:
-            raw = gains.to(steps.device, torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
-        raw = raw * steps
-        raw = torch.where(raw.sum(1, keepdim=True) > 0, raw, steps.double())
-        return (raw * (steps.sum(1, keepdim=True) / raw.sum(1, keepdim=True).clamp(min=1e-300))).float()
+            raw = in_double(gains).to(kept.device).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        raw = raw * kept
+        raw = torch.where(raw.sum(1, keepdim=True) > 0, raw, kept)
+        weight = raw * (kept.sum(1, keepdim=True) / raw.sum(1, keepdim=True).clamp(min=1e-300))
+        return weight.float().to(steps.device)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from adascope_fast.algorithms.advantages import Whiten, tracked
 from adascope_fast.algorithms.algorithm import Context, Samples
 from adascope_fast.algorithms.objectives import Clipped, clipped_value_loss
 from adascope_fast.algorithms.policy_gradient import PolicyGradient, clipped, shared_by
+from adascope_fast.backbone import in_double
 from adascope_fast.loading import load_optimizer_tensors, optimizer_tensors, prefixed, select
 from adascope_fast.rollout import Trajectory
 
@@ -257,15 +258,15 @@ class Tdpo(WithCritic):
 
 def returns(final: Float[Tensor, " b"], num_steps: int, gamma: float) -> Float[Tensor, "b t"]:
     """Discounted return of each step, where the last one alone is rewarded."""
-    left = torch.arange(num_steps - 1, -1, -1, device=final.device, dtype=torch.float64)
-    return final[:, None] * (gamma**left).to(final.dtype)
+    left = in_double(torch.arange(num_steps - 1, -1, -1, device=final.device))
+    return final[:, None] * (gamma**left).to(final.dtype).to(final.device)
 
 
 def standardised(values: Float[Tensor, "b t"], keep: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """(value - mean) / (std + 1e-8) over the kept ones, with the population's std; 0 elsewhere."""
-    kept = values[keep].double()
-    whole = (values.double() - kept.mean()) / (kept.std(correction=0) + 1e-8)
-    return torch.where(keep, whole, 0.0).to(values.dtype)
+    kept = in_double(values[keep])
+    whole = (in_double(values) - kept.mean()) / (kept.std(correction=0) + 1e-8)
+    return torch.where(keep, whole.to(values.dtype).to(values.device), 0.0)
 
 
 def is_active_neuron(activation: Float[Tensor, "n k"]) -> Bool[Tensor, " k"]:

@@ -293,7 +293,7 @@ def preference_loss(
 
 def paired(rewards: Float[Tensor, " b"], prompts: list[str]) -> Int64[Tensor, "p 2"]:
     """(better, worse) samples: of each prompt the highest reward with the lowest, and so inward; ties are left out."""
-    values = rewards.detach().double().cpu().tolist()
+    values = rewards.detach().cpu().double().tolist()
     groups: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(row)

@@ -279,7 +279,8 @@ def noise_levels(
     b, device = len(keep), keep.device
     bounds = torch.arange(num_draws + 1, device=device) * keep.sum(1, keepdim=True) // num_draws  # [b, num_draws + 1]
     width = bounds.diff(dim=1)
-    share = torch.rand((b, num_draws), generator=generator, device=device, dtype=torch.float64)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps has not
+    share = torch.rand((b, num_draws), generator=generator, device=device, dtype=dtype)
     sample, part = (width > 0).nonzero().unbind(1)
     rank = bounds[sample, part] + (share * width).long()[sample, part]
     kept_first = (~keep).long().argsort(dim=1, stable=True)

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adascope_fast.backbone import Condition
+from adascope_fast.backbone import Condition, in_double
 from adascope_fast.backbones import float16_gradients as half
 from adascope_fast.backbones import settings
 from adascope_fast.backbones.attention import use_attention
@@ -83,8 +83,7 @@ class PipelineBackbone:
         self.weights = self._make_weights()
         self._gradient_scale = 1.0
         if self.dtype == torch.float16:
-            self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
-            half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
+            self.scale_gradients()
         if options.gradient_checkpointing:
             # Nothing in it is random, so the generators' states need not be kept, which a CUDA graph could not.
             self.denoiser.enable_gradient_checkpointing(
@@ -291,7 +290,10 @@ class PipelineBackbone:
             self._place_text_encoders(is_near=False)
 
     def predict(self, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Model output in the denoiser's type, float16 excepted; offloaded text encoders leave the device here."""
+        """Model output in the denoiser's type, or autocast's, float32 in place of float16.
+
+        Offloaded text encoders leave the device here.
+        """
         self.settle()
         output = self._predict(sample.to(self.dtype), timestep, condition)
         if self._gradient_scale == 1:
@@ -323,7 +325,7 @@ class PipelineBackbone:
         found = [self.vae.encode(part, return_dict=False)[0] for part in shown.split(self.num_decoded_at_once())]
         # AutoencoderTiny gives latents, AutoencoderKL their distribution.
         means = torch.cat([one if isinstance(one, Tensor) else one.mean for one in found])
-        return self._scaled(means.double()).float()
+        return self._scaled(in_double(means)).float().to(means.device)
 
     def _scaled(self, means: Tensor) -> Tensor:
         """Latents of what the VAE gives: the inverse of `_unscaled`, which is affine in each channel."""
@@ -369,6 +371,12 @@ class PipelineBackbone:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+    def scale_gradients(self) -> None:
+        """Have gradients pass through the denoiser in float16's range, as under its autocast; a float16 model does."""
+        if self._gradient_scale == 1:
+            self._gradient_scale = half.scale_for(torch.Size(self.latent_shape).numel())
+            half.divide_gradients(self.trainable_parameters(), self._gradient_scale)
 
     @contextmanager
     def reference_policy(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
-"""Gradients through a float16 denoiser, most of which would be lost below float16's smallest numbers (6e-8).
+"""Gradients through a float16 denoiser, or one under float16 autocast, most of which would be lost.
 
-d log_prob / d output is about 1 / (elements of a latent), and an update divides it by its pairs besides. So a gradient
-is multiplied where it enters the denoiser, and divided where it leaves it, at the float32 parameters that are trained.
+d log_prob / d output is about 1 / (elements of a latent), and an update divides it by its pairs besides, which is below
+float16's smallest numbers (6e-8). So a gradient is multiplied where it enters the denoiser, and divided where it leaves
+it, at the float32 parameters that are trained.
 """
 
 import math

@@ -67,6 +67,7 @@ def _made(
     overwrite: bool,
 ) -> "Made":
     from adascope_fast import backbones, prompts, rewards
+    from adascope_fast.engine.acceleration import autocast_of
     from adascope_fast.preferences import making
     from adascope_fast.training.building import accelerator_of
     from adascope_fast.training.draw import load_run
@@ -89,6 +90,7 @@ def _made(
                 f"{config.model.name!r}; set model.name to that"
             )
     backbone.to(accelerator.device)
+    autocast = autocast_of(config.train.mixed_precision, accelerator.device.type)
     schedule = backbone.schedule(sampler.num_steps, **sampler.table)
     about = {
         "model": config.model.name,
@@ -101,7 +103,7 @@ def _made(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("adascope-fast", "torch", "diffusers")},
     }
-    with bar("preferences", pairs, unit="pair", stays=True) as shown, accelerator.autocast():
+    with bar("preferences", pairs, unit="pair", stays=True) as shown, autocast():
 
         def on_pairs(count: int) -> None:
             shown.update(count - shown.n)

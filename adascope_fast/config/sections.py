@@ -21,6 +21,7 @@ from adascope_fast.settings import (
     Share,
     Steps,
     Text,
+    only_with,
 )
 
 
@@ -42,8 +43,18 @@ class Train(Updates):
     """Different prompts in a rollout."""
     samples_per_prompt: Images = 4
     """Images drawn for each of them."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit`: bitsandbytes' AdamW, whose moments take 2 bytes a weight in place of 8 (extra `bnb`); tensors of
+    fewer than 4,096 elements keep theirs whole."""
     learning_rate: LearningRate = 3e-4
-    """AdamW learning rate."""
+    """AdamW learning rate; with a schedule, the highest."""
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
+    """Course of the learning rate over all updates of the run after the warm-up, by diffusers' names; all but
+    `constant` fall to 0 behind the last update, whose number follows from `iterations`."""
+    lr_cycles: Annotated[Count, only_with(lr_schedule=["cosine_with_restarts"])] = 1
+    """Times that the rate falls."""
+    warmup_updates: CountOrZero = 0
+    """Optimiser updates in which the rate rises evenly, from 0 at the first; with any `lr_schedule`."""
     weight_decay: PositiveOrZero = 1e-4
     """AdamW weight decay."""
     adam_beta1: Decay = 0.9
@@ -56,10 +67,24 @@ class Train(Updates):
     """Iterations between checkpoints."""
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the denoiser; log-probabilities stay float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU where there is one."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the denoiser; log-probabilities stay float32. With `fp16` gradients are scaled on their way through
+    it, as with `model.dtype = "float16"`."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto` takes the GPU where there is one; `mps`, Apple's, was never run."""
+
+    def examine(self) -> None:
+        """ValueError where bitsandbytes is asked for and not installed."""
+        if self.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                'train.optimizer = "adamw_8bit" needs bitsandbytes, which is not installed; '
+                "pip install 'adascope-fast[bnb]', or set it to \"adamw\""
+            )
+
+    @property
+    def total_updates(self) -> int:
+        """Optimiser updates of the run, which its learning rates follow from."""
+        return self.iterations * self.num_updates
 
     @model_validator(mode="after")
     def _can_be_meant(self) -> Self:
@@ -67,6 +92,12 @@ class Train(Updates):
             raise ValueError(
                 "train.learning_rate times train.weight_decay is the share of every weight that an update takes away, "
                 f"so it must be below 1, got {self.learning_rate} times {self.weight_decay}; lower train.weight_decay"
+            )
+        if 0 < self.total_updates <= self.warmup_updates:
+            raise ValueError(
+                "a warm-up ends within the run, so train.warmup_updates must be below its "
+                f"{self.total_updates} updates (train.iterations times those of each), got {self.warmup_updates}; "
+                "lower it, or raise train.iterations"
             )
         images = self.prompts_per_iteration * self.samples_per_prompt
         if images > MOST_IMAGES:

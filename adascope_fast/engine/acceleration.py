@@ -5,6 +5,8 @@ Each is a key of the configuration's `acceleration` section; "auto" turns on wha
 
 import resource
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,15 @@ from adascope_fast.engine.settings import Acceleration as Acceleration
 from adascope_fast.engine.settings import Switch
 
 T = TypeVar("T")
+
+AUTOCAST: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The type that `train.mixed_precision` casts to."""
+
+
+def autocast_of(mixed_precision: str, device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context in which a denoiser runs with this `train.mixed_precision`."""
+    dtype = AUTOCAST[mixed_precision]
+    return nullcontext if dtype is None else partial(torch.autocast, device_type, dtype)
 
 
 def accelerate(

@@ -27,9 +27,9 @@ from adascope_fast.backbone import Backbone, Reward
 from adascope_fast.distributed import Ranks, dealt
 from adascope_fast.distributed.sharded import sum_gradients, whole
 from adascope_fast.engine.acceleration import halving, peak_memory
-from adascope_fast.engine.best_worst import best_and_worst
 from adascope_fast.engine.collection import Collection, NothingFiniteError, Sampling
 from adascope_fast.engine.graphs import Graphs
+from adascope_fast.engine.optimizer import Rate
 from adascope_fast.engine.per_sample import PerSampleGradients
 from adascope_fast.engine.policy import ModelPolicy
 from adascope_fast.engine.recorded import Recording, halved_parts
@@ -44,6 +44,7 @@ from adascope_fast.rollout import (
 )
 from adascope_fast.schedules import Schedule
 from adascope_fast.schedules.settings import Sampler
+from adascope_fast.selectors.best_worst import best_and_worst
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.theory import measured_uncertainty
 
@@ -83,6 +84,7 @@ class Engine:
         autocast: context in which the denoiser runs.
         progress: called with (part, done, total) as an iteration advances.
         graphs: what steps of a rollout and microbatches of an update are recorded by; None: they are not.
+        rate: learning rate of an update by its number in the run, skipped ones included; None: the optimiser's own.
         ranks: the processes of the run: each samples and trains a share; None: those that torch.distributed knows.
     """
 
@@ -101,6 +103,7 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[str, int, int], None] = lambda part, done, total: None,
         graphs: Graphs | None = None,
+        rate: Rate | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = Ranks() if ranks is None else ranks
@@ -116,7 +119,8 @@ class Engine:
         """What draws the rollouts in place of this process."""
         self.rollout_batch = settings.rollout_batch
         self.microbatch = settings.usual_microbatch(self.sampler.guidance_scale)
-        self._autocast, self._progress = autocast, progress
+        self._autocast, self._progress, self._rate = autocast, progress, rate
+        self._next_update = 0
         self._parameters = backbone.trainable_parameters()
         self._images = ImageCache(backbone)
         self._recording = None if graphs is None else Recording(graphs, backbone, algorithm, self._parameters)
@@ -135,6 +139,7 @@ class Engine:
         For an algorithm that learns from a set, the prompts are those that its `draw` gave.
         """
         self._seconds, self._own_rows, self._rows_trained = {}, [], 0
+        self._next_update = iteration * self.settings.num_updates
         self.ranks.take_cost()  # what was told between iterations is none of this one's
         schedule = self.algorithm.schedule(self.selector.sampler(self.schedule, iteration))
         if self._recording is not None:
@@ -478,6 +483,10 @@ class Engine:
     def _optimizer_step(self) -> Float32[Tensor, ""]:
         """One update with the gradient cut to its largest norm, none if that norm is not finite; the norm."""
         norm = whole(nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm))
+        if self._rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(self._next_update)
+        self._next_update += 1
         if self.optimizer.defaults.get("fused"):  # skips by itself, on the device
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -490,8 +499,8 @@ class Engine:
     def _part(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if self.schedule.coef.is_cuda:
-            torch.cuda.synchronize()
+        if self.schedule.coef.device.type != "cpu":
+            torch.accelerator.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
 

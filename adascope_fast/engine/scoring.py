@@ -88,8 +88,9 @@ class RewardOfGuess:
 
 
 def decoded_whole(backbone: Backbone, latents: Float[Tensor, "m *latent"]) -> Float[Tensor, "m 3 h w"]:
-    """Images of latents, NaN throughout where latents or image are not finite."""
-    images = backbone.decode(latents)
+    """Images of latents, NaN throughout where latents or image are not finite; autocast is the denoiser's alone."""
+    with torch.autocast(latents.device.type, enabled=False):
+        images = backbone.decode(latents)
     is_whole = latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1)
     return torch.where(is_whole[:, None, None, None], images, torch.nan)
 

@@ -5,7 +5,6 @@ The weights stand for the real ones in time and memory. What is measured is eage
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +13,7 @@ import torch
 from adascope_fast import backbones
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.config import Config
+from adascope_fast.engine.acceleration import autocast_of
 from adascope_fast.planning.plan import Plan, in_bytes
 
 
@@ -156,10 +156,12 @@ class _Step:
     """The denoiser's part of an update and of a rollout, on random inputs."""
 
     def __init__(self, config: Config, backbone: PipelineBackbone, device: str) -> None:
+        from adascope_fast.training.building import optimizer_of, suited  # a plan that measures nothing needs none
+
         self.backbone, self._device = backbone, device
         self._copies = 1 if config.sampler.guidance_scale == 1 else 2
-        self._is_bf16 = config.train.mixed_precision == "bf16"
-        self._optimizer = torch.optim.AdamW(backbone.trainable_parameters(), lr=1e-6, fused=True)
+        self._autocast = autocast_of(config.train.mixed_precision, device)
+        self._optimizer = optimizer_of(suited(config, torch.device(device)), backbone.trainable_parameters())
 
     def train(self, images: int) -> None:
         """Forward, backward, update."""
@@ -183,6 +185,3 @@ class _Step:
         }
         with self._autocast():
             return self.backbone.predict(sample, torch.full((rows,), 500.0, device=self._device), condition)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self._device, torch.bfloat16) if self._is_bf16 else nullcontext()  # type: ignore

@@ -20,6 +20,8 @@ from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Noised
 from adascope_fast.backbones import PipelineBackbone
 from adascope_fast.backbones.folding import Folding
 from adascope_fast.config import Config
+from adascope_fast.engine.acceleration import AUTOCAST
+from adascope_fast.engine.optimizer import LEAST_8BIT
 from adascope_fast.training.monitoring.flops import Cost, denoiser_cost, measure
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -106,7 +108,7 @@ class Planner:
 
     def _counts(self, config: Config) -> "Counted":
         has_reference = bool(getattr(config.algorithm, "needs_reference", False))
-        autocast = torch.bfloat16 if config.train.mixed_precision == "bf16" else None
+        autocast = AUTOCAST[config.train.mixed_precision]
         # Neither changes what is counted: quantised weights are not made, and text encoders are always near.
         options: dict[str, Any] = config.model.options() | {"offload_text_encoders": False, "quantize": "none"}
         key = f"{config.model.name!r} {options} {has_reference} {autocast}"
@@ -270,14 +272,21 @@ def weight_bytes(backbone: PipelineBackbone, config: Config) -> float:
         total -= _encoder_bytes(backbone)
     trained = sum(parameter.numel() for parameter in backbone.trainable_parameters())
     copies = (
-        3
+        1
         + bool(config.model.average_decay)
         + bool(getattr(config.algorithm, "has_average", False))
         + (config.model.train == "full" and bool(getattr(config.algorithm, "needs_reference", False)))
     )
     if config.model.quantize != "none":
         total -= _saved_by_quantisation(backbone, config.model.quantize)
-    return total + 4.0 * copies * trained
+    return total + 4.0 * copies * trained + _moment_bytes(backbone, config)
+
+
+def _moment_bytes(backbone: PipelineBackbone, config: Config) -> float:
+    """Of AdamW's two moments: float32, or 8 bits with the scale of each 256 in tensors that bitsandbytes gives them."""
+    sizes = [parameter.numel() for parameter in backbone.trainable_parameters()]
+    is_8bit = config.train.optimizer == "adamw_8bit"
+    return float(sum(size * 2 * (1 + 4 / 256 if is_8bit and size >= LEAST_8BIT else 4) for size in sizes))
 
 
 def _encoder_bytes(backbone: PipelineBackbone) -> float:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32
 from PIL import Image
 from torch import Tensor
 
-from adascope_fast.backbone import Backbone, Reward
+from adascope_fast.backbone import Backbone, Reward, in_double
 from adascope_fast.preferences.files import LABELLED, MANIFEST, PAIRS
 from adascope_fast.rollout import OwnNoise, PromptCache, rollout
 from adascope_fast.schedules import Schedule
@@ -92,7 +92,7 @@ def make(
             batch=batch,
         ):
             drawn += len(found)
-            scores.append(float(found.double().mean()))
+            scores.append(float(in_double(found).mean()))
             if bool((found == found[0]).all()):
                 ties, in_a_row = ties + 1, in_a_row + 1
                 if in_a_row >= MOST_TIES:
@@ -176,7 +176,8 @@ def _judged(
                 noise=noise,
                 batch=batch,
             )
-            images = backbone.decode(trajectory.latents[:, -1])
+            with torch.autocast(trajectory.latents.device.type, enabled=False):
+                images = backbone.decode(trajectory.latents[:, -1])
             whole = images.flatten(1).isfinite().all(1)
             if not bool(whole.all()):
                 raise FloatingPointError(
@@ -205,9 +206,9 @@ def _labelled(
     folder: Path, number: int, prompt: str, images: Float[Tensor, "k 3 h w"], scores: Float32[Tensor, " k"]
 ) -> tuple[list[dict[str, Any]], float]:
     """Each picture that is not the mean of its prompt's, as a line; and by how much the liked ones are above others."""
-    mean = scores.double().mean()
+    mean = in_double(scores).mean()
     lines = []
-    for row in (scores.double() != mean).nonzero()[:, 0].tolist():
+    for row in (in_double(scores) != mean).nonzero()[:, 0].tolist():
         path = _write(folder, f"{number + len(lines):06d}", images[row])
         is_liked = bool(scores[row] > mean)
         lines.append({"prompt": prompt, "image": path, "label": is_liked, "score": scores[row].item()})

@@ -111,7 +111,7 @@ def _judged(
     clean, scores = [], []
     for start in range(0, len(repeated), at_once * num_samples):
         texts = repeated[start : start + at_once * num_samples]
-        with trainer.accelerator.autocast():
+        with trainer.autocast():
             trajectory = rollout(
                 backbone,
                 trainer.schedule,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adascope_fast.backbone import in_double
 from adascope_fast.rewards.reward import (
     Reward,
     check_prompts,
@@ -59,7 +60,7 @@ class Mixed:
 
     def breakdown(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """The mean of each reward."""
-        return {name: scores.double().mean().item() for name, scores in self.parts(images, prompts).items()}
+        return {name: in_double(scores).mean().item() for name, scores in self.parts(images, prompts).items()}
 
     def check_prompts(self, prompts: Sequence[str], where: str) -> None:
         """ValueError where one of the rewards cannot judge a prompt."""

@@ -70,7 +70,7 @@ class Schedule:
 
     def levels(self) -> tuple[Float64[Tensor, " t"], Float64[Tensor, " t"]]:
         """Weights (signal, sigma) of clean latent and noise in the state that enters each step; on the CPU."""
-        log_snr = self.log_snr.double().cpu()
+        log_snr = self.log_snr.cpu().double()
         if self.kind in ("ddim", "ddpm", "dpm_solver"):
             return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         if self.is_flow:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from adascope_fast.backbone import in_double
 from adascope_fast.rollout import Trajectory
 from adascope_fast.schedules import Schedule
 from adascope_fast.selectors import settings
@@ -134,5 +135,5 @@ class Complement:
                 f"the complement trains what {type(self.selector).__name__} leaves out, and it leaves out no step "
                 f"that has a log_prob; choose another selector"
             )
-        self._fraction = rest.double().mean().item()
+        self._fraction = in_double(rest).mean().item()
         return rest

@@ -14,7 +14,8 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.engine.acceleration import accelerate
+from adascope_fast.engine.acceleration import accelerate, autocast_of
+from adascope_fast.engine.optimizer import Rate, adamw_8bit, rate_of
 from adascope_fast.remote_rollout.drawing import Drawing
 from adascope_fast.rewards import ClipSimilarity, Reward
 from adascope_fast.selectors.protocol import TimestepSelector
@@ -28,23 +29,61 @@ def accelerator_of(config: Config) -> Accelerator:
     train = config.train
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda" needs a CUDA GPU, and torch sees none; use "auto" or "cpu"')
+    if train.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError('train.device = "mps" needs an Apple GPU, and torch sees none; use "auto" or "cpu"')
     config.log.examine()
+    train.examine()
     return Accelerator(
         cpu=train.device == "cpu",
-        mixed_precision=train.mixed_precision,
+        # Of fp16 the autocast alone is wanted, and accelerate's wants a GPU and to scale gradients its own way.
+        mixed_precision="no" if train.mixed_precision == "fp16" else train.mixed_precision,
     )
 
 
 def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with a configuration's settings."""
+    """AdamW with a configuration's settings; ValueError where bitsandbytes' cannot be had on their device."""
     train = config.train
-    return torch.optim.AdamW(
-        parameters,
-        fused=config.acceleration.is_fused,
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        weight_decay=train.weight_decay,
-        eps=train.adam_epsilon,
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "weight_decay": train.weight_decay,
+        "eps": train.adam_epsilon,
+    }
+    if train.optimizer == "adamw_8bit":
+        return adamw_8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=config.acceleration.is_fused, **settings)
+
+
+def suited(config: Config, device: torch.device) -> Config:
+    """The configuration without a fused optimiser where there is none, and that was left to choose.
+
+    Raises:
+        ConfigError: it was asked for by name.
+    """
+    why = ""
+    if config.train.optimizer == "adamw_8bit":
+        why = 'train.optimizer = "adamw_8bit" has kernels of its own'
+    elif device.type == "mps":
+        why = "on mps it has not been seen to skip an update that is not finite"
+    if not why:
+        return config
+    if config.acceleration.fused_optimizer == "on":
+        raise ConfigError(
+            f'acceleration.fused_optimizer is for AdamW of torch on CPUs and CUDA GPUs, got "on", and {why}; set it to '
+            f'"auto"'
+        )
+    return config.model_copy(update={"acceleration": config.acceleration.model_copy(update={"fused_optimizer": "off"})})
+
+
+def rates_of(config: Config) -> Rate:
+    """The learning rate of each update of a configuration's run."""
+    train = config.train
+    return rate_of(
+        train.learning_rate,
+        train.lr_schedule,
+        warmup_updates=train.warmup_updates,
+        num_updates=train.total_updates,
+        num_cycles=train.lr_cycles,
     )
 
 
@@ -57,7 +96,11 @@ def drawing_of(config: Config) -> tuple[Drawing, str]:
     digest = origin.of_model(backbone, pipeline)
     backbone.to(accelerator.device)
     accelerate(backbone.denoiser, config.acceleration, accelerator.device, decoder=backbone.vae)
-    drawing = Drawing(backbone, folds_adapter=config.acceleration.folds, autocast=lambda: accelerator.autocast())
+    drawing = Drawing(
+        backbone,
+        folds_adapter=config.acceleration.folds,
+        autocast=autocast_of(config.train.mixed_precision, accelerator.device.type),
+    )
     return drawing, digest
 
 

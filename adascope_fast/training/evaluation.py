@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from adascope_fast.backbone import Backbone
+from adascope_fast.backbone import Backbone, in_double
 from adascope_fast.distributed import Ranks, bounds_of, most_batches
 from adascope_fast.engine.scoring import decoded_whole, score_finite
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
@@ -52,7 +52,7 @@ class HeldOutScores:
 
 def interval(scores: Float32[Tensor, "p s"]) -> dict[str, float]:
     """`mean`, `low` and `high`: the normal 95 % interval of the mean over prompts; what is NaN is left out."""
-    means = scores.double().nanmean(1)
+    means = in_double(scores).nanmean(1)
     means = means[means.isfinite()]
     mean = means.mean().item() if len(means) else float("nan")
     reach = NORMAL_95 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
@@ -99,7 +99,7 @@ def _contrasts(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
 
 
 def _spread(values: Float[Tensor, "p s"]) -> float:
-    means = values.double().nanmean(1)
+    means = in_double(values).nanmean(1)
     return means[means.isfinite()].std().item() if int(means.isfinite().sum()) > 1 else float("nan")
 
 
@@ -174,7 +174,7 @@ def _of_images(
     spread = {"contrast": _spread(_contrasts(images).view(shape))}
     spread |= {} if of_pairs is None else {"diversity": _spread(of_pairs)}
     if similarity is not None:
-        by_clip = similarity(whole, named).double()
+        by_clip = in_double(similarity(whole, named))
         spread["clip_score"] = _spread(
             torch.full((len(images),), torch.nan).double().index_copy(0, rows, by_clip.cpu()).view(shape)
         )

@@ -225,6 +225,7 @@ class RunFolder:
             more: what else there is to say.
         """
         on_gpu, peak = device.type == "cuda", peak_memory(device)
+        kind = f"{platform.machine()} {'CPU' if device.type == 'cpu' else device.type}"
         self.write(
             "run.json",
             {
@@ -232,9 +233,7 @@ class RunFolder:
                 **more,
                 "date": self._date,
                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "device": torch.cuda.get_device_name()
-                if on_gpu
-                else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+                "device": torch.cuda.get_device_name() if on_gpu else f"{kind}, {os.cpu_count()} cores",
                 "versions": {"python": platform.python_version(), **versions()},
                 "commit": _commit(),
                 "peak_memory_mb": max(round(peak / 2**20), round(self._peak)),

@@ -42,6 +42,16 @@ def settled(config: Config, accelerator: Accelerator, ranks: Ranks) -> Config:
             "a float16 model scales the gradient of each weight, which a model in parts cannot, got model.dtype = "
             '"float16"; set it to "bfloat16" or "float32"'
         )
+    if config.train.mixed_precision == "fp16":
+        raise ConfigError(
+            "float16 autocast scales the gradient of each weight, which a model in parts cannot, got "
+            'train.mixed_precision = "fp16"; set it to "bf16" or "no"'
+        )
+    if config.train.optimizer == "adamw_8bit":
+        raise ConfigError(
+            "moments of 8 bits are stored in blocks of whole weights, which a model in parts has not, got "
+            'train.optimizer = "adamw_8bit" with FSDP; set it to "adamw"'
+        )
     off: dict[str, Any] = {}
     for key in ("cuda_graphs", "channels_last", "fold_adapter"):
         if getattr(config.acceleration, key) == "on":

@@ -29,7 +29,7 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.distributed import Ranks, bounds_of
-from adascope_fast.engine.acceleration import accelerate, graphs_of
+from adascope_fast.engine.acceleration import accelerate, autocast_of, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
 from adascope_fast.loading import follow_umask
@@ -48,9 +48,11 @@ from adascope_fast.training.building import (
     clip_of,
     complete,
     optimizer_of,
+    rates_of,
     refuse_other,
     selector_of,
     sensor_of,
+    suited,
 )
 from adascope_fast.training.evaluation import HeldOutScores, best_of, evaluate, interval, since_best
 from adascope_fast.training.monitoring import prometheus
@@ -323,7 +325,22 @@ class Trainer:
         if not accept_changes:
             origin.refuse_changed(folder.path, origin.differences(before, self._named_parts()))
         self._found = found
+        self._tell_other_decay(started.config.train.iterations, first)
         return _Started(first, before, changes, signature, None if found is None else found.state)
+
+    def _tell_other_decay(self, iterations: int, first: int) -> None:
+        """A line where the rates of what is left follow from another number of iterations than those before."""
+        train = self.config.train
+        if train.lr_schedule != "constant" and train.iterations != iterations:
+            logger.warning(
+                "train.iterations was %d and is %d: from iteration %d on the learning rate is that of a run of %d "
+                "iterations (train.lr_schedule = %s)",
+                iterations,
+                train.iterations,
+                first,
+                train.iterations,
+                f'"{train.lr_schedule}"',
+            )
 
     def _goes_on(
         self, folder: RunFolder, started: "_Started", now: dict[str, origin.Part], *, accept_changes: bool
@@ -452,6 +469,7 @@ class Trainer:
         """Load the model and build what trains it, as `train` does first; may refuse."""
         self._join()
         config, train = settled(self.config, self.accelerator, self.ranks), self.config.train
+        config = suited(config, self.accelerator.device)
         self._refuse_too_many_processes()
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
@@ -464,6 +482,9 @@ class Trainer:
                 keep_reference=self.algorithm.needs_reference,
                 told=told,
             )
+        self.autocast = autocast_of(train.mixed_precision, self.accelerator.device.type)
+        if train.mixed_precision == "fp16":
+            self.backbone.scale_gradients()
         if (known := self.algorithm.preferences) is not None:
             known.refuse_small(self.backbone.resolution)
         self.backbone.to(self.accelerator.device)
@@ -489,6 +510,7 @@ class Trainer:
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
         self.graphs = graphs_of(acceleration, device, self._progress.say)
         self.optimizer = optimizer_of(config, self.backbone.trainable_parameters())
+        self.rate = rates_of(config)
         self.sensor = sensor_of(config, self.backbone, self.reward)
         self.selector = self._selector or selector_of(config, self.sensor)
         self.engine = Engine(
@@ -501,9 +523,10 @@ class Trainer:
             train,
             sampler=sampler,
             folds_adapter=acceleration.folds,
-            autocast=lambda: self.accelerator.autocast(),
+            autocast=self.autocast,
             progress=self._progress.part,
             graphs=self.graphs,
+            rate=self.rate,
             ranks=self.ranks,
         )
 
@@ -573,7 +596,8 @@ class Trainer:
             known = sum(report.seconds.values())
             taken = time.perf_counter() - started
             report.seconds["other"] = taken - known
-            record = {"iteration": iteration, **report.values, "learning_rate": train.learning_rate}
+            last_rate = self.rate((iteration + 1) * train.num_updates - 1)
+            record = {"iteration": iteration, **report.values, "learning_rate": last_rate}
             record["sensing_share"] = report.seconds["sensing"] / taken
             record["cpu_seconds"] = time.process_time() - cpu
             record |= self._speed(record, taken) | {"seconds": report.seconds}
@@ -728,7 +752,7 @@ class Trainer:
         total = (stop - start) * schedule.num_steps
         scale = settings.guidance_scale
         rewards.training_stage(self.reward, "held-out prompts")  # not when: who judges should not know
-        with self._progress.stage("evaluation", total) as on_step, self.accelerator.autocast(), averaged:
+        with self._progress.stage("evaluation", total) as on_step, self.autocast(), averaged:
             try:
                 evaluation = evaluate(
                     self.backbone,

@@ -18,6 +18,7 @@ SMALL = [
     "prompts.held_out=scenes:held_out",
     "reward.name=jpeg_compressibility",
     "train.iterations=1",
+    "train.warmup_updates=0",
     "train.prompts_per_iteration=2",
     "train.samples_per_prompt=2",
     "train.rollout_batch=4",

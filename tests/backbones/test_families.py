@@ -1,6 +1,7 @@
 """Every family against plain diffusers: pictures, log-probabilities, adapters, full fine-tuning."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,32 @@ def test_small_gradients_survive_float16(family: str, size: float, tiny):
     want, got = gradients
     assert torch.cosine_similarity(got, want, 0) > 0.99
     assert got.norm() / want.norm() == pytest.approx(1, abs=0.05)
+
+
+def _small_gradient(model: Any, size: float, context: AbstractContextManager[Any]) -> Tensor:
+    """In the trained weights of one that enters the denoiser at `size`, over it."""
+    parameters, generator = model.trainable_parameters(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    with context:
+        output = model.predict(initial_latents(model, [1, 2]), torch.full((2,), 500.0), model.encode(CAPTIONS))
+    output.backward(size * torch.randn(output.shape, generator=generator).to(output.dtype))
+    return torch.cat([parameter.grad.flatten() for parameter in parameters]) / size
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("family", ["sd", "sd35"])
+def test_small_gradients_survive_float16_autocast(family: str, train: str, tiny):
+    """And without the scale they do not: what the test would miss is lost there."""
+    scaled, plain, wanted = (_load(tiny(family), train=train) for _ in range(3))
+    scaled.scale_gradients()
+    want = _small_gradient(wanted, 1e-7, nullcontext())
+    got = _small_gradient(scaled, 1e-7, torch.autocast("cpu", torch.float16))
+    assert torch.cosine_similarity(got, want, 0) > 0.99
+    assert got.norm() / want.norm() == pytest.approx(1, abs=0.05)
+    lost = _small_gradient(plain, 1e-7, torch.autocast("cpu", torch.float16))
+    assert torch.cosine_similarity(lost, want, 0) < 0.9 or lost.norm() / want.norm() < 0.9
 
 
 def test_small_gradients_of_each_sample_survive_float16_too(tiny):

@@ -202,12 +202,12 @@ def test_reading_a_configuration_loads_no_torch():
         ),
         (
             "train.mixed_precision=bfloat16",
-            'train.mixed_precision must be one of no, bf16, got "bfloat16"; '
+            'train.mixed_precision must be one of no, bf16, fp16, got "bfloat16"; '
             'set for example train.mixed_precision = "bf16"',
         ),
         (
             "train.device=3",
-            'train.device must be one of auto, cpu, cuda, got 3; set for example train.device = "auto"',
+            'train.device must be one of auto, cpu, cuda, mps, got 3; set for example train.device = "auto"',
         ),
         (
             "selector.name=random_fraction",

@@ -87,6 +87,12 @@ def test_every_text_is_printable_and_short(beside: list[str], key: str, value: s
             "it must be below 1, got 0.0001 times 100000.0; lower train.weight_decay",
         ),
         (
+            ["train.iterations=5", "train.updates_per_iteration=2", "train.warmup_updates=10"],
+            "a warm-up ends within the run, so train.warmup_updates must be below its 10 updates (train.iterations "
+            "times those of each), got 10; lower it, or raise train.iterations",
+        ),
+        (["train.lr_cycles=2"], "train.lr_cycles"),
+        (
             ["train.prompts_per_iteration=100000", "train.samples_per_prompt=100"],
             "an iteration has at most 1000000 images, got train.prompts_per_iteration = 100000 times "
             "train.samples_per_prompt = 100; lower one",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adascope_fast.algorithms import awm, d3po, ddpo, grpo
-from adascope_fast.engine.best_worst import best_and_worst
 from adascope_fast.rollout import EncodedPrompts
+from adascope_fast.selectors.best_worst import best_and_worst
 
 PROMPTS = ["a", "a", "b", "a", "a", "b", "a", "c"]
 REWARDS = torch.tensor([0.3, 0.9, 0.1, 0.5, 0.1, 0.2, 0.5, 0.0])

@@ -332,6 +332,15 @@ def test_quantised_and_offloaded_weights_take_less():
     assert taken() - taken("model.ema_decay=0") == 4 * adapters
 
 
+def test_moments_of_eight_bits_take_a_quarter_where_a_tensor_is_large():
+    model = backbones.outline("scenes", train="full")
+    sizes = [parameter.numel() for parameter in model.trainable_parameters()]
+    large = sum(size for size in sizes if size >= 4096)
+    plain, small = (weight_bytes(model, Config.load(None, more)) for more in ([], ["train.optimizer=adamw_8bit"]))
+    assert plain - small == large * (8 - 2 - 2 * 4 / 256)
+    assert 0 < large < sum(sizes)
+
+
 def test_a_plan_reads_no_weights(tmp_path: Path):
     folder = tmp_path / "scenes"
     shutil.copytree(ASSETS / "scenes", folder, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from adascope_fast import backbones
 from adascope_fast.config import Config
-from adascope_fast.training.building import optimizer_of
 from adascope_fast.training.monitoring.nonfinite import NonFinite
 from adascope_fast.training.run_folder import RunFolder
 from adascope_fast.training.trainer import Trainer
@@ -38,15 +37,8 @@ def _status(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def diverging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optimisers with a learning rate that no configuration may have."""
-
-    def made(*arguments: Any) -> torch.optim.Optimizer:
-        optimizer = optimizer_of(*arguments)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e38
-        return optimizer
-
-    monkeypatch.setattr("adascope_fast.training.trainer.optimizer_of", made)
+    """Updates with a learning rate that no configuration may have."""
+    monkeypatch.setattr("adascope_fast.training.trainer.rates_of", lambda config: lambda number: 1e38)
 
 
 @pytest.mark.usefixtures("diverging")

@@ -1,6 +1,7 @@
 """A run goes on as what it was, or not at all: what was passed in Python, what changed on disk, what is damaged."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,8 +23,17 @@ from adascope_fast.prompts.scenes import captions
 from adascope_fast.selectors.simple import StaticRange
 from adascope_fast.training.draw import load_run
 from adascope_fast.training.export import merge
+from adascope_fast.training.monitoring.callbacks import Callback
 from adascope_fast.training.run_folder import RunFolder
 from adascope_fast.training.trainer import Trainer
+
+
+class _End(Callback):
+    def __init__(self, *, after: int) -> None:
+        self.after = after
+
+    def on_iteration(self, record: dict[str, Any]) -> str | None:
+        return "stop" if record["iteration"] + 1 == self.after else None
 
 
 def blueness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -306,3 +316,32 @@ def test_code_that_was_added_to_a_folder_is_foreign(tmp_path: Path):
         trust.refuse_foreign(tmp_path, other, trust.signature(config), is_trusted=False)
     assert trust.signature(_config(tmp_path)) == ""
     assert trust.refuse_foreign(tmp_path, _config(tmp_path), "", is_trusted=False) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_resumed_run_has_the_rates_and_moments_of_the_one_left_alone(tmp_path: Path, optimizer: str):
+    """With a rank that makes some tensors large enough for 8 bits."""
+    rates = ["train.lr_schedule=cosine", "train.warmup_updates=2", "train.updates_per_iteration=2"]
+    rates += [f"train.optimizer={optimizer}", "model.lora_rank=64"]
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    alone, halted = tmp_path / "alone", tmp_path / "halted"
+    Trainer(_config(alone, *rates, "train.iterations=3"), quiet=True).train()
+    Trainer(_config(halted, *rates, "train.iterations=3"), quiet=True, callbacks=[_End(after=2)]).train()
+    Trainer(_config(halted, *rates, "train.iterations=3"), quiet=True).resume()
+    found = [load_file(run / "adapter" / "pytorch_lora_weights.safetensors") for run in (alone, halted)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    told = [record["learning_rate"] for record in lines_of(halted)]
+    moments = load_file(halted / "checkpoints" / "000003" / "state.safetensors")
+    kinds = {value.dtype for name, value in moments.items() if name.endswith(("state1", "exp_avg"))}
+    assert (torch.uint8 in kinds) is (optimizer == "adamw_8bit")
+    half = [0.5 * (1 + math.cos(math.pi * part / 4)) for part in (1, 3)]
+    assert told == pytest.approx([0.01 * 1 / 2, 0.01 * half[0], 0.01 * half[1]])
+
+
+def test_a_decay_of_another_length_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = tmp_path / "run"
+    Trainer(_config(folder, "train.lr_schedule=linear"), quiet=True).train()
+    Trainer(_config(folder, "train.lr_schedule=linear", "train.iterations=4"), quiet=True).resume()
+    assert "train.iterations was 2 and is 4: from iteration 2 on" in caplog.text
+    assert [line["learning_rate"] for line in lines_of(folder)] == pytest.approx([0.01, 0.005, 0.005, 0.0025])

@@ -35,6 +35,8 @@ def test_a_model_in_parts_goes_without_what_needs_it_whole(accelerator: Any) -> 
         ("acceleration.channels_last=on", r"channels_last needs the whole model"),
         ("acceleration.fold_adapter=on", r"fold_adapter needs the whole model"),
         ("model.dtype=float16", r'model\.dtype = "float16"; set it to "bfloat16"'),
+        ("train.mixed_precision=fp16", r'train\.mixed_precision = "fp16"; set it to "bf16"'),
+        ("train.optimizer=adamw_8bit", r'train\.optimizer = "adamw_8bit" with FSDP; set it to "adamw"'),
     ],
 )
 def test_what_was_asked_for_by_name_is_refused(accelerator: Any, override: str, words: str) -> None:

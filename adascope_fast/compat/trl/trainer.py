@@ -34,6 +34,7 @@ from adascope_fast.compat.trl.pipelines import DDPOStableDiffusionPipeline, _Dif
 from adascope_fast.compat.trl.statistics import PerPromptStatTracker
 from adascope_fast.compat.trl.step import is_affine
 from adascope_fast.engine.acceleration import Acceleration, accelerate, halving
+from adascope_fast.engine.optimizer import adamw_8bit
 from adascope_fast.engine.settings import Updates
 from adascope_fast.rollout import PromptCache, Trajectory
 from adascope_fast.schedules import Schedule
@@ -272,9 +273,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             "eps": config.train_adam_epsilon,
         }
         if config.train_use_8bit_adam:
-            import bitsandbytes  # pyright: ignore[reportMissingImports]
-
-            return bitsandbytes.optim.AdamW8bit(trainable_layers_parameters, **settings)
+            return adamw_8bit(trainable_layers_parameters, **settings)
         return torch.optim.AdamW(trainable_layers_parameters, fused=self._is_fused, **settings)
 
     def _config_check(self) -> tuple[bool, str]:

@@ -66,6 +66,8 @@ def remedy(config: Config) -> str:
     dtype, rate = config.model.dtype, config.train.learning_rate
     if dtype == "float16":
         return 'float16 overflows beyond 65504: set model.dtype = "bfloat16" or "float32"'
+    if config.train.mixed_precision == "fp16":
+        return 'float16 overflows beyond 65504: set train.mixed_precision = "bf16" or "no"'
     steps = [f"lower train.learning_rate ({rate:g})"]
     if dtype != "float32" or config.train.mixed_precision != "no":
         steps.append('set model.dtype = "float32" and train.mixed_precision = "no"')
