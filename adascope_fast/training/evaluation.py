@@ -145,11 +145,13 @@ def evaluate(
         num_batches=most_batches(bounds, batch) if ranks.are_in_step else None,
         on_step=on_step,
     )
-    side, device = backbone.resolution, schedule.coef.device
-    images = torch.empty(0, 3, side, side, device=device)
+    device = schedule.coef.device
     if mine:
         images = decoded_whole(backbone, trajectory.latents[:, -1])
-    scores = score_finite(score, images, mine) if mine else torch.empty(0, device=device)
+        scores = score_finite(score, images, mine)
+    else:  # there are fewer batches than processes
+        images = torch.empty(0, 3, backbone.resolution, backbone.resolution, device=device)
+        scores = torch.empty(0)
     scores = ranks.whole(scores.to(device, torch.float32), bounds).cpu()
     if not scores.isfinite().any():
         raise FloatingPointError(f"none of the {len(scores)} held-out images is finite")
