@@ -126,7 +126,7 @@ def test_reading_a_configuration_loads_no_torch():
         ("samplr=5", "unknown key samplr = 5; did you mean sampler?"),
         ("train.iterations.x=5", "unknown key train.iterations.x = 5; did you mean train.iterations?"),
         ("xyzzy.q=a", f'unknown key xyzzy.q = "a"; the sections are {SECTIONS}'),
-        ("log.xyzzy=1", "unknown key log.xyzzy = 1; log has trackers"),
+        ("log.xyzzy=1", "unknown key log.xyzzy = 1; log has trackers, project, run_name, prometheus"),
         ("train=3", "train is a section, got train = 3; set one of its fields, such as train.iterations"),
         (
             "train.iterations",

@@ -28,7 +28,8 @@ CHOICES = [
 
 
 def _load(section: str, key: str, choice: str) -> Config:
-    return Config.load(None, [*([f"{section}.{key}={choice}"] if choice else []), *NEEDED.get(choice, [])])
+    needed = [f"{section}.{one.partition('.')[2]}" if choice == "remote" else one for one in NEEDED.get(choice, [])]
+    return Config.load(None, [*([f"{section}.{key}={choice}"] if choice else []), *needed])
 
 
 def _sections(text: str) -> dict[str, list[str]]:
