@@ -172,7 +172,7 @@ class Log(Section):
     """What the trackers call the project; TensorBoard has none, its files are in the run's folder."""
     run_name: Text | None = None
     """What the trackers call the run; absent: the name of its folder."""
-    prometheus: Annotated[str, AfterValidator(_is_address)] | None = None
+    prometheus: Annotated[Text, AfterValidator(_is_address)] | None = None
     """Address at which Prometheus reads the last iteration's numbers, as `127.0.0.1:9464`; absent: none."""
 
     def examine(self) -> None:

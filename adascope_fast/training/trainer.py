@@ -62,7 +62,7 @@ from adascope_fast.training.monitoring.nonfinite import NonFinite, remedy
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 from adascope_fast.training.monitoring.trackers import Trackers
 from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
-from adascope_fast.training.sharing import WHOLE, settled, share
+from adascope_fast.training.sharing import WHOLE, is_in_parts, settled, share
 from adascope_fast.training.starting import start_of
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class Trainer:
         self._found: checkpoint.Checkpoint | None = None
         self.sharing = WHOLE
         self._stopped_by: str | None = None
+        self._part_before: origin.Part | None = None
         self._remote: RemoteRollout | None = None
         if isinstance(config.sensing, Semantic):  # a missing CLIP is told before a large model is loaded
             clip_of(config.sensing, config.model.name if pipeline is None else type(pipeline).__name__)
@@ -389,7 +390,7 @@ class Trainer:
     def _parts(self) -> dict[str, origin.Part]:
         """What the run is made of, once `prepare` has loaded it and before it is trained."""
         found = {
-            "pipeline": self.pipeline_part,
+            "pipeline": self._pipeline_part(),
             "algorithm": origin.of_object(self.algorithm, is_given="algorithm" in self._given),
             "selector": origin.of_object(self.selector, is_given="selector" in self._given),
         }
@@ -399,6 +400,8 @@ class Trainer:
         return self._named_parts() | found
 
     def _pipeline_part(self) -> origin.Part:
+        if self._part_before is not None:
+            return self._part_before
         components, dtype = self.backbone.pipeline.components, getattr(torch, self.config.model.dtype)
         return origin.of_pipeline(components, self.backbone.name, dtype, is_given=self._pipeline is not None)
 
@@ -504,7 +507,8 @@ class Trainer:
         device, vae = self.accelerator.device, self.backbone.vae
         chosen = accelerate(self.backbone.denoiser, acceleration, device, decoder=vae)
         self.acceleration = {"attention": self.backbone.attention, **chosen}
-        self.pipeline_part = self._pipeline_part()  # its weights are read here, before processes cut them into parts
+        if is_in_parts(self.accelerator, self.ranks):
+            self._part_before = self._pipeline_part()  # its weights are read before processes cut them into parts
         self.sharing = share(self.backbone, self.accelerator, self.ranks)
         decay = config.model.average_decay
         self.ema = Ema(self.backbone.trainable_parameters(), decay) if decay else None
@@ -551,7 +555,7 @@ class Trainer:
         section, algorithm = self.config.rollout, self.algorithm
         if isinstance(section, Local):
             return
-        digest = origin.of_model(self.backbone, self.pipeline_part)
+        digest = origin.of_model(self.backbone, self._pipeline_part())
         keys = {name: value for name, value in section.keys().items() if name != "max_drift"}
         self._remote = RemoteRollout(backbone=self.backbone, model=digest, **keys)
         self._remote.suit(

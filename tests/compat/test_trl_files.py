@@ -76,7 +76,7 @@ def test_a_checkpoint_is_safetensors_and_json_and_diffusers_loads_its_lora(make_
     folder = Path("save/checkpoints/checkpoint_0")
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "SHA256SUMS", "pytorch_lora_weights.safetensors", "state.json", "state.safetensors", "stats.jsonl",
+        "SHA256SUMS", "pytorch_lora_weights.safetensors", "state.json", "state.safetensors",
     }  # fmt: skip
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     assert (state["epoch"], state["global_step"], state["exp_name"]) == (1, 4, "tests")

@@ -79,7 +79,7 @@ def _sample(engine: Engine) -> Trajectory:
     toy = engine.backbone
     encoded, scale = EncodedPrompts.of(toy, PROMPTS), engine.sampler.guidance_scale
     kind = engine.algorithm.log_prob_kind(engine.schedule)
-    shared: dict[str, Any] = {"guidance_scale": scale, "noise": OwnNoise(SEED), "batch": 4, "kind": kind}
+    shared: dict[str, Any] = {"guidance_scale": scale, "noise": OwnNoise(SEED).of_use(0), "batch": 4, "kind": kind}
     return rollout(toy, engine.schedule, encoded, PROMPTS, **shared)
 
 

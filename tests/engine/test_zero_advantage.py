@@ -49,7 +49,7 @@ def test_skipping_them_changes_no_update(
     assert toys[1].num_rows - toys[0].num_rows == rows * CONSTANT
     assert (values["pairs_skipped"], values["pairs_trained"]) == (CONSTANT, ALL - CONSTANT)
     assert (others["pairs_skipped"], others["pairs_trained"]) == (0, ALL)
-    assert values["loss"] == pytest.approx(others["loss"], rel=1e-5, abs=1e-9)
+    assert values["loss"] == pytest.approx(others["loss"], rel=1e-4, abs=1e-9)
     assert sum(values["steps"]["pairs"]) == ALL - CONSTANT
 
 

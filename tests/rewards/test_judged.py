@@ -127,7 +127,7 @@ def test_it_says_beforehand_how_many_ratings_it_will_ask_for(tmp_path: Path, cap
     trainer = Trainer(config, quiet=True)
     trainer._progress.say = told.append  # type: ignore[method-assign]
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     trainer._iterate = stop  # type: ignore[method-assign]

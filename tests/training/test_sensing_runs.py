@@ -172,7 +172,7 @@ def test_two_iterations_from_the_command_line(tmp_path: Path, tiny_autoencoder: 
         evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
         assert all(-1 <= evaluation[when]["clip_score"] <= 1 for when in ("before", "after"))
         assert "clip score" in (tmp_path / "run" / "report.html").read_text()
-    assert "sensing, share of the time" in (tmp_path / "run" / "report.html").read_text()
+    assert "sensing, % of the time" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
