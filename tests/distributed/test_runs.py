@@ -47,7 +47,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
 def _assert_same(want: dict[str, Any], got: list[dict[str, Any]], *, tolerance: float) -> None:
     for one in got:
         assert one["digest"] == got[0]["digest"], "every rank has the same weights"
-        for before, after in zip(want["iterations"], one["iterations"], strict=True):
+        for number, (before, after) in enumerate(zip(want["iterations"], one["iterations"], strict=True)):
+            if number:  # the weights differ by rounding, and so do means over images
+                before, after = (part | {"selector": dict(part["selector"])} for part in (before, after))
+                for name, curve in before["selector"].pop("curves", {}).items():
+                    assert after["selector"]["curves"][name] == pytest.approx(curve, abs=3e-6), name
+                after["selector"].pop("curves", None)
             for name in ("rewards", "advantages", "selector", "pairs_trained", "samples_dropped", "forwards_sampled"):
                 assert after[name] == before[name], name
             for name in ("loss", "ratio"):
