@@ -56,7 +56,7 @@ def _assert_same(want: dict[str, Any], got: list[dict[str, Any]], *, tolerance: 
             for name in ("rewards", "advantages", "selector", "pairs_trained", "samples_dropped", "forwards_sampled"):
                 assert after[name] == before[name], name
             for name in ("loss", "ratio"):
-                assert after[name] == pytest.approx(before[name], rel=1e-4, abs=1e-6), name
+                assert after[name] == pytest.approx(before[name], rel=1e-3 if number else 1e-4, abs=1e-6), name
         for number, (before, after) in enumerate(zip(want["gradients"], one["gradients"], strict=True)):
             norm, apart = math.hypot(*before), math.dist(before, after)
             assert norm > 0
