@@ -108,4 +108,4 @@ def test_every_case_is_the_same_on_two_and_four_processes(tmp_path: Path, size: 
     cases = [*RUNS, *([] if environment else TOYS)]
     want = _launched(tmp_path / "alone", 1, cases)
     for case, found in _launched(tmp_path / "several", size, cases, **environment).items():
-        _assert_same(want[case][0], found, tolerance=1e-13 if case in TOYS else 3e-6)
+        _assert_same(want[case][0], found, tolerance=1e-13 if case in TOYS else 1e-5 if case == "pairs" else 3e-6)
