@@ -291,6 +291,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def branches(self) -> bool:
+        """Whether its rollouts are branched, so that each sample has calls of the denoiser of its own."""
+        return False
+
+    @property
     def is_repeatable(self) -> bool:
         """Whether `loss` asks the host for nothing that changes while it is trained, so that CUDA graphs may repeat it.
 

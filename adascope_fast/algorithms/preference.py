@@ -171,6 +171,11 @@ class Spo(Algorithm):
     preference: StepAwareModel | None = None
     """What scores the candidates; None: the reward."""
 
+    @property
+    def branches(self) -> bool:
+        """Always."""
+        return True
+
     def suit(self, backbone: Backbone) -> None:
         """The preference model must be one of this model's latents and prompts."""
         if self.preference is not None:

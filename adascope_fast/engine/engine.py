@@ -510,7 +510,7 @@ def refuse_in_step(algorithm: Algorithm, settings: Updates, sampler: Sampler) ->
         (settings.update == "one_pass", 'train.update = "one_pass"', 'set train.update = "replay"'),
         (sampler.tail_share < 1, f"sampler.tail_share = {sampler.tail_share:g}", "set sampler.tail_share = 1"),
         (algorithm.shares_noise, 'algorithm.initial_noise = "group"', 'set algorithm.initial_noise = "own"'),
-        (algorithm.name == "spo", 'algorithm.name = "spo"', "choose another algorithm"),
+        (algorithm.branches, f'algorithm.name = "{algorithm.name}"', "choose another algorithm"),
     ):
         if is_so:
             raise ValueError(
