@@ -170,15 +170,20 @@ class Ranks:
         self._events, self.seconds, self.num_bytes = [], 0.0, 0
         return found
 
+    def first_unlike(self, value: Any) -> tuple[int, list[Any]] | None:
+        """The first rank whose value is not that of rank 0, and those of all; None where all have the same."""
+        told = self.objects(value)
+        other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
+        return None if other is None else (other, told)
+
     def refuse_difference(self, what: str, value: Any) -> None:
         """ValueError on every rank where `value` is not the same on all of them.
 
         Args:
             what: how an error calls it.
         """
-        told = self.objects(value)
-        other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
-        if other is not None:
+        if (found := self.first_unlike(value)) is not None:
+            other, told = found
             raise ValueError(
                 f"all processes of a run must have the same {what}, got {told[0]!r} on rank 0 and {told[other]!r} on "
                 f"rank {other}; start them all from the same files, with the same arguments and versions"

@@ -307,11 +307,9 @@ class Trainer:
         if self.ranks.is_alone or self.ranks.are_in_step:
             return
         sums = torch.stack([parameter.detach().double().sum() for parameter in self.backbone.trainable_parameters()])
-        told = self.ranks.objects(sums.tolist())
-        other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
-        if other is not None:
+        if (found := self.ranks.first_unlike(sums.tolist())) is not None:
             raise OSError(
-                f"the trained weights must be the same in all processes, and those of rank {other} are not those of "
+                f"the trained weights must be the same in all processes, and those of rank {found[0]} are not those of "
                 f"rank 0: a device computes otherwise; continue from the newest checkpoint without it"
             )
 
@@ -783,8 +781,12 @@ class Trainer:
 
     def _tell(self, what: Callable[[Callbacks], None]) -> None:
         """Call the callbacks, on the first rank alone; every rank knows which of them has ended the run."""
-        self.ranks.by_first(lambda: what(self._callbacks))
-        who = self.ranks.of_first(self._callbacks.stopped_by)
+
+        def told() -> str | None:
+            what(self._callbacks)
+            return self._callbacks.stopped_by
+
+        who = self.ranks.by_first(told)
         self._stopped_by = self._stopped_by or (None if who is None else f"callback {who}")
 
     def _record(self, folder: RunFolder, evaluation: HeldOutScores, name: str | None, iteration: int) -> None:
