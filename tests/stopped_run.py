@@ -2,13 +2,14 @@
 
 WHERE is JSON: the `rank` and `iteration`, the `place` (rollout, update, checkpoint), the `signals` to send,
 whether to the launcher `too`, and the `folder` of a marker that says it was done, so that the process that is started
-in its place is left alone.
+in its place is left alone; but the last of the processes then comes `late` by some seconds.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,27 @@ class Stop:
     """Sends the signals at the second prediction of a part of the iteration, or in the midst of a checkpoint."""
 
     def __init__(
-        self, *, rank: int, iteration: int, place: str, signals: list[str], folder: str, too: bool = False
+        self,
+        *,
+        rank: int,
+        iteration: int,
+        place: str,
+        signals: list[str],
+        folder: str,
+        too: bool = False,
+        late: float = 0.0,
     ) -> None:
-        self.is_here = int(os.environ.get("RANK", "0")) == rank
+        me, number = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.is_here, self.late = me == rank, late if me == number - 1 else 0.0
         self.iteration, self.place, self.signals = iteration, place, signals
         self.marker, self.too = Path(folder) / "signalled", too
         self.at, self.part, self.calls = -1, "", 0
 
     def arm(self) -> None:
-        """Put itself where it is called."""
+        """Put itself where it is called; a process that is started after the signals waits instead."""
+        if self.marker.exists():
+            time.sleep(self.late)
+            return
         for owner, name in (
             (Engine, "step"),
             (Engine, "_part"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from adascope_fast import backbones, rewards
@@ -14,6 +14,7 @@ from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Backbone
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.distributed import rendezvous
 from adascope_fast.engine.acceleration import accelerate, autocast_of
 from adascope_fast.engine.optimizer import Rate, adamw_8bit, rate_of
 from adascope_fast.remote_rollout.drawing import Drawing
@@ -37,6 +38,7 @@ def accelerator_of(config: Config) -> Accelerator:
         cpu=train.device == "cpu",
         # Of fp16 the autocast alone is wanted, and accelerate's wants a GPU and to scale gradients its own way.
         mixed_precision="no" if train.mixed_precision == "fp16" else train.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(init_method=rendezvous.METHOD)],
     )
 
 

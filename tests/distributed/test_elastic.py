@@ -34,6 +34,8 @@ SMALL = [
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PATIENCE = 300
 """Seconds within which processes must have ended: a hang, and no busy machine."""
+LATE_SECONDS = 3.0
+"""By which a process that is started again comes after the other, which must not take it for the one that has ended."""
 
 
 def _run(
@@ -115,7 +117,7 @@ def test_a_run_goes_on_after_a_process_killed_anywhere(
 
 def _assert_goes_on(tmp_path: Path, undisturbed: Path, stop: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    done = _train(folder, restarts=2, stop=stop)
+    done = _train(folder, restarts=2, stop=stop | {"late": LATE_SECONDS})
     assert (tmp_path / "signalled").exists()
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report: ") == 1
