@@ -8,6 +8,7 @@ Axes: `m` rows of a rank, `b` rows of all of them.
 
 import itertools
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -204,12 +205,33 @@ class Ranks:
                 marks[1].record()
                 self._events.append((marks[0], marks[1]))
         except RuntimeError as error:
-            raise RankLostError(
-                f"another process of the run has ended or cannot be reached ({str(error).splitlines()[0][:200]}); its "
-                f"own message says why, and the run continues from its newest checkpoint with --resume"
-            ) from error
+            raise _lost(error) from error
         if not marks:
             self.seconds += time.perf_counter() - start
+
+
+@contextmanager
+def tells_of_lost_ranks() -> Iterator[None]:
+    """RankLostError where a collective of torch itself fails, as one that gathers a model that ranks hold together."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_torch_distributed(error):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> RankLostError:
+    return RankLostError(
+        f"another process of the run has ended or cannot be reached ({str(error).splitlines()[0][:200]}); its own "
+        f"message says why, and the run continues from its newest checkpoint with --resume"
+    )
+
+
+def _is_of_torch_distributed(error: RuntimeError) -> bool:
+    """Whether it was raised there: the words of gloo and of NCCL have nothing in common, nor have their types."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("torch.distributed")
 
 
 def _plain(error: Exception | None) -> Any:

@@ -28,7 +28,7 @@ from adascope_fast.adascope.settings import RewardOnly, Semantic
 from adascope_fast.algorithms.algorithm import Algorithm
 from adascope_fast.backbone import Ema
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.distributed import Ranks, bounds_of
+from adascope_fast.distributed import Ranks, bounds_of, tells_of_lost_ranks
 from adascope_fast.engine.acceleration import accelerate, autocast_of, graphs_of
 from adascope_fast.engine.drift import drift_hint
 from adascope_fast.engine.engine import Engine
@@ -417,7 +417,8 @@ class Trainer:
         try:
             if (said := rewards.training_begins(self.reward, folder.path, images=ahead)) and self.ranks.is_first:
                 self._progress.say(said)
-            self._iterate(folder, first, has_before=has_before)
+            with tells_of_lost_ranks():
+                self._iterate(folder, first, has_before=has_before)
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"

@@ -149,7 +149,10 @@ def _assert_ends(tmp_path: Path, stop: dict[str, Any], **keys: Any) -> None:
     if stop["rank"] == 1:
         assert "--resume" in lines[0]
         assert json.loads((folder / "run.json").read_text())["status"] in ("failed", "interrupted")
-    assert [path.name for path in sorted((folder / "checkpoints").glob("0*"))] == ["000001"]
+    saved = [path.name for path in sorted((folder / "checkpoints").glob("0*"))]
+    # The first process may have written its checkpoint before it learns that another has ended.
+    is_written = (stop["place"], stop["rank"]) == ("checkpoint", 1)
+    assert saved == ["000001"] or (is_written and saved == ["000001", "000002"])
 
 
 def _assert_continues(tmp_path: Path, want: Path, **keys: Any) -> None:
