@@ -91,7 +91,7 @@ experiment-quickstart: $(READY)
 # TRL's last release with a DDPOTrainer needs transformers 4, so it has an environment of its own, with the same torch.
 $(TRL_READY): $(READY)
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --quiet trl==0.23.1 'transformers<5' diffusers peft \
+	.venv-trl/bin/python -m pip install --quiet trl==0.23.1 'transformers<5' diffusers peft scipy \
 	    torch==$$($(VENV)/python -c 'import torch; print(torch.__version__.split("+")[0])')
 	touch $@
 

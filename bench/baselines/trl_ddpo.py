@@ -5,12 +5,15 @@ is no GPU. LoRA (rank 4 on the attention projections) is built into `DefaultDDPO
 below measures time and the ratio; it changes nothing that is computed.
 """
 
+import tempfile
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from common import Clock, NotBuiltError, Setting, Variant, load_reward, serve
+from transformers_4 import for_transformers_4
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 
@@ -61,12 +64,14 @@ class TrlDdpo(Variant):
             mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[setting.dtype],
             accelerator_kwargs={"cpu": True} if setting.device == "cpu" else {},
         )
-        self.trainer = Timed(
-            config,
-            lambda images, prompts, metadata: (reward(images, list(prompts)), {}),
-            lambda: (next(self._prompts), {}),
-            DefaultDDPOStableDiffusionPipeline(setting.folder, use_lora=True),
-        )
+        with tempfile.TemporaryDirectory() as work:
+            folder = for_transformers_4(Path(setting.folder), Path(work) / "model")
+            self.trainer = Timed(
+                config,
+                lambda images, prompts, metadata: (reward(images, list(prompts)), {}),
+                lambda: (next(self._prompts), {}),
+                DefaultDDPOStableDiffusionPipeline(str(folder), use_lora=True),
+            )
         self.trainer.sd_pipeline.set_progress_bar_config(disable=True)
         self._epoch = 0
 

@@ -9,7 +9,7 @@ the change of every LoRA weight over the four epochs, in float16, which moves a 
 import inspect
 import itertools
 import json
-import shutil
+import sys
 import tempfile
 from dataclasses import fields
 from importlib.metadata import version
@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 SCENES = HERE.parents[1] / "adascope_fast" / "assets" / "scenes"
+sys.path.insert(0, str(HERE.parents[1] / "bench" / "baselines"))
+from transformers_4 import for_transformers_4  # noqa: E402 # pyright: ignore[reportMissingImports]
+
 PROMPTS = ("a red circle", "a blue square", "a red circle", "a small green triangle")
 EPOCHS = 4
 SETTINGS: dict[str, Any] = {
@@ -122,15 +125,6 @@ def arguments(called: Any) -> list[list[str]]:
     return [[one.name, one.kind.name, "" if one.default is one.empty else repr(one.default)] for one in found]
 
 
-def for_transformers_4(folder: Path) -> Path:
-    """`scenes` with the names of the text encoder's weights that transformers 4 knows; it draws them anew otherwise."""
-    shutil.copytree(SCENES, folder, dirs_exist_ok=True)
-    file = folder / "text_encoder" / "model.safetensors"
-    weights = {f"text_model.{name}": value for name, value in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
-
-
 def main() -> None:
     """Record them all."""
     import trl  # pyright: ignore[reportMissingImports]
@@ -139,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logged, tensors = {}, {}
     with tempfile.TemporaryDirectory() as work:
-        folder = for_transformers_4(Path(work) / "scenes")
+        folder = for_transformers_4(SCENES, Path(work) / "scenes")
         for name, choices in runs().items():
             logged[name], changes = run(trl, folder, choices)
             tensors |= {f"{name}/{weight}": change.half() for weight, change in changes.items()}
