@@ -1,0 +1,19 @@
+"""Combinations that were held out: trained on captions without a colour (or shape), judged on those that have it."""
+
+from experiments.paper.declaring import ADASCOPE, BALANCED, DDPO, EVERY_STEP, Arm, Experiment
+
+ARMS = {}
+for name, pattern in {
+    "colour": ("red|orange|yellow|green", "blue|purple"),
+    "shape": ("circle|square", "triangle|cross"),
+}.items():
+    ARMS[f"{name}_every_step"] = Arm(EVERY_STEP, captions=pattern[0], judged_by=pattern[1])
+    ARMS[f"{name}_adascope"] = Arm(ADASCOPE, against=f"{name}_every_step", captions=pattern[0], judged_by=pattern[1])
+
+EXPERIMENT = Experiment(
+    "Does what was learned hold for colours and shapes that were not trained on?",
+    "Fig. 9, 10",
+    ARMS,
+    common=(*DDPO, *BALANCED),
+    notes=("The base model was pretrained with all colours and shapes; none of the judged captions was ever drawn.",),
+)

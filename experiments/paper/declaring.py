@@ -1,0 +1,162 @@
+"""What an experiment of the paper is: arms that are trained alike but for what they say, and what is shown of them.
+
+A file of `declared/` has one `EXPERIMENT`. Adding one is writing such a file; `run.py` finds it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adascope_fast.config import Config
+from experiments.paper.arms import CHECKOUT, HERE, thresholds
+
+DDPO = ("algorithm.clip_range=5e-3", "algorithm.min_count=8")
+BALANCED = ("algorithm.step_weight=balanced",)
+EVERY_STEP = ("selector.name=every_step",)
+ADASCOPE = thresholds("quickstart.toml")
+ADASCOPE_FLOW = thresholds("quickstart_flow.toml")
+
+FORWARD_S, UPDATE_S, START_S = 0.0031, 0.0063, 12.0
+"""CPU seconds of a rollout's and of an update's row (an image's step), and of a process's start; about, to plan."""
+
+Drawing = Callable[[Mapping[str, Sequence[Path]], Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    `changes` may name {fraction}, {length}, {start} and {end} of the interval that the arm `like` trained on that seed.
+    """
+
+    changes: tuple[str, ...]
+    against: str | None = None
+    """The arm that it is compared with."""
+    like: str | None = None
+    config: str = "scenes.toml"
+    captions: str | None = None
+    """A regular expression: captions of the train set that it trains on, and of the held-out set that judge it."""
+    judged_by: str | None = None
+    """Another for the held-out set."""
+
+    def patterns(self) -> dict[str, str] | None:
+        """The regular expression of each part; None: all captions."""
+        if self.captions is None:
+            return None
+        return {"train": self.captions, "held_out": self.judged_by or self.captions}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question of the paper, asked of the embedded models."""
+
+    title: str
+    paper: str
+    """Where the paper asks it."""
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    common: tuple[str, ...] = ()
+    """Changes of every arm."""
+    gain: float = 0.05
+    """Gain of the held-out reward to which times are told."""
+    drawing: Drawing | None = None
+    """More than the table and the curves: gets the run folders of each arm and where a picture goes."""
+    evaluated: tuple[str, ...] = ()
+    """Arms that `adascope-fast evaluate` compares with their base, on the first seed."""
+    notes: tuple[str, ...] = field(default=())
+    """What is to be known about the table."""
+
+    def __post_init__(self) -> None:
+        named = {name for arm in self.arms.values() for name in (arm.against, arm.like) if name} | set(self.evaluated)
+        if missing := sorted(named - set(self.arms)):
+            raise ValueError(f"arms are compared with arms of the same experiment, got {', '.join(missing)}; add them")
+
+
+QUICK = (
+    "sampler.num_steps=6", "train.iterations=2", "train.checkpoint_every=1", "train.prompts_per_iteration=1",
+    "train.samples_per_prompt=4", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=2", "evaluation.every=1",
+)  # fmt: skip
+
+
+def settings_of(
+    experiment: Experiment,
+    name: str,
+    seed: int,
+    work: Path,
+    interval: Mapping[str, Any],
+    *,
+    changes: Sequence[str] = (),
+) -> tuple[Path, Path, list[str]]:
+    """(run folder, configuration, changes of it); arms of whatever experiment with the same ones share a run.
+
+    Args:
+        interval: what `like` trained, for the names in braces.
+        changes: more of them, which make it smaller.
+    """
+    arm = experiment.arms[name]
+    config = HERE / arm.config
+    settings = [
+        *experiment.common,
+        *(change.format(**interval) for change in arm.changes),
+        f"run.seed={seed}",
+        *changes,
+    ]
+    for part, pattern in (arm.patterns() or {}).items():
+        settings.append(f"prompts.{part}={captions_file(work, part, pattern)}")
+    folder = work / f"{seed}-{short(Config.load(config, settings).to_toml())}"
+    return folder, config, [f"run.folder={folder}", *settings]
+
+
+def captions_file(work: Path, part: str, pattern: str) -> Path:
+    """Where the captions of a part lie that match."""
+    return work / f"captions-{part}-{short(pattern)}.txt"
+
+
+def short(text: str) -> str:
+    """Ten letters that stand for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def steps_of(experiment: Experiment, name: str) -> int:
+    """Denoising steps of an arm."""
+    arm = experiment.arms[name]
+    known = [change for change in (*experiment.common, *arm.changes) if "{" not in change]
+    return Config.load(HERE / arm.config, [one for one in known if one.startswith("sampler.")]).sampler.num_steps
+
+
+def cpu_seconds(experiment: Experiment) -> float:
+    """About what all of it takes, evaluations counted."""
+    total = 0.0
+    for arm in experiment.arms.values():
+        known = [
+            one for one in (*experiment.common, *arm.changes) if one.split(".")[0] in ("sampler", "train", "evaluation")
+        ]
+        config = Config.load(HERE / arm.config, known)
+        train, evaluation, steps = config.train, config.evaluation, config.sampler.num_steps
+        rows = 1 if config.sampler.guidance_scale == 1 else 2
+        images = train.iterations * train.prompts_per_iteration * train.samples_per_prompt * steps * rows
+        share = 1.0 if "selector.name=every_step" in arm.changes else 0.6
+        looks = 2 + (train.iterations // evaluation.every - 1 if evaluation.every else 0)
+        judged = looks * evaluation.num_prompts * evaluation.samples_per_prompt * steps * rows
+        total += START_S + (images + judged) * FORWARD_S + images * share * UPDATE_S
+    return total * len(experiment.seeds) + (300.0 if experiment.evaluated else 0.0)
+
+
+def interval_of(folder: Path) -> dict[str, Any]:
+    """Mean interval that a finished run trained, for arms that are `like` it."""
+    stats = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    chosen = [record["selector"] for record in stats]
+    steps = int(Config.load(folder / "config.toml").sampler.num_steps)
+    fraction = sum(one["fraction"] for one in chosen) / len(chosen)
+    length = max(1, round(fraction * steps))
+    start = round(sum(one["mean_start"] for one in chosen) / len(chosen))
+    start = min(start, steps - length)
+    return {"fraction": f"{fraction:.4f}", "length": length, "start": start, "end": start + length}
+
+
+def relative(path: Path) -> str:
+    """A path as commands have it."""
+    return str(path.relative_to(CHECKOUT)) if path.is_relative_to(CHECKOUT) else str(path)

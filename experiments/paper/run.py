@@ -1,0 +1,216 @@
+"""The paper's other experiments on the embedded models, one command each.
+
+    python experiments/paper/run.py --list
+    python experiments/paper/run.py NAME [--seeds 0 1 2] [--jobs J] [--quick]
+
+Each is a file of `declared/`: arms that are trained alike but for what they say. A run is a process with one thread; a
+finished one is not repeated, and experiments whose arms have the same settings share it. Writes JSON with the command,
+date, commit, machine and versions, a plot, and a table.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parents[1]
+sys.path.insert(0, str(CHECKOUT))  # a script finds what lies beside it, and no more
+from experiments import runs  # noqa: E402
+from experiments.paper import showing  # noqa: E402
+from experiments.paper.declaring import (  # noqa: E402
+    QUICK,
+    Arm,
+    Experiment,
+    captions_file,
+    cpu_seconds,
+    interval_of,
+    settings_of,
+    steps_of,
+)
+from experiments.paper.time_to_reward import today  # noqa: E402
+
+
+def declared() -> dict[str, Experiment]:
+    """All experiments by name, which is that of their file."""
+    names = sorted(file.stem for file in (HERE / "declared").glob("*.py"))
+    return {name: importlib.import_module(f"experiments.paper.declared.{name}").EXPERIMENT for name in names}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the figures; exit code 1 if a run failed, 2 for a mistake."""
+    known = declared()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="an experiment of --list")
+    parser.add_argument("--list", action="store_true", help="what there is, and about how long each takes")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--arms", nargs="+", metavar="A", help="some of them, with those that they are compared with")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--quick", action="store_true", help="everything as small as it can be: it learns nothing")
+    parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "paper")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args(arguments)
+    if chosen.list:
+        print(listed(known))
+        return
+    if chosen.name not in known:
+        parser.error(f"an experiment is one of {', '.join(known)}, got {chosen.name}; --list says what they ask")
+    if chosen.jobs < 1:
+        parser.error(f"--jobs is above 0, got {chosen.jobs}; raise it")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    experiment = known[chosen.name]
+    if unknown := sorted(set(chosen.arms or ()) - set(experiment.arms)):
+        parser.error(f"arms of {chosen.name} are {', '.join(experiment.arms)}, got {', '.join(unknown)}; name these")
+    chosen.seeds = chosen.seeds or ([0] if chosen.quick else list(experiment.seeds))
+    chosen.work = chosen.work.resolve()
+    place = chosen.work if chosen.quick else HERE / "results"
+    chosen.out = chosen.out or place / f"{chosen.name}{'_quick' if chosen.quick else ''}.json"
+    chosen.arms = with_compared(experiment, chosen.arms or list(experiment.arms))
+    failed, folders = train_all(experiment, chosen)
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    if folders:
+        write(experiment, folders, chosen)
+    sys.exit(1 if failed else 0)
+
+
+def listed(known: Mapping[str, Experiment]) -> str:
+    """A line an experiment: what it asks, how many runs, CPU minutes."""
+    lines = [f"{'name':<22}{'in the paper':<18}{'runs':>5}{'CPU min':>9}  question"]
+    for name, one in known.items():
+        number, minutes = len(one.arms) * len(one.seeds), cpu_seconds(one) / 60
+        lines.append(f"{name:<22}{one.paper:<18}{number:>5}{minutes:>9.0f}  {one.title}")
+    total = sum(cpu_seconds(one) for one in known.values()) / 3600
+    return "\n".join(
+        [*lines, f"{total:.1f} CPU hours in all, without time_to_reward.py; runs that are alike are made once"]
+    )
+
+
+def with_compared(experiment: Experiment, names: Sequence[str]) -> list[str]:
+    """These arms and those that they need, in the experiment's order."""
+    wanted, waiting = set(), list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in wanted:
+            wanted.add(name)
+            arm = experiment.arms[name]
+            waiting += [one for one in (arm.against, arm.like) if one]
+    return [name for name in experiment.arms if name in wanted]
+
+
+def train_all(experiment: Experiment, chosen: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Path]]]:
+    """Train what is missing, seed by seed; (what failed and why, the run folders of the arms that have all seeds)."""
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    for name in chosen.arms:
+        write_captions(experiment.arms[name], chosen.work)
+    failed: dict[str, str] = {}
+    found: dict[tuple[str, int], Path] = {}
+    lock, started, total = threading.Lock(), time.perf_counter(), len(chosen.arms) * len(chosen.seeds)
+
+    def attempt(case: tuple[int, str]) -> None:
+        seed, name = case
+        arm = experiment.arms[name]
+        interval = interval_of(found[arm.like, seed]) if arm.like is not None else {}
+        changes = quick_of(experiment, name) if chosen.quick else ()
+        folder, config, settings = settings_of(experiment, name, seed, chosen.work, interval, changes=changes)
+        was_there = runs.is_finished(folder)
+        try:
+            runs.train(folder, config, settings)
+        except runs.RunFailedError as error:
+            failed[f"{name}, seed {seed}"] = str(error)
+            return
+        with lock:
+            found[name, seed] = folder
+            left = (time.perf_counter() - started) / len(found) * (total - len(found))
+            said = "was there" if was_there else "trained"
+            print(f"[{len(found)}/{total}] {name}, seed {seed}: {said}; about {left:.0f} s left", flush=True)
+
+    leading = [case for case in product(chosen.seeds, chosen.arms) if experiment.arms[case[1]].like is None]
+    following = [case for case in product(chosen.seeds, chosen.arms) if experiment.arms[case[1]].like is not None]
+    for cases in (leading, following):
+        with ThreadPoolExecutor(chosen.jobs) as pool:
+            list(pool.map(attempt, [case for case in cases if _can(experiment, case, found)]))
+    whole = [name for name in chosen.arms if all((name, seed) in found for seed in chosen.seeds)]
+    return failed, {name: [found[name, seed] for seed in chosen.seeds] for name in whole}
+
+
+def _can(experiment: Experiment, case: tuple[int, str], found: Mapping[tuple[str, int], Path]) -> bool:
+    like = experiment.arms[case[1]].like
+    return like is None or (like, case[0]) in found
+
+
+def quick_of(experiment: Experiment, name: str) -> list[str]:
+    """What makes an arm small, its ranges of steps cut to fit."""
+    steps = 6
+    cut = []
+    for change in experiment.arms[name].changes:
+        key, _, value = change.partition("=")
+        if key in ("selector.start", "selector.end") and "{" not in value:
+            cut.append(f"{key}={round(int(value) * steps / steps_of(experiment, name))}")
+    return [*QUICK, *cut]
+
+
+def write_captions(arm: Arm, work: Path) -> None:
+    """The captions that match, for an arm that is trained on these or judged by these alone."""
+    from adascope_fast import prompts
+
+    for part, pattern in (arm.patterns() or {}).items():
+        matching = [text for text in prompts.load(f"scenes:{part}") if re.search(pattern, text)]
+        captions_file(work, part, pattern).write_text("".join(f"{text}\n" for text in matching))
+
+
+def write(experiment: Experiment, folders: Mapping[str, Sequence[Path]], chosen: argparse.Namespace) -> None:
+    """JSON, plot and table of the arms that are whole."""
+    values = {
+        "command": shlex.join(["python", "experiments/paper/run.py", *sys.argv[1:]]),
+        "date": today(),
+        **runs.provenance([folder for of_arm in folders.values() for folder in of_arm]),
+        "title": experiment.title,
+        "paper": experiment.paper,
+        "seeds": chosen.seeds,
+        "is_quick": chosen.quick,
+        "gain": experiment.gain,
+        "notes": list(experiment.notes),
+        "arms": showing.arms_of(experiment, folders),
+    }
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    if experiment.drawing is not None:
+        picture = chosen.out.with_name(f"{chosen.out.stem}_steps.png")
+        values["drawn"] = experiment.drawing(folders, picture)
+    if evaluated := [name for name in experiment.evaluated if name in folders]:
+        values["evaluated"] = evaluate({name: folders[name][0] for name in evaluated}, chosen)
+    chosen.out.write_text(json.dumps(values, indent=1) + "\n")
+    shown = showing.table(values)
+    chosen.out.with_suffix(".md").write_text(shown)
+    showing.plot(values, chosen.out.with_suffix(".png"))
+    print(f"\n{shown}\n{chosen.out}")
+
+
+def evaluate(folders: Mapping[str, Path], chosen: argparse.Namespace) -> list[str]:
+    """The lines of `table.csv` of `adascope-fast evaluate`, by the embedded CLIP and on the runs' own prompts."""
+    out = chosen.work / f"{chosen.out.stem}-evaluated"
+    command = [
+        sys.executable,
+        "-m",
+        "adascope_fast.cli",
+        "evaluate",
+        *(f"{name}={one}" for name, one in folders.items()),
+    ]
+    command += ["--out", str(out), "--overwrite"]
+    command += ["--num-prompts", "4", "--num", "2"] if chosen.quick else ["--num", "4"]
+    log = out.with_suffix(".log")
+    runs.call(command, log)
+    return (out / "table.csv").read_text().splitlines()
+
+
+if __name__ == "__main__":
+    main()

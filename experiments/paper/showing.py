@@ -1,0 +1,218 @@
+"""What run.py writes of an experiment's arms: gains, times and costs with intervals, a table, and a plot."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from experiments import runs
+from experiments.paper import measures
+from experiments.paper.declaring import Experiment
+from experiments.paper.figures import COLOURS, INK
+
+
+def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
+    """Figures of each arm: its seeds, means with intervals, and the difference to the arm that it is compared with."""
+    read = {name: [_read(folder) for folder in mine] for name, mine in folders.items()}
+    found = {}
+    for name, seeds in read.items():
+        against = experiment.arms[name].against
+        changes = {one: _changes(read[one]) for one in (name, against) if one in read}
+        drawn = _drawn(changes)
+        arm: dict[str, Any] = {
+            "against": against,
+            "changes": list(experiment.arms[name].changes),
+            "seeds": [{key: one[key] for key in _SEED} for one in seeds],
+            "gain": measures.interval_of(float(changes[name].mean()), drawn[name]).to_json(),
+            **{key: _over_seeds([one[key] for one in seeds]) for key in ("cpu_seconds", "pairs", "fraction")},
+            "diversity": [fmean(one["diversity"][k] or math.nan for one in seeds) for k in (0, 1)],
+        }
+        arm["to_gain"] = _time(experiment.gain, read, name, against)
+        if against in read:
+            difference = float(changes[name].mean() - changes[against].mean())
+            interval = measures.interval_of(difference, drawn[name] - drawn[against])
+            arm["more"] = interval.to_json() | {"word": _word(interval)}
+            arm["share_of_seconds"] = fmean(
+                mine["cpu_seconds"] / other["cpu_seconds"] for mine, other in zip(seeds, read[against], strict=True)
+            )
+        found[name] = arm
+    return found
+
+
+_SEED = (
+    "before", "after", "cpu_seconds", "pairs", "fraction", "interval", "diversity", "contrast", "fall", "reasons",
+    "history",
+)  # fmt: skip
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """A finished run: its held-out reward over seconds and pairs, and what it cost."""
+    found, stats = json.loads((folder / "evaluation.json").read_text()), runs.stats_of(folder)
+    history = []
+    for point in found["history"]:
+        done = stats[: point["iteration"]]
+        history.append(
+            {
+                "iteration": point["iteration"],
+                "reward": point["mean"],
+                "cpu_seconds": sum(record["cpu_seconds"] for record in done),
+                "pairs": sum(record["pairs_trained"] for record in done),
+            }
+        )
+    chosen = [record["selector"] for record in stats]
+    sensed = [one for one in chosen if one.get("mean_start") is not None]
+    rewards = [point["reward"] for point in history]
+    return {
+        "before": found["before"]["mean"],
+        "after": found["after"]["mean"],
+        "scores": [found[when]["scores"] for when in ("before", "after")],
+        "cpu_seconds": history[-1]["cpu_seconds"],
+        "pairs": history[-1]["pairs"],
+        "fraction": fmean(record["fraction_trained"] for record in stats),
+        "interval": [fmean(one[key] for one in sensed) for key in ("mean_start", "mean_end")] if sensed else None,
+        "reasons": dict(sum((Counter(one.get("reasons", {})) for one in sensed), Counter())),
+        **{key: [found[when][key] for when in ("before", "after")] for key in ("diversity", "contrast")},
+        "fall": max(best - now for best, now in zip(accumulate(rewards, max), rewards, strict=True)),
+        "history": history,
+    }
+
+
+def _changes(seeds: Sequence[Mapping[str, Any]]) -> measures.Array:
+    """Gain [s, 1, c] of each caption in each seed; an image that is not finite has no score."""
+    before, after = (
+        np.array([np.nanmean(np.array(one["scores"][k], dtype=np.float64), 1) for one in seeds]) for k in (0, 1)
+    )
+    return (after - before)[:, None, :]
+
+
+def _drawn(changes: Mapping[str, measures.Array]) -> dict[str, measures.Array]:
+    """Means [b] of the bootstrap's draws; captions are drawn together where both arms have the same number."""
+    if len({one.shape[2] for one in changes.values()}) == 1:
+        return {name: one[:, 0] for name, one in measures.draws(changes).items()}
+    return {name: measures.draws({name: one}, seed=k)[name][:, 0] for k, (name, one) in enumerate(changes.items())}
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": fmean(values), "low": min(values), "high": max(values)}
+
+
+def _time(
+    gain: float, read: Mapping[str, Sequence[Mapping[str, Any]]], name: str, against: str | None
+) -> dict[str, Any]:
+    """CPU seconds and pairs to a gain, of the mean over seeds; how many times sooner than the other arm."""
+    found: dict[str, Any] = {}
+    for key in ("cpu_seconds", "pairs"):
+        curves = {}
+        arms = {one: [_curve(seed, key) for seed in read[one]] for one in (name, against) if one in read}
+        grid = measures.common_grid(arms)
+        for one, mine in arms.items():
+            gains = measures.on_grid(mine, grid)
+            curves[one] = (gains.mean((0, 2)), measures.draws({one: gains})[one])
+        own_grid = measures.common_grid({name: arms[name]})
+        own = measures.on_grid(arms[name], own_grid)
+        found[key] = measures.time_interval(
+            own.mean((0, 2)), measures.draws({name: own})[name], own_grid, gain
+        ).to_json()
+        found[key]["within"] = float(own_grid[-1])
+        if against in curves:
+            faster, bounds = measures.times_faster(curves[name], curves[against], grid, gain)
+            found[key]["times"] = faster.to_json() | {"bounds": [b if math.isfinite(b) else None for b in bounds]}
+    return found
+
+
+def _curve(seed: Mapping[str, Any], key: str) -> tuple[measures.Array, measures.Array]:
+    history = seed["history"]
+    x = np.array([point[key] for point in history], dtype=np.float64)
+    return x, np.array([[point["reward"] - history[0]["reward"]] for point in history])
+
+
+def _word(interval: measures.Interval) -> str:
+    """Of a difference."""
+    assert interval.low is not None
+    assert interval.high is not None
+    if interval.low > 0:
+        return "more"
+    return "less" if interval.high < 0 else "too noisy to tell"
+
+
+def table(values: Mapping[str, Any]) -> str:
+    """Markdown."""
+    heads = (
+        "arm", "gain", "more than", "by", "", "CPU s", "share of its seconds", f"CPU s to {values['gain']:+.2f}",
+        "pairs", "share of steps", "interval", "largest fall", "diversity",
+    )  # fmt: skip
+    lines = [
+        f"{values['paper']}: {values['title']}",
+        "",
+        f"Mean of {len(values['seeds'])} seeds; 95 % intervals over seeds and captions, of times over seeds.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    for name, arm in values["arms"].items():
+        more, to, spans = arm.get("more"), arm["to_gain"]["cpu_seconds"], [one["interval"] for one in arm["seeds"]]
+        cells = (
+            f"`{name}`",
+            _signed(arm["gain"]),
+            f"`{arm['against']}`" if more else "",
+            _signed(more) if more else "",
+            more["word"] if more else "",
+            f"{arm['cpu_seconds']['mean']:.0f}",
+            f"{arm['share_of_seconds']:.0%}" if more else "",
+            f"{to['value']:.0f}" if to["value"] is not None else f"not within {to['within']:.0f}",
+            f"{arm['pairs']['mean']:,.0f}",
+            f"{arm['fraction']['mean']:.0%}",
+            "" if None in spans else f"[{fmean(one[0] for one in spans):.1f}, {fmean(one[1] for one in spans):.1f})",
+            f"{max(one['fall'] for one in arm['seeds']):.3f}",
+            f"{arm['diversity'][0]:.3f} to {arm['diversity'][1]:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *values["notes"]] if values["notes"] else []
+    if "evaluated" in values:
+        lines += ["", "The metrics of `adascope-fast evaluate` on the first seed:", "", *_of_csv(values["evaluated"])]
+    return "\n".join(lines) + "\n"
+
+
+def _of_csv(rows: Sequence[str]) -> list[str]:
+    import csv
+
+    heads, *lines = csv.reader(rows)
+    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *lines)]
+
+
+def _signed(found: Mapping[str, float]) -> str:
+    return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def plot(values: Mapping[str, Any], path: Path) -> None:
+    """Gain against CPU seconds and against pairs: a line an arm, its seeds faint behind it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for axis, key in zip(axes, ("cpu_seconds", "pairs"), strict=True):
+        for k, (name, arm) in enumerate(values["arms"].items()):
+            colour, style = COLOURS[k % len(COLOURS)], ("-", "--", ":")[k // len(COLOURS) % 3]
+            curves = [_curve(seed, key) for seed in arm["seeds"]]
+            for x, gain in curves:
+                axis.plot(x, gain[:, 0], color=colour, alpha=0.25, lw=0.8)
+            grid = measures.common_grid({name: curves})
+            mean = measures.on_grid(curves, grid).mean((0, 2))
+            axis.plot(grid, mean, color=colour, ls=style, label=name)
+        axis.set(xlabel={"cpu_seconds": "CPU seconds of training", "pairs": "(image, step) pairs trained"}[key])
+        axis.set_ylabel("gain of the held-out reward")
+        axis.tick_params(colors=INK)
+        for part in (axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
+            part.set_color(INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=INK)
+    figure.savefig(path, dpi=90, transparent=True)
+    pyplot.close(figure)
