@@ -58,6 +58,8 @@ class Family:
     guidance_scale: float
     arms: tuple[Arm, ...]
     goals: tuple[Goal, ...]
+    seconds: float
+    """CPU seconds of training of a run, unless others are asked for."""
     rival: str
     """The arm that gains and times are compared with first."""
 
@@ -90,7 +92,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "scenes", "scenes", num_steps=10, guidance_scale=2.0, rival="trl",
+            "scenes", "scenes", num_steps=10, guidance_scale=2.0, seconds=300, rival="trl",
             arms=(
                 Arm("trl", "TRL 0.23.1 DDPOTrainer", "trl_ddpo.py"),
                 Arm("eager", "eager loop, every step", "eager_ddpo.py"),
@@ -113,7 +115,7 @@ FAMILIES = {
             ),
         ),
         Family(
-            "flow", "scenes-flow", num_steps=10, guidance_scale=1.0, rival="flow_grpo",
+            "flow", "scenes-flow", num_steps=10, guidance_scale=1.0, seconds=200, rival="flow_grpo",
             arms=(
                 Arm("flow_grpo", "Flow-GRPO, every step", changes=(*GRPO, "selector.name=every_step")),
                 Arm(

@@ -26,7 +26,8 @@ HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 sys.path.insert(0, str(CHECKOUT))  # a script finds what lies beside it, and no more
 from experiments import runs  # noqa: E402
-from experiments.paper import showing  # noqa: E402
+from experiments.paper import showing, time_to_reward  # noqa: E402
+from experiments.paper.arms import FAMILIES  # noqa: E402
 from experiments.paper.declaring import (  # noqa: E402
     QUICK,
     Arm,
@@ -37,7 +38,8 @@ from experiments.paper.declaring import (  # noqa: E402
     settings_of,
     steps_of,
 )
-from experiments.paper.time_to_reward import today  # noqa: E402
+
+HEADLINE = "How much sooner is the same reward reached?"
 
 
 def declared() -> dict[str, Experiment]:
@@ -85,13 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def listed(known: Mapping[str, Experiment]) -> str:
     """A line an experiment: what it asks, how many runs, CPU minutes."""
-    lines = [f"{'name':<22}{'in the paper':<18}{'runs':>5}{'CPU min':>9}  question"]
+    rows = [
+        (f"time_to_reward.py --family {family}", "Fig. 4, headline", *time_to_reward.planned(asked), HEADLINE)
+        for family in FAMILIES
+        for asked in [time_to_reward.parse(["--family", family])]
+    ]
     for name, one in known.items():
-        number, minutes = len(one.arms) * len(one.seeds), cpu_seconds(one) / 60
-        lines.append(f"{name:<22}{one.paper:<18}{number:>5}{minutes:>9.0f}  {one.title}")
-    total = sum(cpu_seconds(one) for one in known.values()) / 3600
+        rows.append((f"run.py {name}", one.paper, len(one.arms) * len(one.seeds), cpu_seconds(one), one.title))
+    lines = [f"{'command':<34}{'in the paper':<20}{'runs':>5}{'CPU min':>9}  question"]
+    lines += [f"{name:<34}{place:<20}{runs:>5}{cost / 60:>9.0f}  {title}" for name, place, runs, cost, title in rows]
+    total = sum(row[3] for row in rows) / 3600
     return "\n".join(
-        [*lines, f"{total:.1f} CPU hours in all, without time_to_reward.py; runs that are alike are made once"]
+        [*lines, f"{total:.1f} CPU hours in all, fewer where experiments share runs; half as long with --jobs 2"]
     )
 
 
@@ -172,7 +179,7 @@ def write(experiment: Experiment, folders: Mapping[str, Sequence[Path]], chosen:
     """JSON, plot and table of the arms that are whole."""
     values = {
         "command": shlex.join(["python", "experiments/paper/run.py", *sys.argv[1:]]),
-        "date": today(),
+        "date": time_to_reward.today(),
         **runs.provenance([folder for of_arm in folders.values() for folder in of_arm]),
         "title": experiment.title,
         "paper": experiment.paper,

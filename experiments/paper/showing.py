@@ -23,7 +23,8 @@ def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> di
     found = {}
     for name, seeds in read.items():
         against = experiment.arms[name].against
-        changes = {one: _changes(read[one]) for one in (name, against) if one in read}
+        both = [one for one in (name, against) if one is not None and one in read]
+        changes = {one: _changes(read[one]) for one in both}
         drawn = _drawn(changes)
         arm: dict[str, Any] = {
             "against": against,
@@ -109,7 +110,8 @@ def _time(
     found: dict[str, Any] = {}
     for key in ("cpu_seconds", "pairs"):
         curves = {}
-        arms = {one: [_curve(seed, key) for seed in read[one]] for one in (name, against) if one in read}
+        both = [one for one in (name, against) if one is not None and one in read]
+        arms = {one: [_curve(seed, key) for seed in read[one]] for one in both}
         grid = measures.common_grid(arms)
         for one, mine in arms.items():
             gains = measures.on_grid(mine, grid)

@@ -38,15 +38,15 @@ from experiments.paper.arms import FAMILIES, PEERS, Arm, Family, python_of  # no
 
 TUNING_SEED = 1000
 TUNING_CAPTIONS = CHECKOUT / "experiments" / "algorithms" / "tuning_captions.txt"
-NUM_CAPTIONS, SAMPLES = 48, 2
+NUM_CAPTIONS, NUM_TUNING, SAMPLES = 48, 32, 2
 QUICK: dict[str, Any] = {
     "max_iterations": 2, "marks": 1, "num_steps": 6, "groups": 1, "group_size": 4, "min_count": 2,
 }  # fmt: skip
 QUICK_CAPTIONS, QUICK_GRID = 3, 2
 LOADING = 8.0
 """CPU seconds to load a model and its libraries, about."""
-STEP_SECONDS = 0.01
-"""CPU seconds of a held-out image's step with guidance, about; for the estimate of what is left alone."""
+ROW_SECONDS = 0.0031
+"""CPU seconds of the denoiser on one row, about; for the estimate of what is left alone."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", metavar="A", help="default: all of the family; --quick leaves TRL out")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--stages", nargs="*", choices=("tune", "run"), default=["tune", "run"])
-    parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training of a run")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of training of a run; default: 300, flow 200")
     parser.add_argument("--tuning-seconds", type=float, help="the same of the tuning; default: half")
     parser.add_argument("--marks", type=int, default=12, help="points of a run at which it is measured")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -132,7 +132,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = chosen.arms or [name for name, arm in known.items() if not (chosen.quick and arm.is_trl)]
     chosen.arms = [known[name] for name in dict.fromkeys(names)]
     chosen.seeds = chosen.seeds or ([0] if chosen.quick else [0, 1, 2, 3, 4])
-    chosen.tuning_seconds = chosen.tuning_seconds or chosen.seconds / 2
+    chosen.seconds = family.seconds if chosen.seconds is None else chosen.seconds
+    chosen.tuning_seconds = chosen.seconds / 2 if chosen.tuning_seconds is None else chosen.tuning_seconds
     name = "time_to_reward" if family.name == "scenes" else f"time_to_reward_{family.name}"
     name += "_quick" if chosen.quick else ""
     chosen.work = (chosen.work or CHECKOUT / "runs" / name).resolve()
@@ -282,10 +283,17 @@ def cost_of(case: Case | None, chosen: argparse.Namespace) -> float:
     is_tuning = case is not None and case.is_tuning
     if chosen.quick:
         return 1.0
-    images = (len(chosen.tuned_on.read_text().splitlines()) if is_tuning else NUM_CAPTIONS) * SAMPLES
-    marks = max(1, chosen.marks // 2) if is_tuning else chosen.marks
-    measuring = marks * images * chosen.family.num_steps * STEP_SECONDS
+    captions, marks = (NUM_TUNING, max(1, chosen.marks // 2)) if is_tuning else (NUM_CAPTIONS, chosen.marks)
+    rows = 1 if chosen.family.guidance_scale == 1 else 2
+    measuring = marks * captions * SAMPLES * chosen.family.num_steps * rows * ROW_SECONDS
     return (chosen.tuning_seconds if is_tuning else chosen.seconds) + measuring + 2 * LOADING
+
+
+def planned(chosen: argparse.Namespace) -> tuple[int, float]:
+    """(runs, CPU seconds) of all that is asked for, about, as if nothing was finished."""
+    tuning = [case for arm in chosen.arms for case in tuning_cases(arm, chosen)]
+    number = len(chosen.seeds) * len(chosen.arms)
+    return len(tuning) + number, sum(cost_of(case, chosen) for case in tuning) + number * cost_of(None, chosen)
 
 
 def in_parallel(

@@ -58,7 +58,8 @@ def test_a_control_is_as_long_as_the_interval_it_is_like_and_nothing_is_trained_
         for one in (tmp_path / "work").iterdir()
         if one.is_dir() and Config.load(one / "config.toml").selector.name == "window"
     }["finished"]
-    size = Config.load(folder / "config.toml").selector.window_size
+    selector: Any = Config.load(folder / "config.toml").selector
+    size = selector.window_size
     chosen = [
         json.loads(line)["selector"]["fraction"]
         for one in (tmp_path / "work").iterdir()
