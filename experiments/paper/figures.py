@@ -179,6 +179,13 @@ def _open(value: float | None, form: str) -> str:
     return "open" if value is None else format(value, form)
 
 
+def inked(axis: Any) -> None:
+    """What is written at an axis in a colour that is legible on white and on black."""
+    axis.tick_params(colors=INK)
+    for part in (axis.title, axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
+        part.set_color(INK)
+
+
 def plot(values: Mapping[str, Any], path: Path) -> None:
     """Gain against seconds and against pairs with its interval, nothing behind them."""
     import matplotlib
@@ -196,9 +203,7 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
         for gain in GAINS:
             axis.axhline(gain, color=INK, lw=0.6, ls=":")
         axis.set(xlabel=title, ylabel="gain of the held-out reward")
-        axis.tick_params(colors=INK)
-        for part in (axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
-            part.set_color(INK)
+        inked(axis)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
     figure.savefig(path, dpi=90, transparent=True)

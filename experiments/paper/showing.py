@@ -14,7 +14,7 @@ import numpy as np
 from experiments import runs
 from experiments.paper import measures
 from experiments.paper.declaring import Experiment
-from experiments.paper.figures import COLOURS, INK
+from experiments.paper.figures import COLOURS, INK, inked
 
 
 def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
@@ -211,9 +211,7 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
             axis.plot(grid, mean, color=colour, ls=style, label=name)
         axis.set(xlabel={"cpu_seconds": "CPU seconds of training", "pairs": "(image, step) pairs trained"}[key])
         axis.set_ylabel("gain of the held-out reward")
-        axis.tick_params(colors=INK)
-        for part in (axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
-            part.set_color(INK)
+        inked(axis)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=INK)
     figure.savefig(path, dpi=90, transparent=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments import runs
 from experiments.paper.declaring import ADASCOPE, BALANCED, DDPO, Arm, Experiment
-from experiments.paper.figures import COLOURS, INK
+from experiments.paper.figures import COLOURS, INK, inked
 
 STEPS = 50
 
@@ -57,9 +57,7 @@ def draw(folders: Mapping[str, Sequence[Path]], picture: Path) -> dict[str, Any]
             low, high = np.nanmin(values), np.nanmax(values)
             axis.plot((values - low) / (high - low if high > low else 1), color=colour, label=name)
         axis.set(title=arm, xlabel="denoising step", ylabel="each curve from its least to its most")
-        axis.tick_params(colors=INK)
-        for part in (axis.title, axis.xaxis.label, axis.yaxis.label, *axis.spines.values()):
-            part.set_color(INK)
+        inked(axis)
         axis.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(picture, dpi=90, transparent=True)
     pyplot.close(figure)
