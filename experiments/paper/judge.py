@@ -74,7 +74,8 @@ def asked(body: bytes) -> tuple[str, bytes, bytes]:
     text = content[0]["text"]
     prompt, _ = json.JSONDecoder().raw_decode(text[text.index('prompt "') + len("prompt ") :])
     images = [part["image_url"]["url"].partition("base64,")[2] for part in content if part["type"] == "image_url"]
-    return prompt, *(base64.b64decode(one) for one in images)
+    first, second = (base64.b64decode(one) for one in images)
+    return prompt, first, second
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "date": time_to_reward.today(),
         "commit": time_to_reward.commit(),
         "machine": time_to_reward.machine(),
-        "judge": __doc__.strip(),
+        "judge": (__doc__ or "").strip(),
         "results": json.loads((votes / "results.json").read_text()),
     }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
