@@ -111,6 +111,12 @@ def only_with(**needs: list[Any]) -> Any:
     return Field(json_schema_extra=extra)
 
 
+def needs(field: Any) -> dict[str, list[Any]]:
+    """The other keys that a key has a meaning with, and their values; empty where it has one always."""
+    extra = field.json_schema_extra
+    return extra.get("only_with", {}) if isinstance(extra, dict) else {}
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, exact types, no unknown keys."""
 
@@ -124,9 +130,7 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _keys_apply(self) -> Self:
         for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            needs: Any = extra.get("only_with", {}) if isinstance(extra, dict) else {}
-            for other, wanted in needs.items():
+            for other, wanted in needs(field).items():
                 has = getattr(self, other)
                 if has not in wanted and getattr(self, name) != field.default:
                     context = {"field": name, "value": getattr(self, name), "other": other, "has": has}

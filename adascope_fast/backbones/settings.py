@@ -6,10 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adascope_fast.settings import Decay, Guidance, Pixels, Section, Text, Width
+from adascope_fast.settings import Decay, Guidance, Pixels, Section, Text, Width, only_with
 
 EMBEDDED_NAMES = ("scenes", "scenes-flow")
 """The models inside this package, which draw the captions of `scenes:train`."""
+
+
+REPOSITORY = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?")
+"""What the Hub takes as a name, which `./folder` and `../folder` are not."""
 
 
 class Options(Section):
@@ -17,11 +21,11 @@ class Options(Section):
 
     train: Literal["lora", "full"] = "lora"
     """A LoRA adapter, or every weight of the denoiser."""
-    lora_rank: Width = 16
+    lora_rank: Annotated[Width, only_with(train=["lora"])] = 16
     """Rank of the LoRA matrices."""
-    lora_alpha: Width | None = None
+    lora_alpha: Annotated[Width | None, only_with(train=["lora"])] = None
     """LoRA scale is alpha / rank; absent: the rank, so the scale is 1."""
-    lora_targets: Annotated[list[Text], Field(min_length=1)] | None = None
+    lora_targets: Annotated[Annotated[list[Text], Field(min_length=1)] | None, only_with(train=["lora"])] = None
     """Names of the layers to adapt; absent: those that diffusers' training script of the family adapts."""
     resolution: Pixels | None = None
     """Side of the images in pixels; absent: the model's own."""
@@ -66,17 +70,11 @@ class Model(Options):
                 f'model.train = "full" trains every weight, so model.quantize must be "none", got "{self.quantize}"; '
                 f'set it to "none", or model.train = "lora"'
             )
-        given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) is not None]
-        if self.train == "full" and given:
-            raise ValueError(
-                f'model.train = "full" trains every weight and has no adapter, got model.{given[0]}; remove it, or set '
-                f'model.train = "lora"'
-            )
         return self
 
     def examine(self) -> None:
         """ValueError where the name is none of a model; the models of the hub are not looked up."""
-        refuse_misnamed(self.name, base=self.base, revision=self.revision)
+        refuse_misnamed(self.name, base=self.base, revision=self.revision, variant=self.variant)
 
     @property
     def average_decay(self) -> float:
@@ -88,12 +86,15 @@ class Model(Options):
         return {name: value for name, value in self if name not in ("name", "ema_decay")}
 
 
-def refuse_misnamed(name: str, *, base: str | None = None, revision: str | None = None) -> None:
+def refuse_misnamed(
+    name: str, *, base: str | None = None, revision: str | None = None, variant: str | None = None
+) -> None:
     """ValueError unless `name` is an embedded model, a pipeline's folder, a .safetensors file, or may be a repository.
 
     Args:
         base: for a single file, the folder or repository that describes it.
         revision: of a repository.
+        variant: of the weights' files.
     """
     path = Path(name)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -112,7 +113,13 @@ def refuse_misnamed(name: str, *, base: str | None = None, revision: str | None 
             raise ValueError(
                 f"model.revision is for a repository, got {revision!r} with the folder {name!r}; remove it"
             )
-    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        weights = [] if name in EMBEDDED_NAMES else [file.name for file in path.glob("*/*.safetensors")]
+        is_known = any(f".{variant}." in file or f".{variant}-" in file for file in weights)
+        if variant is not None and not is_known and (weights or name in EMBEDDED_NAMES):
+            raise ValueError(
+                f"model.variant names files of weights, got {variant!r} and {name!r} has none called so; remove it"
+            )
+    elif path.exists() or not REPOSITORY.fullmatch(name):
         raise ValueError(
             f"model.name is {', '.join(EMBEDDED_NAMES)}, the folder of a saved diffusers pipeline (with "
             f"model_index.json), a .safetensors file or a Hugging Face repository (owner/name), got {name!r}; "

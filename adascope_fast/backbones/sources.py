@@ -309,7 +309,7 @@ def locate(name: str, *, base: str | None = None, revision: str | None = None, v
     Raises:
         ValueError: there is no such model.
     """
-    refuse_misnamed(name, base=base, revision=revision)
+    refuse_misnamed(name, base=base, revision=revision, variant=variant)
     path = ASSETS / name if name in EMBEDDED else Path(name)
     if path.suffix == ".safetensors":
         return Source(name, base or _described_by(path), path, revision, variant)

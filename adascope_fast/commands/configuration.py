@@ -11,6 +11,7 @@ import typer
 from adascope_fast import prompts
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.config.named import named
 from adascope_fast.prompts import scenes
 from adascope_fast.reporting.files import is_run, no_run
 from adascope_fast.rewards.settings import SceneAttributes
@@ -20,7 +21,9 @@ SAMPLES = ("train", "calibrate", "make-preferences", "train-preference-model")
 
 ConfigArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CONFIG [section.field=value]...", help="A .toml file or a preset, then what to change."),
+    typer.Argument(
+        metavar="CONFIG [section.field=value]...", help="A .toml file, a preset or a model here, then what to change."
+    ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
@@ -33,13 +36,20 @@ def configured(arguments: list[str] | None, *, command: str) -> Config:
             + (repr(arguments[0]) if arguments else "nothing")
             + f"; for example: adascope-fast {command} quickstart train.iterations=5"
         )
-    config = Config.load(arguments[0], arguments[1:])
+    config = _named(arguments[0], arguments[1:])
     if command in SAMPLES:
         _refuse_prompts(config)
         config.examine()
     else:
         config.model.examine()
     return config
+
+
+def _named(name: str, overrides: list[str]) -> Config:
+    """As `Trainer` takes a name, but that what is no model of this machine is taken for a configuration's."""
+    path = Path(name)
+    is_model = name in EMBEDDED_NAMES or (path / "model_index.json").is_file() or path.suffix == ".safetensors"
+    return named(name, overrides) if is_model else Config.load(name, overrides)
 
 
 def refuse_no_run(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
+from adascope_fast.comparison.sources import refuse_nothing
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.settings import LARGEST_SEED, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Section
 from adascope_fast.training.monitoring.progress import bar, import_libraries
@@ -77,6 +78,8 @@ def evaluate(
         raise ConfigError("evaluate needs --out, a folder to write, got none; for example --out evaluations/first")
     if weights is not None and not weights.is_dir():
         raise ConfigError(f"--weights must be a folder with one a metric, got {str(weights)!r}; check the path")
+    for source in sources:
+        refuse_nothing(source)
     rewards = tuple(_section(name) for name in reward or ())
     import_libraries()
     import torch

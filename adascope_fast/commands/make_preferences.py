@@ -9,6 +9,7 @@ import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.preferences.files import refuse_filled
 from adascope_fast.settings import LARGEST_SEED, MOST_IMAGES
 from adascope_fast.training.monitoring.progress import Progress, bar, import_libraries
 
@@ -37,10 +38,8 @@ def make_preferences(
     config = configured(arguments, command="make-preferences")
     if out is None:
         raise ConfigError("make-preferences needs --out, a folder to write, got none; for example --out sets/first")
+    refuse_filled(out, overwrite=overwrite)
     import_libraries()
-    from adascope_fast.preferences import making
-
-    making.refuse_filled(out, overwrite=overwrite)
     made = _made(config, out, pairs, images_per_prompt, seed, adapter, is_labelled=labelled, overwrite=overwrite)
     what = f"{made.num_images} labelled pictures" if labelled else f"{made.num_pairs} pairs"
     print(

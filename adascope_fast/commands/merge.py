@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import RunFolder, refuse_no_run
+from adascope_fast.training.lock import refuse_existing
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
@@ -25,6 +26,7 @@ def merge(
 ) -> None:
     """Write the trained model as a whole pipeline for plain diffusers."""
     refuse_no_run(run)
+    refuse_existing(out, "merge")
     import_libraries()
     from adascope_fast.training.export import merge as write_merged
 

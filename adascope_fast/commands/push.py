@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from adascope_fast.commands.configuration import RunFolder
+from adascope_fast.training.lock import refuse_existing
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
 
@@ -30,7 +31,7 @@ def push(
     if dry_run is None:
         refusals.token_of_login()
     else:
-        refusals.refuse_existing(dry_run)
+        refuse_existing(dry_run, "--dry-run")
     import_libraries()
     from adascope_fast.training import hub
 

@@ -14,6 +14,7 @@ from adascope_fast.commands.configuration import configured
 from adascope_fast.commands.signals import answered_by, interrupt
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.reporting.files import is_run
+from adascope_fast.training.lock import refuse_taken
 from adascope_fast.training.monitoring.progress import import_libraries
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG] [section.field=value]...", help="A .toml file or a preset, then what to change."
+            metavar="[CONFIG] [section.field=value]...",
+            help="A .toml file, a preset or a model here, then what to change.",
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue the run in this folder.")] = None,
@@ -44,6 +46,8 @@ def train(
     refuse_without_resume(resume, arguments, overwrite=overwrite, accept_changes=accept_changes, trust_code=trust_code)
     go_on = _goes_on(go_on, resume, overwrite=overwrite)
     config = resumed(resume, arguments, trust_code=trust_code) if resume else configured(arguments, command="train")
+    if not resume and not go_on and "WORLD_SIZE" not in os.environ:  # of several processes the first one alone has it
+        refuse_taken(Path(config.run.folder), overwrite=overwrite)
     import_libraries()  # they take seconds; a mistake in the configuration should not
     from adascope_fast.training.trainer import Stopped, Trainer
 

@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from adascope_fast import backbones, images
 from adascope_fast.backbones import PipelineBackbone
+from adascope_fast.comparison.sources import NAME, RULE, refuse_nothing, split
 from adascope_fast.config import Config
 from adascope_fast.reporting.files import is_run, json_object, text_of
 from adascope_fast.training.draw import load_run
 from adascope_fast.training.run_folder import load_config, load_run_files
 
 Kind = Literal["run", "base", "model", "adapter", "images"]
-NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}")
-"""What an arm may be called: it becomes a folder, and stands in tables."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,8 @@ def arms_of(sources: Sequence[str], *, model: str | None = None, with_base: bool
 
 
 def _arm(source: str, model: str | None) -> Arm:
-    name, separator, place = source.partition("=")
-    if not separator or not NAME.fullmatch(name):
-        name, place = "", source
+    refuse_nothing(source)
+    name, place = split(source)
     path = Path(place)
     called = name or re.sub(r"[^\w.+-]+", "-", path.resolve().name if path.exists() else place).strip("-.")
     if not NAME.fullmatch(called):
@@ -86,20 +84,14 @@ def _arm(source: str, model: str | None) -> Arm:
             return Arm(called, "adapter", place, model=_model_of(source, model))
         if any(file.suffix.lower() in images.ENDINGS for file in path.iterdir()):
             return Arm(called, "images", place)
-        raise ValueError(f"{_RULE}, got the folder {place!r}, which is none of these; check the path")
+        raise ValueError(f"{RULE}, got the folder {place!r}, which is none of these; check the path")
     if path.suffix == ".safetensors" and model is not None:
         return Arm(called, "adapter", place, model=_model_of(source, model))
-    is_path = place.startswith((".", "/", "~", "runs/")) or (path.parent != Path() and path.parent.is_dir())
-    if is_path and not path.exists():  # a hub is not asked for what can only be a slip
-        raise ValueError(f"{_RULE}, got {place!r}, where there is nothing; check the path")
     try:
         backbones.check(place)
     except ValueError as error:
-        raise ValueError(f"{_RULE}, got {place!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{RULE}, got {place!r}: {' '.join(str(error).split())}") from None
     return Arm(called, "model", place)
-
-
-_RULE = "a source is a run, a model, a LoRA or a folder of images"
 
 
 def _model_of(source: str, model: str | None) -> str:

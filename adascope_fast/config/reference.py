@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from adascope_fast.config.sources import ConfigError, closest, number
 from adascope_fast.config.tree import Config
-from adascope_fast.settings import OWN, Section, choices_of, fields_of, key_of, show
+from adascope_fast.settings import OWN, Section, choices_of, fields_of, key_of, needs, show
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,8 @@ def _key(name: str, part: type[Section]) -> Key:
     default = "" if info.is_required() else ABSENT if info.default is None else show(_plain(info.default))
     bounds = [text for item in info.metadata if (text := _bound(item))]
     values = ", ".join([_values(info.annotation), *bounds])
-    extra = info.json_schema_extra
-    needs: Any = extra.get("only_with", {}) if isinstance(extra, dict) else {}
     only = "".join(
-        f" Only with {other} = {' or '.join(show(value) for value in wanted)}." for other, wanted in needs.items()
+        f" Only with {other} = {' or '.join(show(value) for value in wanted)}." for other, wanted in needs(info).items()
     )
     return Key(name, values, default, " ".join((info.description or "").split()) + only)
 

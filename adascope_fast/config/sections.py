@@ -99,6 +99,12 @@ class Train(Updates):
                 f"{self.total_updates} updates (train.iterations times those of each), got {self.warmup_updates}; "
                 "lower it, or raise train.iterations"
             )
+        if self.best_worst_k is not None and 2 * self.best_worst_k >= self.samples_per_prompt:
+            raise ValueError(
+                f"train.best_worst_k leaves images of a prompt out, so twice it must be below train.samples_per_prompt "
+                f"= {self.samples_per_prompt}, got {self.best_worst_k}; lower it, raise train.samples_per_prompt, or "
+                f"remove it"
+            )
         images = self.prompts_per_iteration * self.samples_per_prompt
         if images > MOST_IMAGES:
             raise ValueError(
@@ -176,7 +182,8 @@ class Log(Section):
     """Address at which Prometheus reads the last iteration's numbers, as `127.0.0.1:9464`; absent: none."""
 
     def examine(self) -> None:
-        """ValueError where a tracker is not installed."""
+        """ValueError where a tracker is not installed, or what Prometheus needs."""
+        self.refuse_no_prometheus()
         for tracker in self.trackers:
             if tracker not in TRACKERS or find_spec(tracker) is None:
                 known = [name for name in TRACKERS if find_spec(name)]
@@ -185,3 +192,11 @@ class Log(Section):
                     + (f"pip install {tracker}" if tracker in TRACKERS else f"choose among {', '.join(TRACKERS)}")
                     + ", or set log.trackers = []"
                 )
+
+    def refuse_no_prometheus(self) -> None:
+        """ValueError where the package that answers Prometheus is asked for and not installed."""
+        if self.prometheus is not None and find_spec("prometheus_client") is None:
+            raise ValueError(
+                f"log.prometheus needs the package prometheus_client, which is not installed, got "
+                f"{self.prometheus!r}; pip install 'adascope-fast[prometheus]', or remove it"
+            )

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from adascope_fast.settings import OWN, choices_of, fields_of, key_of, one_line, show
+from adascope_fast.settings import OWN, choices_of, fields_of, key_of, needs, one_line, show
 
 EXAMPLE = "my_module:my_object"
 SENSED = ("adascope", "complement")
@@ -109,8 +109,8 @@ def apply_overrides(
 ) -> tuple[dict[str, Any], list[str]]:
     """A copy of `values` with each override set; later ones win.
 
-    Where an override makes another choice (`selector.name=every_step`), the keys of `values` that the new choice has
-    not are left out; the second result says so, a line for each such override.
+    Where an override makes another choice (`selector.name=every_step`, `model.train=full`), the keys of `values` that
+    have no meaning with it are left out; the second result says so, a line for each such override.
     """
     result = {section: dict(fields) if isinstance(fields, dict) else fields for section, fields in values.items()}
     given = [_split(model, override) for override in overrides]
@@ -119,6 +119,9 @@ def apply_overrides(
     for section, field, value in choices:
         if gone := _leave_out(model, result, section, field, value):
             left_out[f"{section}.{field} = {show(value)}"] = gone
+    for section, field, value in given:
+        if gone := _leave_out_idle(model, result, given, section, field, value):
+            left_out.setdefault(f"{section}.{field} = {show(value)}", []).extend(gone)
     is_set = {section for section, *_ in given}
     senses = not isinstance(result.get("selector"), dict) or result["selector"].get("name", "adascope") in SENSED
     if "selector" in is_set and "sensing" not in is_set and not senses and isinstance(result.get("sensing"), dict):
@@ -204,6 +207,20 @@ def _leave_out(model: type[BaseModel], result: dict[str, Any], section: str, fie
         del fields[name]
     fields[field] = value
     return [f"{section}.{name}" for name in gone]
+
+
+def _leave_out_idle(
+    model: type[BaseModel], result: dict[str, Any], given: Sequence[Any], section: str, field: str, value: Any
+) -> list[str]:
+    """Take from `result` what an override leaves without a meaning, but for what is an override itself; the names."""
+    fields, gone = result.get(section, {}), []
+    for part in _choices(model, section).values() if isinstance(fields, dict) else ():
+        for name, info in part.model_fields.items():
+            wanted = needs(info).get(field, [value])
+            if name in fields and value not in wanted and (section, name) not in [one[:2] for one in given]:
+                del fields[name]
+                gone.append(f"{section}.{name}")
+    return gone
 
 
 def explain(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> str:

@@ -293,3 +293,20 @@ def _damaged(where: str, error: Exception) -> ValueError:
     return ValueError(
         f"a picture is a whole PNG, JPEG or WebP file, {where} cannot be read ({said}); replace it, or remove the line"
     )
+
+
+def refuse_filled(folder: Path, *, overwrite: bool) -> None:
+    """ValueError where a set may not be written to `folder`."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"--out names a folder, and {str(folder)!r} is none; choose another place")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"a set never replaces what is there, and {str(folder)!r} has something in it; give --overwrite, or "
+            f"another --out"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"--overwrite replaces a set that was made here, and {str(folder)!r} has no {MANIFEST}; choose another"
+        )

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone, Reward, in_double
-from adascope_fast.preferences.files import LABELLED, MANIFEST, PAIRS
+from adascope_fast.preferences.files import LABELLED, MANIFEST, PAIRS, refuse_filled
 from adascope_fast.rollout import OwnNoise, PromptCache, rollout
 from adascope_fast.schedules import Schedule
 
@@ -124,23 +124,6 @@ def make(
         manifest = json.dumps({"made": vars(made)} | dict(about), indent=1, ensure_ascii=False)
         (partial / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     return made
-
-
-def refuse_filled(folder: Path, *, overwrite: bool) -> None:
-    """ValueError where a set may not be written to `folder`."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"--out names a folder, and {str(folder)!r} is none; choose another place")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(
-            f"a set never replaces what is there, and {str(folder)!r} has something in it; give --overwrite, or "
-            f"another --out"
-        )
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(
-            f"--overwrite replaces a set that was made here, and {str(folder)!r} has no {MANIFEST}; choose another"
-        )
 
 
 @torch.no_grad()

@@ -183,6 +183,7 @@ def _chosen(settings: Prompts, train: Given | None, held_out: Given | None) -> t
         name = settings.train if train is None else "train_prompts"
         trained, judged, line = divided(trained, settings, str(name))
         return trained, judged, [*told, line]
+    _refuse_idle_share(settings, "held_out_prompts" if held_out is not None else str(settings.held_out))
     judged, more = _given(held_out, settings.held_out, "held_out_prompts", settings.column)
     told += more
     if warning := overlap(trained, judged):
@@ -207,6 +208,16 @@ def _refuse_idle_column(settings: Prompts, train: Given | None, held_out: Given 
             f"prompts.column names a column of a table or a field of a .jsonl, got {settings.column!r} with "
             f"{' and '.join(sources)}, without columns; remove it"
         )
+
+
+def _refuse_idle_share(settings: Prompts, held_out: str) -> None:
+    for key in ("held_out_share", "seed"):
+        value = getattr(settings, key)
+        if value != Prompts.model_fields[key].default:
+            raise ValueError(
+                f"prompts.{key} says which of the prompts are held out where none are named, got {value} with the "
+                f"held-out prompts {held_out}; remove it, or have prompts.train name a file without prompts.held_out"
+            )
 
 
 def overlap(train: Sequence[str], held_out: Sequence[str], *, where: str = "prompts.train") -> str | None:

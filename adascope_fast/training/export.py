@@ -6,9 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from adascope_fast.config import ConfigError
 from adascope_fast.loading import follow_umask, quiet
 from adascope_fast.training.draw import load_run
+from adascope_fast.training.lock import refuse_existing
 from adascope_fast.training.monitoring.progress import Progress
 from adascope_fast.training.run_folder import load_config
 
@@ -32,8 +32,7 @@ def merge(
     Raises:
         ConfigError: `folder` is there already, or `run` is not a run.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"merge never replaces what is there, and {str(folder)!r} exists; name another folder")
+    refuse_existing(folder, "merge")
     progress, kept = progress or Progress(quiet=True), load_config(run).model.dtype
     # In its own type, which tells that the model is the one that was trained, or in a wider one.
     with progress.loading(str(run)) as told:

@@ -1,5 +1,10 @@
-"""One process writes a run at a time; the lock goes with the process that holds it, however that ends."""
+"""Who may write where: nothing is replaced unasked, and one process writes a run at a time.
 
+The lock goes with the process that holds it, however that ends. Nothing here imports torch, so what may not be written
+is told at once.
+"""
+
+import errno
 import fcntl
 import logging
 import os
@@ -9,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adascope_fast.config import ConfigError
+from adascope_fast.reporting.files import is_run
 
 NAME = ".lock"
 
@@ -38,3 +44,44 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder besides the lock."""
+    return [path for path in folder.iterdir() if path.name != NAME]
+
+
+def refuse_taken(path: Path, *, overwrite: bool) -> None:
+    """ConfigError where a new run may not be written to `path`: something is there, or nothing can be."""
+    if path.is_dir() and not contents(path):
+        return
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise ConfigError(
+                f"a run never replaces what is there, and run.folder = {str(path)!r} exists; "
+                f"continue it with --resume {path}, replace it with --overwrite, or set run.folder"
+            )
+        if not is_run(path):
+            raise ConfigError(
+                f"--overwrite replaces runs only, and {str(path)!r} holds no config.toml; choose another run.folder"
+            )
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise not_writable(path, os.strerror(errno.ENOTDIR))
+    if not path.exists() and not os.access(above, os.W_OK | os.X_OK):
+        raise not_writable(path, os.strerror(errno.EACCES))
+
+
+def not_writable(path: Path, why: str | None) -> ConfigError:
+    """What to say of a run's folder that cannot be made."""
+    return ConfigError(f"run.folder must be writable, {str(path)!r} is not ({why}); set run.folder to another place")
+
+
+def refuse_existing(folder: Path, what: str) -> None:
+    """ConfigError unless a folder is new or empty.
+
+    Args:
+        what: what would write there.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{what} never replaces what is there, and {str(folder)!r} exists; name another folder")

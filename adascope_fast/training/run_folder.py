@@ -37,8 +37,7 @@ from adascope_fast.reporting.files import is_run, json_object, no_run, records, 
 from adascope_fast.training import checkpoint
 from adascope_fast.training.checkpoint import Checkpoint
 from adascope_fast.training.evaluation import best_of
-from adascope_fast.training.lock import NAME as LOCK
-from adascope_fast.training.lock import locked
+from adascope_fast.training.lock import contents, locked, not_writable, refuse_taken
 
 PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out", "algorithm.preferences", "reward.url"}
 PLACES |= {"rollout.url"}
@@ -77,27 +76,11 @@ class RunFolder:
     @classmethod
     def check(cls, config: Config, *, overwrite: bool) -> None:
         """ConfigError if `create` would replace what it must not, or another process has the run."""
-        cls._check(config, overwrite=overwrite)
+        refuse_taken(Path(config.run.folder), overwrite=overwrite)
         path = Path(config.run.folder)
         if path.is_dir():
             with locked(path):
                 pass
-
-    @staticmethod
-    def _check(config: Config, *, overwrite: bool) -> None:
-        path = Path(config.run.folder)
-        if path.is_dir() and not _contents(path):
-            return
-        if path.exists() or path.is_symlink():
-            if not overwrite:
-                raise ConfigError(
-                    f"a run never replaces what is there, and run.folder = {str(path)!r} exists; "
-                    f"continue it with --resume {path}, replace it with --overwrite, or set run.folder"
-                )
-            if not is_run(path):
-                raise ConfigError(
-                    f"--overwrite replaces runs only, and {str(path)!r} holds no config.toml; choose another run.folder"
-                )
 
     @classmethod
     def create(cls, config: Config, *, overwrite: bool, heading: str = "") -> Self:
@@ -106,21 +89,19 @@ class RunFolder:
         Args:
             heading: comment lines of `config.toml`.
         """
-        cls._check(config, overwrite=overwrite)
+        refuse_taken(Path(config.run.folder), overwrite=overwrite)
         path, held = Path(config.run.folder), ExitStack()
         try:
             path.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(path))
-            cls._check(config, overwrite=overwrite)  # another process may have begun it meanwhile
-            for old in _contents(path):
+            refuse_taken(Path(config.run.folder), overwrite=overwrite)  # another process may have begun it meanwhile
+            for old in contents(path):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             (path / "samples").mkdir()
             write_whole(path / "config.toml", heading + config.to_toml())
         except OSError as error:
             held.close()
-            raise ConfigError(
-                f"run.folder must be writable, {str(path)!r} is not ({error.strerror}); set run.folder to another place"
-            ) from None
+            raise not_writable(path, error.strerror) from None
         except ConfigError:
             held.close()
             raise
@@ -364,11 +345,6 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _contents(folder: Path) -> list[Path]:
-    """What is in a folder besides the lock."""
-    return [path for path in folder.iterdir() if path.name != LOCK]
 
 
 def _json(path: Path) -> dict[str, Any]:

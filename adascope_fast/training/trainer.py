@@ -161,7 +161,7 @@ class Trainer:
         self._given = {name for name, value in given.items() if value is not None}
         self.reward = rewards.load(config.reward) if reward is None else rewards.given(reward)
         self._refuse_mixing_of_one_reward()
-        prometheus.check(config)
+        config.log.refuse_no_prometheus()
         self.similarity = ClipSimilarity.load(config.evaluation.clip) if config.evaluation.clip else None
         self.train_prompts, held_out = prompt_sets.chosen(
             config.prompts, train=train_prompts, held_out=held_out_prompts

@@ -41,6 +41,14 @@ def test_prompts_that_cannot_be_meant_are_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_of_this_machine_is_a_configuration_too(tmp_path: Path):
+    config = configured(["scenes-flow", "train.iterations=3"], command="train")
+    assert config == Config.load(None, ["model.name=scenes-flow", "train.iterations=3"])
+    (tmp_path / "model_index.json").write_text("{}")
+    assert configured([str(tmp_path), *OTHER], command="train").model.name == str(tmp_path)
+    assert "a configuration is a .toml file, or a preset: " in refused("train", "scenes-flwo")
+
+
 def test_a_plan_needs_no_prompts():
     assert configured([TINY, "model.name=somebody/some-model"], command="plan").prompts.train is None
 
@@ -110,11 +118,22 @@ OTHER = [PLAIN, "prompts.train=animals:train"]
         (["sample", "TMP", "--prompt", "a cat"], "a run's folder holds a config.toml"),
         (["merge", "TMP", "TMP/out"], "a run's folder holds a config.toml"),
         (["report", "TMP"], "a run's folder holds a config.toml"),
+        (["train", TINY, *OTHER, "model.name=./models/none"], "the folder of a saved diffusers pipeline"),
+        (["train", TINY, "model.variant=fp16"], "got 'fp16' and 'scenes' has none called so; remove it"),
+        (["train", TINY, "run.folder=TMP"], "a run never replaces what is there"),
+        (["train", TINY, "run.folder=TMP", "--overwrite"], "--overwrite replaces runs only"),
+        (["train", TINY, "run.folder=TMP/b.txt/run"], "run.folder must be writable"),
+        (["train", TINY, "prompts.held_out_share=0.2"], "got 0.2 with the held-out prompts scenes:held_out; remove it"),
+        (["merge", "TMP/run", "TMP"], "merge never replaces what is there"),
+        (["make-preferences", TINY, "--out", "TMP"], "a set never replaces what is there"),
+        (["evaluate", "nowhere", "--out", "TMP/out"], "a source is a run, a model, a LoRA or a folder of images"),
     ],
 )
 def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], line: str):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "b.txt").write_text("two\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
     given = ["adascope-fast", *(argument.replace("TMP", str(tmp_path)) for argument in arguments)]
     program = (
         f"import sys; from adascope_fast import cli\nsys.argv = {given!r}\n"

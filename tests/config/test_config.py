@@ -359,9 +359,23 @@ def test_rules_within_a_section():
         'sampler.kind = "ddpm" takes no noise, got sampler.eta = 0.5; remove it'
     )
     assert _one("model.train=full", "model.lora_alpha=3") == (
-        'model.train = "full" trains every weight and has no adapter, got model.lora_alpha; remove it, or set '
-        'model.train = "lora"'
+        'model.lora_alpha has a meaning with model.train = "lora" alone, got 3 with "full"; remove it, or change '
+        "model.train"
     )
+
+
+def test_what_a_file_says_of_another_choice_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\nlora_rank = 4\n[train]\nlr_schedule = "cosine_with_restarts"\nlr_cycles = 3\n')
+    config = Config.load(path, ["model.train=full", "train.lr_schedule=cosine"])
+    assert (config.model.lora_rank, config.train.lr_cycles) == (16, 1)
+    assert caplog.messages == [
+        'model.train = "full" leaves out the file\'s model.lora_rank',
+        'train.lr_schedule = "cosine" leaves out the file\'s train.lr_cycles',
+    ]
+    assert Config.load(path, ["model.train=lora"]).model.lora_rank == 4
+    with pytest.raises(ConfigError, match=r'^model\.lora_rank has a meaning with model\.train = "lora" alone, got 8'):
+        Config.load(path, ["model.train=full", "model.lora_rank=8"])
 
 
 def test_one_pass_is_refused_where_it_cannot_be():

@@ -134,6 +134,11 @@ def test_every_text_is_printable_and_short(beside: list[str], key: str, value: s
             'algorithm.advantage = "batch" compares the images of an iteration, got 1; raise',
         ),
         (
+            ["train.best_worst_k=2"],
+            "train.best_worst_k leaves images of a prompt out, so twice it must be below train.samples_per_prompt = 4, "
+            "got 2; lower it, raise",
+        ),
+        (
             ["model.train=full", "acceleration.fold_adapter=on"],
             'acceleration.fold_adapter = "on" folds a LoRA adapter, got model.train = "full", which has none; set it',
         ),

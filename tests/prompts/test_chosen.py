@@ -87,3 +87,14 @@ def test_captions_that_the_scenes_reward_cannot_judge_are_counted():
     scenes.refuse_others(known, "prompts.train")
     with pytest.raises(ValueError, match=r"got 2 others in prompts.train, first 'cat'; choose another reward"):
         scenes.refuse_others([*known, "cat", "dog"], "prompts.train")
+
+
+@pytest.mark.parametrize(("key", "value"), [("held_out_share", 0.2), ("seed", 3)])
+def test_how_to_divide_is_refused_where_nothing_is_divided(key: str, value: float):
+    settings = SCENES.model_copy(update={key: value})
+    with pytest.raises(ValueError, match=rf"^prompts\.{key} says which .*, got {value} with the held-out prompts sc"):
+        prompts.named(settings)
+    with pytest.raises(ValueError, match="with the held-out prompts held_out_prompts; remove it"):
+        prompts.chosen(settings, train=["a"], held_out=["b"])
+    train, held_out = prompts.chosen(settings, train=[f"mine {index}" for index in range(20)])
+    assert len(train) + len(held_out) == 20

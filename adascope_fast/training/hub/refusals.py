@@ -52,12 +52,6 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def refuse_existing(out: Path) -> None:
-    """ConfigError unless a folder is new or empty."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--dry-run never replaces what is there, and {str(out)!r} exists; name another folder")
-
-
 def token_of_login(given: str | None = None) -> str:
     """The token to write with; ConfigError where there is none, or no network is to be used."""
     if constants.HF_HUB_OFFLINE:

@@ -28,12 +28,12 @@ from adascope_fast.training.hub.licence import licence_of
 from adascope_fast.training.hub.refusals import (
     WEIGHTS,
     refuse_base,
-    refuse_existing,
     refuse_name,
     refuse_unfinished,
     token_of_login,
 )
 from adascope_fast.training.hub.settings_shown import settings_shown, without_places
+from adascope_fast.training.lock import refuse_existing
 from adascope_fast.training.monitoring.progress import Progress
 from adascope_fast.training.run_folder import load_config
 
@@ -88,7 +88,7 @@ def write(
     refuse_name(repo_id)
     refuse_base(base)
     refuse_unfinished(folder)
-    refuse_existing(out)
+    refuse_existing(out, "--dry-run")
     _write(folder, out, repo_id, base, progress, lambda source, target: shutil.copyfile(source, target) and None)
 
 

@@ -8,22 +8,12 @@ is no token, since Prometheus asks without one, so the address is loopback unles
 import math
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.sections import address_of
 
 PREFIX = "adascope_fast_"
-
-
-def check(config: Config) -> None:
-    """ConfigError where `log.prometheus` is set and its package is not there."""
-    if config.log.prometheus is not None and find_spec("prometheus_client") is None:
-        raise ConfigError(
-            f"log.prometheus needs the package prometheus_client, which is not installed, got "
-            f"{config.log.prometheus!r}; pip install 'adascope-fast[prometheus]', or remove it"
-        )
 
 
 class Prometheus:
