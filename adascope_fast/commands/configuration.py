@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from adascope_fast import prompts
+from adascope_fast.algorithms.settings import DiffusionDpo, DiffusionKto, Spo
 from adascope_fast.backbones.settings import EMBEDDED_NAMES
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.named import named
+from adascope_fast.preferences.folders import folder_of, refuse_no_model
 from adascope_fast.prompts import scenes
 from adascope_fast.reporting.files import is_run, no_run
 from adascope_fast.rewards.settings import SceneAttributes
@@ -39,6 +41,8 @@ def configured(arguments: list[str] | None, *, command: str) -> Config:
     config = _named(arguments[0], arguments[1:])
     if command in SAMPLES:
         _refuse_prompts(config)
+        if command == "train":  # the others may make what it names
+            _refuse_judged(config)
         config.examine()
     else:
         config.model.examine()
@@ -70,3 +74,12 @@ def _refuse_prompts(config: Config) -> None:
     if isinstance(config.reward, SceneAttributes):
         for key, texts in found.items():
             scenes.refuse_others(texts, key)
+
+
+def _refuse_judged(config: Config) -> None:
+    """ValueError where what an algorithm learns preferences from is not there."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, DiffusionDpo | DiffusionKto):
+        folder_of(algorithm.preferences)
+    if isinstance(algorithm, Spo) and algorithm.preference_model != "reward":
+        refuse_no_model(Path(algorithm.preference_model))

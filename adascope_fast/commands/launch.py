@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from adascope_fast.commands.configuration import configured, refuse_no_run
 from adascope_fast.config import ConfigError
 
 PROGRAM = f"{__name__.partition('.')[0]}.cli"
@@ -28,7 +29,17 @@ def launch(
     program = ["accelerate.commands.launch", "--config_file", str(path), *options]
     if "--cpu" in options:  # accelerate starts one process there, whatever number is asked for
         program = ["torch.distributed.run", *_on_cpus(path, options)]
+    _refuse_configuration(command[1:])  # once, and not by each process among torchrun's lines
     os.execv(sys.executable, [sys.executable, "-m", *program, "--module", PROGRAM, *command])
+
+
+def _refuse_configuration(arguments: list[str]) -> None:
+    """What `train` refuses of its arguments before it imports torch."""
+    if "--resume" in arguments:
+        folder = "".join(arguments[arguments.index("--resume") + 1 :][:1])
+        refuse_no_run(Path(folder))
+    else:
+        configured([word for word in arguments if not word.startswith("--")], command="train")
 
 
 def _on_cpus(path: Path, options: list[str]) -> list[str]:

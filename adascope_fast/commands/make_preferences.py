@@ -9,7 +9,7 @@ import typer
 
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import Config, ConfigError
-from adascope_fast.preferences.files import refuse_filled
+from adascope_fast.preferences.folders import refuse_filled
 from adascope_fast.settings import LARGEST_SEED, MOST_IMAGES
 from adascope_fast.training.monitoring.progress import Progress, bar, import_libraries
 

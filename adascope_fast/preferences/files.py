@@ -22,14 +22,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from adascope_fast import prompts
+from adascope_fast.preferences.folders import MAKE, folder_of
 
-PAIRS, LABELLED, MANIFEST = "preferences.jsonl", "labelled.jsonl", "manifest.json"
+PAIRS, LABELLED = "preferences.jsonl", "labelled.jsonl"
 FORMATS = ("PNG", "JPEG", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 LOOKED_AT = 2000
 MOST_SIDE = 16_384
 MOST_ASPECT = 2.0
-MAKE = "make one with: adascope-fast make-preferences CONFIG.toml --out FOLDER --pairs 400"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PreferenceSet(Generic[Record]):
 
 def read_pairs(folder: str | Path | None) -> PreferenceSet[Pair]:
     """The pairs of a folder. ValueError, in one line with file and line number, where it is no such set."""
-    place = _folder(folder)
+    place = folder_of(folder)
     if not (place / PAIRS).is_file():
         has = f"a folder with {LABELLED} alone" if (place / LABELLED).is_file() else f"a folder without {PAIRS}"
         raise ValueError(f"pairs are listed in {PAIRS}, got {str(place)!r}, {has}; {MAKE}")
@@ -136,7 +136,7 @@ def read_pairs(folder: str | Path | None) -> PreferenceSet[Pair]:
 
 def read_judged(folder: str | Path | None) -> PreferenceSet[Judged]:
     """The labelled pictures of a folder; those of pairs, the chosen one liked, where it has pairs alone."""
-    place = _folder(folder)
+    place = folder_of(folder)
     if (place / LABELLED).is_file():
         text, found = _read(place, LABELLED, _judged)
         return PreferenceSet(place, found, text)
@@ -152,16 +152,6 @@ def read_judged(folder: str | Path | None) -> PreferenceSet[Judged]:
         for image, is_liked in ((pair.chosen, True), (pair.rejected, False))
     ]
     return PreferenceSet(place, both, pairs.text)
-
-
-def _folder(folder: str | Path | None) -> Path:
-    if not folder:
-        raise ValueError(f"algorithm.preferences must name the folder of a set, got none; {MAKE}")
-    place = Path(folder)
-    if not place.is_dir():
-        what = "which is a file" if place.exists() else "which is not there"
-        raise ValueError(f"algorithm.preferences is a folder, got {str(folder)!r}, {what}; {MAKE}")
-    return place
 
 
 class _Lines:
@@ -293,20 +283,3 @@ def _damaged(where: str, error: Exception) -> ValueError:
     return ValueError(
         f"a picture is a whole PNG, JPEG or WebP file, {where} cannot be read ({said}); replace it, or remove the line"
     )
-
-
-def refuse_filled(folder: Path, *, overwrite: bool) -> None:
-    """ValueError where a set may not be written to `folder`."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"--out names a folder, and {str(folder)!r} is none; choose another place")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(
-            f"a set never replaces what is there, and {str(folder)!r} has something in it; give --overwrite, or "
-            f"another --out"
-        )
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(
-            f"--overwrite replaces a set that was made here, and {str(folder)!r} has no {MANIFEST}; choose another"
-        )

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from adascope_fast.backbone import Backbone, Reward, in_double
-from adascope_fast.preferences.files import LABELLED, MANIFEST, PAIRS, refuse_filled
+from adascope_fast.preferences.files import LABELLED, PAIRS
+from adascope_fast.preferences.folders import MANIFEST, refuse_filled
 from adascope_fast.rollout import OwnNoise, PromptCache, rollout
 from adascope_fast.schedules import Schedule
 

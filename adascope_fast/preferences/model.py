@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from adascope_fast.backbone import Backbone, Condition
 from adascope_fast.loading import aligned, follow_umask
+from adascope_fast.preferences.folders import DESCRIPTION, NAME_ONE, WEIGHTS, refuse_no_model
 from adascope_fast.rollout import Candidates
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 KIND = "step-aware preference model"
 WIDTH, NUM_BLOCKS = 48, 3
 SMALLEST_SIDE = 4
@@ -115,11 +115,7 @@ class StepAwareModel(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "StepAwareModel":
         """What `save` wrote; ValueError where it is not whole, or something else."""
-        step = 'name a folder that adascope-fast train-preference-model has made, or "reward"'
-        if not (folder / DESCRIPTION).is_file():
-            raise ValueError(
-                f"algorithm.preference_model is a folder with {DESCRIPTION} and {WEIGHTS}, got {str(folder)!r}; {step}"
-            )
+        refuse_no_model(folder)
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if described.pop("kind") != KIND:
@@ -133,7 +129,7 @@ class StepAwareModel(nn.Module):
             made.load_state_dict(aligned(load_file(folder / WEIGHTS)))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"the preference model in {str(folder)!r} could not be read: {why}; {step}") from error
+            raise ValueError(f"the preference model in {str(folder)!r} could not be read: {why}; {NAME_ONE}") from error
         return made.requires_grad_(False).eval()
 
 

@@ -53,6 +53,14 @@ def test_a_plan_needs_no_prompts():
     assert configured([TINY, "model.name=somebody/some-model"], command="plan").prompts.train is None
 
 
+@pytest.mark.parametrize("command", ["make-preferences", "train-preference-model"])
+def test_what_makes_a_folder_may_be_told_of_it_before(tmp_path: Path, command: str):
+    offline = ["algorithm.name=diffusion_dpo", f"algorithm.preferences={tmp_path / 'set'}"]
+    spo = ["algorithm.name=spo", f"algorithm.preference_model={tmp_path / 'model'}", "selector.name=every_step"]
+    for settings in (offline, spo):
+        assert configured([TINY, *settings], command=command).algorithm.name == settings[0].partition("=")[2]
+
+
 def test_some_overlap_is_not_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.txt").write_text("two\nthree\n")
@@ -119,6 +127,14 @@ OTHER = [PLAIN, "prompts.train=animals:train"]
         (["merge", "TMP", "TMP/out"], "a run's folder holds a config.toml"),
         (["report", "TMP"], "a run's folder holds a config.toml"),
         (["train", TINY, *OTHER, "model.name=./models/none"], "the folder of a saved diffusers pipeline"),
+        (
+            ["train", TINY, "algorithm.name=diffusion_dpo", "algorithm.preferences=TMP/no"],
+            "algorithm.preferences is a folder, got ",
+        ),
+        (
+            ["train", TINY, "algorithm.name=spo", "algorithm.preference_model=TMP/no", "selector.name=every_step"],
+            "algorithm.preference_model is a folder with config.json and model.safetensors, got ",
+        ),
         (["train", TINY, "model.variant=fp16"], "got 'fp16' and 'scenes' has none called so; remove it"),
         (["train", TINY, "run.folder=TMP"], "a run never replaces what is there"),
         (["train", TINY, "run.folder=TMP", "--overwrite"], "--overwrite replaces runs only"),

@@ -29,13 +29,13 @@ def _launch(name: str, *arguments: str) -> None:
 
 
 def test_accelerate_starts_the_training_with_the_shipped_configuration(started: list) -> None:
-    _launch("fsdp2", "--num_processes", "4", "train", "mine.toml", "train.iterations=2")
+    _launch("fsdp2", "--num_processes", "4", "train", "quickstart", "train.iterations=2")
     (command,) = started
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     assert command[3:5] == ["--config_file", str(configuration("fsdp2"))]
     assert command[5:] == [
         *("--num_processes", "4"),
-        *("--module", "adascope_fast.cli", "train", "mine.toml", "train.iterations=2"),
+        *("--module", "adascope_fast.cli", "train", "quickstart", "train.iterations=2"),
     ]
 
 
@@ -49,7 +49,7 @@ def test_accelerate_starts_the_training_with_the_shipped_configuration(started: 
     ],
 )
 def test_on_cpus_torchrun_starts_as_many_processes_as_asked_for(started: list, name: str, wanted: dict) -> None:
-    _launch(name, "--cpu", "--num_processes", "2", "train", "mine.toml")
+    _launch(name, "--cpu", "--num_processes", "2", "train", "quickstart")
     (command,) = started
     assert command[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     assert module.os.environ["ACCELERATE_USE_CPU"] == "true"
@@ -77,6 +77,10 @@ def test_accelerate_reads_every_shipped_configuration(path: Path) -> None:
             r"takes --num_processes and a number, got .--num_machines 2",
         ),
         ("fsdp2", ["--cpu", "--num_processes", "two", "train"], r"got 'two'"),
+        ("fsdp2", ["train", "none.toml", "--overwrite"], r"a configuration file must exist, got none\.toml"),
+        ("fsdp2", ["--cpu", "train", "quickstart", "train.iteratons=2"], r"did you mean train\.iterations"),
+        ("fsdp2", ["train", "--resume", "none"], r"holds a config\.toml, 'none' does not"),
+        ("fsdp2", ["train"], r"train needs a configuration file first, got nothing"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(started: list, name: str, arguments: list[str], words: str) -> None:

@@ -87,6 +87,7 @@ def test_prompts_are_those_to_train_on_and_others_are_held_out_besides():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
+        ({"first": "sd155"}, "a configuration is a .toml file, or a preset: .*; got 'sd155', did you mean sd15"),
         ({"first": 3}, "Trainer takes a Config, the name or path .*, got int; for example"),
         ({"first": "scenes", "settings": {"iterations": 3}}, "such as train__iterations=5 .*, got iterations=; name"),
         ({"first": "scenes", "settings": {"train__iteratons": 3}}, "unknown key train.iteratons = 3; did you mean"),

@@ -6,6 +6,7 @@ training.
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from adascope_fast.settings import blamed
 
 OCCASIONS = ("on_iteration", "on_evaluation", "on_checkpoint")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Callbacks:
     """Callbacks as one, in their order; `stopped_by` names the first that said "stop"."""
 
     def __init__(self, given: Sequence[Any]) -> None:
+        if not isinstance(given, Sequence):
+            raise ValueError(f"callbacks is a list of them, got {type(given).__name__}; put it into a list")
         self._given = list(given)
         self.stopped_by: str | None = None
         for callback in self._given:
@@ -68,6 +73,11 @@ class Callbacks:
                 raise ValueError(
                     f"a callback is an object with one of the methods {', '.join(OCCASIONS)}, got {got}; give an "
                     f"instance of a subclass of adascope_fast.Callback"
+                )
+            for method in (name for name in dir(callback) if name.startswith("on_") and name not in OCCASIONS):
+                logger.warning(
+                    "callback %s has a method %s, which is never called; those that are called are %s",
+                    *(type(callback).__name__, method, ", ".join(OCCASIONS)),
                 )
 
     def on_iteration(self, record: Mapping[str, Any]) -> None:

@@ -122,3 +122,17 @@ def test_a_callback_that_fails_or_answers_otherwise_is_told_by_its_name():
         Callbacks([Wrong()]).on_iteration({})
     with pytest.raises(ValueError, match='on_iteration of callback Wrong must return "stop" or None, got False'):
         Callbacks([Wrong()]).on_iteration({"answer": False})
+
+
+def test_a_method_that_is_never_called_is_told(caplog: pytest.LogCaptureFixture):
+    class Mistyped(Witness):
+        def on_iteratoin(self, record: Any) -> None: ...
+
+    Callbacks([Mistyped()])
+    assert caplog.messages == [
+        "callback Mistyped has a method on_iteratoin, which is never called; those that are called are on_iteration, "
+        "on_evaluation, on_checkpoint"
+    ]
+    given: Any = Mistyped()
+    with pytest.raises(ValueError, match=r"^callbacks is a list of them, got Mistyped; put it into a list"):
+        Callbacks(given)
