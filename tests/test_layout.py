@@ -73,7 +73,7 @@ BELOW: dict[str, set[str]] = {
     "engine": _LATENTS | {"adascope", "algorithms", "backbones", "distributed", "reference", "selectors", "theory"},
     "remote_rollout": _LATENTS | {"backbones", "engine", "reference", "serving"},
     "config": set(),
-    "training": _TRAINING,
+    "training": _TRAINING | {"serving.settings"},  # which keys a resumed run may have otherwise
     "planning": _TRAINING | {"training"},
     "pretraining": _TRAINING | {"preferences", "training"},
     "commands": _TRAINING

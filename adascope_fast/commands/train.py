@@ -38,7 +38,7 @@ def train(
         bool, typer.Option("--continue", help="Go on with the run if its folder holds one, else start it.")
     ] = False,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Resume a run of someone else's that imports Python code.")
+        bool, typer.Option("--trust-code", help="Resume a run of someone else's that imports code or sends a token.")
     ] = False,
 ) -> None:
     """Train a model and write a report."""
@@ -123,7 +123,8 @@ def resumed(folder: Path, overrides: list[str], *, trust_code: bool) -> Config:
     _, _, signature = origin.read(folder)
     python = "Trainer({config}, {arguments}).resume()"
     origin.refuse_given(folder, origin.ARGUMENTS, instead=python)
-    for line in trust.refuse_foreign(folder, after, signature, is_trusted=trust_code):
+    named = {override.partition("=")[0].strip() for override in overrides}
+    for line in trust.refuse_foreign(folder, before, signature, is_trusted=trust_code, named=named):
         print(f"importing {line}, as the run's configuration says", file=sys.stderr)
     return after
 

@@ -7,12 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from adascope_fast.serving.settings import address, variable
+from adascope_fast.serving.settings import Asking
 from adascope_fast.settings import (
     Images,
     Own,
     Positive,
-    PositiveOrZero,
     Section,
     Share,
     ShareOrZero,
@@ -253,10 +252,11 @@ class Judge(Section):
     """Folder of the votes; absent: `judge` in the run's folder."""
 
 
-class Remote(Section):
+class Remote(Asking):
     """Scores of a reward that another process serves, here or elsewhere: `adascope-fast reward-server`."""
 
     implementation: ClassVar[str] = "adascope_fast.rewards.remote.client:Remote"
+    section: ClassVar[str] = "reward"
 
     name: Literal["remote"] = "remote"
     url: Text = "http://127.0.0.1:8400"
@@ -265,25 +265,10 @@ class Remote(Section):
     """Environment variable with the server's token, which is written into no file."""
     timeout: Positive = 120.0
     """Seconds in which a request must be answered."""
-    patience: PositiveOrZero = 600.0
-    """Seconds for which a server that does not answer is waited for."""
     batch: Images = 32
     """Images of a request."""
     encoding: Literal["safetensors", "png"] = "safetensors"
     """Of the images: exactly as they are, or smaller and rounded to 8 bits."""
-    parallel: Annotated[int, Field(ge=1, le=64)] = 2
-    """Requests at once."""
-
-    @field_validator("url")
-    @classmethod
-    def _is_an_address(cls, url: str) -> str:
-        address(url, "reward")
-        return url
-
-    @field_validator("token_env")
-    @classmethod
-    def _is_a_variable(cls, name: str) -> str:
-        return variable(name, "reward", "ADASCOPE_FAST_REWARD_TOKEN")
 
 
 class Mixed(Section):

@@ -1,9 +1,41 @@
-"""What the sections of servers have in common: an address, and where its token is. Nothing here imports torch."""
+"""What the sections that ask a server have in common: its address, where its token is, how long it is waited for.
+
+Nothing here imports torch.
+"""
 
 import re
+from typing import Annotated, ClassVar
 from urllib.parse import SplitResult, urlsplit
 
-from adascope_fast.settings import show
+from pydantic import Field, field_validator
+
+from adascope_fast.settings import Positive, PositiveOrZero, Section, Text, show
+
+
+class Asking(Section):
+    """A section whose component asks a server; each has an address, a variable and a time of its own as defaults."""
+
+    section: ClassVar[str]
+    """What it is called in a configuration."""
+
+    url: Text
+    token_env: Text
+    timeout: Positive
+    patience: PositiveOrZero = 600.0
+    """Seconds for which a server that does not answer is waited for."""
+    parallel: Annotated[int, Field(ge=1, le=64)] = 2
+    """Requests at once: one is on its way while another is served."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        address(url, cls.section)
+        return url
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_a_variable(cls, name: str) -> str:
+        return variable(name, cls.section, cls.model_fields["token_env"].default)
 
 
 def address(url: str, section: str) -> SplitResult:

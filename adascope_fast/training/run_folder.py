@@ -34,6 +34,7 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.config.sources import read_toml
 from adascope_fast.engine.acceleration import peak_memory
 from adascope_fast.reporting.files import is_run, json_object, no_run, records, text_of
+from adascope_fast.serving.settings import Asking
 from adascope_fast.training import checkpoint
 from adascope_fast.training.checkpoint import Checkpoint
 from adascope_fast.training.evaluation import best_of
@@ -45,8 +46,8 @@ PLACES |= {"rollout.url"}
 MAY_CHANGE = {"train.iterations", "train.device", "train.keep_checkpoints"} | PLACES
 MAY_CHANGE |= {"log.trackers", "log.project", "log.run_name", "log.prometheus"}
 MAY_CHANGE |= {"reward.host", "reward.port"}
-MAY_CHANGE |= {"reward.token_env", "reward.timeout", "reward.patience", "reward.parallel"}
-MAY_CHANGE |= {f"rollout.{key}" for key in ("token_env", "timeout", "patience", "parallel", "max_drift")}
+MAY_CHANGE |= {f"{section}.{key}" for section in ("reward", "rollout") for key in Asking.model_fields}
+MAY_CHANGE |= {"rollout.max_drift"}
 """What a resumed run may have otherwise than before."""
 BEST = "best"
 """The folder of the weights of the best evaluation."""

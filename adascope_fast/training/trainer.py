@@ -83,6 +83,8 @@ class _Started:
     before: dict[str, origin.Part]
     changes: list[str]
     signature: str
+    is_signed_anew: bool
+    """This user made the run, and it goes on with another address."""
     state: dict[str, Any] | None
 
 
@@ -320,12 +322,13 @@ class Trainer:
         found = started.checkpoint
         first = 0 if found is None else found.next_iteration
         self._refuse_nothing_to_do(folder, first)
-        before, changes, signature = origin.read(folder.path)
+        before, changes, signed = origin.read(folder.path)
         if not accept_changes:
             origin.refuse_changed(folder.path, origin.differences(before, self._named_parts()))
         self._found = found
         self._tell_other_decay(started.config.train.iterations, first)
-        return _Started(first, before, changes, signature, None if found is None else found.state)
+        is_ours = trust.is_signed(started.config, signed) and signed != trust.signature(self.config)
+        return _Started(first, before, changes, signed, is_ours, None if found is None else found.state)
 
     def _tell_other_decay(self, iterations: int, first: int) -> None:
         """A line where the rates of what is left follow from another number of iterations than those before."""
@@ -350,9 +353,10 @@ class Trainer:
             origin.refuse_changed(folder.path, changed)
         folder.restore(self._found)
         folder.write_config(self.config)
-        if changed:
+        if changed or started.is_signed_anew:
             changes = [*started.changes, *(f"from iteration {started.first} on: {change}" for change in changed)]
-            origin.write(folder.path, now, signature=started.signature, changes=changes)
+            signature = trust.signature(self.config) if started.is_signed_anew else started.signature
+            origin.write(folder.path, now, signature=signature, changes=changes)
 
     def _refuse_nothing_to_do(self, folder: RunFolder, done: int) -> None:
         wanted, is_finished = self.config.train.iterations, folder.read("run.json").get("status") == "finished"

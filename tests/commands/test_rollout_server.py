@@ -18,6 +18,8 @@ from small_runs import SMALLEST, lines_of, redness
 
 from adascope_fast import Config, Trainer
 from adascope_fast import remote_rollout as remote_rollouts
+from adascope_fast.training import origin, trust
+from adascope_fast.training.run_folder import load_config
 
 VARIABLE = "ADASCOPE_FAST_ROLLOUT_TOKEN"
 SAME = ("reward_mean", "reward_std", "loss", "grad_norm", "rollout_drift_max")
@@ -80,6 +82,8 @@ def test_a_resumed_run_may_find_its_server_elsewhere_but_not_go_without(
     with drawing_of(config) as (url, _):
         resumed = call("train", "--resume", run, "train.iterations=2", f"rollout.url={url}", "rollout.patience=5.0")
         assert resumed.code == 0, resumed
+    assert load_config(run).rollout.model_dump()["url"] == url
+    assert trust.is_signed(load_config(run), origin.read(run)[2]), "it is this user's at the new address, too"
     assert len(lines_of(run)) == 2
     assert "rollout.name cannot change" in refused("train", "--resume", run, "rollout.name=local")
 

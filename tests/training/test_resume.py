@@ -318,6 +318,47 @@ def test_code_that_was_added_to_a_folder_is_foreign(tmp_path: Path):
     assert trust.refuse_foreign(tmp_path, _config(tmp_path), "", is_trusted=False) == []
 
 
+SENDS = {
+    "reward": ["reward.name=remote", "reward.url=http://192.0.2.1:80", "reward.token_env=SECRET"],
+    "rollout": ["rollout.name=remote", "rollout.url=http://192.0.2.1:80", "rollout.token_env=SECRET"],
+}
+
+
+@pytest.mark.parametrize("section", SENDS)
+def test_no_token_goes_to_an_address_that_a_foreign_folder_names(tmp_path: Path, section: str):
+    """A run's folder says which variable of the environment is sent where; nothing is asked in this test."""
+    from adascope_fast.commands.train import resumed
+    from adascope_fast.training import origin, trust
+
+    config = _config(tmp_path, *SENDS[section])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    origin.write(tmp_path, {}, signature="")
+    line = refused("train", "--resume", tmp_path)
+    assert f'would send the variable SECRET to {section}.url = "http://192.0.2.1:80", and that run was not' in line
+    assert line.endswith(f"name the address yourself, as {section}.url=..., or look at it, then add --trust-code")
+    with pytest.raises(ConfigError, match="would send the variable SECRET"):
+        resumed(tmp_path, [f"{section}.token_env=OTHER"], trust_code=False)
+    address = f"{section}.url=http://127.0.0.1:80"
+    assert resumed(tmp_path, [address], trust_code=False) == config.changed([address])
+    assert resumed(tmp_path, [], trust_code=True) == config
+    origin.write(tmp_path, {}, signature=trust.signature(config))
+    assert resumed(tmp_path, [], trust_code=False) == config, "made here"
+    other = config.changed([f"{section}.token_env=OTHER"])
+    (tmp_path / "config.toml").write_text(other.to_toml())
+    with pytest.raises(ConfigError, match="would send the variable OTHER"):
+        resumed(tmp_path, [], trust_code=False)
+
+
+def test_a_server_among_several_rewards_is_signed_too(tmp_path: Path):
+    from adascope_fast.training import trust
+
+    parts = '{jpeg_compressibility = 1.0, remote = {weight = 1.0, url = "http://192.0.2.1:80"}}'
+    config = _config(tmp_path, "reward.name=mixed", f"reward.parts={parts}")
+    with pytest.raises(ConfigError, match=r'to reward\.parts\.remote\.url = "http://192\.0\.2\.1:80"'):
+        trust.refuse_foreign(tmp_path, config, "", is_trusted=False)
+    assert trust.refuse_foreign(tmp_path, config, trust.signature(config), is_trusted=False) == []
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_a_resumed_run_has_the_rates_and_moments_of_the_one_left_alone(tmp_path: Path, optimizer: str):
     """With a rank that makes some tensors large enough for 8 bits."""
