@@ -296,6 +296,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def needs_x0(self) -> bool:
+        """Whether its loss looks at what the rollout guessed of the final latents, which whoever draws must tell."""
+        return False
+
+    @property
     def is_repeatable(self) -> bool:
         """Whether `loss` asks the host for nothing that changes while it is trained, so that CUDA graphs may repeat it.
 

@@ -266,6 +266,11 @@ class GrpoGuard(PolicyGradient):
         """Always: its loss is made of operations alone."""
         return True
 
+    @property
+    def needs_x0(self) -> bool:
+        """Always: they tell the output that the rollout had."""
+        return True
+
     def batch(self, samples: Samples, context: Context) -> Pairs:
         """The pairs of a policy gradient with what the rollout guessed there."""
         return GuardedPairs(**vars(super().batch(samples, context)))

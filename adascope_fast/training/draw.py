@@ -15,7 +15,8 @@ from adascope_fast.config import Config, ConfigError
 from adascope_fast.engine.scoring import decoded_whole
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, rollout
 from adascope_fast.training import checkpoint, origin
-from adascope_fast.training.run_folder import best_weights, load_run_files
+from adascope_fast.training.monitoring.best import best_weights
+from adascope_fast.training.run_folder import load_run_files
 
 
 def initial_latents(backbone: Backbone, seeds: Sequence[int]) -> Float[Tensor, "n *latent"]:

@@ -6,7 +6,7 @@ A reward that rises while `diversity` or `contrast` falls is a policy that has f
 An image that is not finite is shown to no reward: its score is NaN, the means leave it out, and it is counted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,19 +57,6 @@ def interval(scores: Float32[Tensor, "p s"]) -> dict[str, float]:
     mean = means.mean().item() if len(means) else float("nan")
     reach = NORMAL_95 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
-
-
-def best_of(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The iteration with the highest mean, of those after training has begun; the earliest of equal ones."""
-    trained = [point for point in history if point["iteration"] and point["mean"] is not None]
-    return max(trained, key=lambda point: (point["mean"], -point["iteration"]))["iteration"] if trained else None
-
-
-def since_best(history: Sequence[Mapping[str, Any]]) -> int:
-    """Evaluations since the one with the highest mean, that of the model before training counted."""
-    known = [point for point in history if point["mean"] is not None]
-    best = max(known, key=lambda point: (point["mean"], -point["iteration"]), default=None)
-    return 0 if best is None else len([point for point in history if point["iteration"] > best["iteration"]])
 
 
 def diversity(images: Float[Tensor, "p s 3 h w"]) -> float | None:

@@ -37,8 +37,8 @@ from adascope_fast.reporting.files import is_run, json_object, no_run, records, 
 from adascope_fast.serving.settings import Asking
 from adascope_fast.training import checkpoint
 from adascope_fast.training.checkpoint import Checkpoint
-from adascope_fast.training.evaluation import best_of
 from adascope_fast.training.lock import contents, locked, not_writable, refuse_taken
+from adascope_fast.training.monitoring import best
 
 PLACES = {"run.folder", "model.name", "prompts.train", "prompts.held_out", "algorithm.preferences", "reward.url"}
 PLACES |= {"rollout.url"}
@@ -49,8 +49,6 @@ MAY_CHANGE |= {"reward.host", "reward.port"}
 MAY_CHANGE |= {f"{section}.{key}" for section in ("reward", "rollout") for key in Asking.model_fields}
 MAY_CHANGE |= {"rollout.max_drift"}
 """What a resumed run may have otherwise than before."""
-BEST = "best"
-"""The folder of the weights of the best evaluation."""
 PACKAGES = ("adascope-fast", "torch", "triton", "diffusers", "transformers", "accelerate", "peft")
 
 logger = logging.getLogger(__name__)
@@ -168,20 +166,9 @@ class RunFolder:
         told = {"evaluation": self.read("evaluation.json"), "config": config.to_toml()}
         state = {"next_iteration": next_iteration, **state, **told}
         checkpoint.save(folder / f"{next_iteration:06d}", tensors, state, self._log_copy)
-        for old in (*checkpoint.numbered(folder)[:-keep], *checkpoint.numbered(self.path / BEST)[:-1]):
+        for old in (*checkpoint.numbered(folder)[:-keep], *checkpoint.numbered(self.path / best.FOLDER)[:-1]):
             shutil.rmtree(old, ignore_errors=True)
         return folder / f"{next_iteration:06d}"
-
-    def write_best(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the weights of the best evaluation so far; the one before it stays until a checkpoint knows of this one.
-
-        FloatingPointError where they are not finite.
-        """
-        checkpoint.save(self.path / BEST / f"{iteration:06d}", tensors, {"next_iteration": iteration})
-
-    def read_best(self, iteration: int) -> dict[str, Tensor]:
-        """The weights that were kept of an evaluation; ValueError where they are not as they were written."""
-        return checkpoint.load(self.path / BEST / f"{iteration:06d}").tensors
 
     def restore(self, found: Checkpoint | None) -> None:
         """Put log and evaluation back to what they were at a checkpoint: what came later will be made again."""
@@ -223,14 +210,6 @@ class RunFolder:
                 "acceleration": dict(chosen),
             },
         )
-
-
-def best_weights(folder: Path, config: Config) -> dict[str, Tensor] | None:
-    """What a run of `evaluation.keep_best` exports; None where that is its last weights."""
-    kept = checkpoint.numbered(folder / BEST) if config.evaluation.keep_best else []
-    history = _json(folder / "evaluation.json").get("history", [])
-    best = best_of(history) if kept else None
-    return checkpoint.load(kept[-1]).tensors if kept and kept[-1].name == f"{best or 0:06d}" else None
 
 
 class NoFolder:

@@ -6,7 +6,6 @@ and repeats the run that was left alone bit for bit.
 
 import hashlib
 import inspect
-import itertools
 import logging
 import math
 import random
@@ -41,7 +40,7 @@ from adascope_fast.rewards.clip import ClipSimilarity
 from adascope_fast.rollout import PromptCache
 from adascope_fast.selectors.protocol import TimestepSelector
 from adascope_fast.settings import Own
-from adascope_fast.training import checkpoint, hub, origin, run_folder, trust
+from adascope_fast.training import checkpoint, hub, origin, trust
 from adascope_fast.training.building import (
     accelerator_of,
     algorithm_of,
@@ -54,15 +53,24 @@ from adascope_fast.training.building import (
     sensor_of,
     suited,
 )
-from adascope_fast.training.evaluation import HeldOutScores, best_of, evaluate, interval, since_best
-from adascope_fast.training.monitoring import prometheus
+from adascope_fast.training.evaluation import HeldOutScores, evaluate, interval
+from adascope_fast.training.monitoring import best, prometheus
 from adascope_fast.training.monitoring.callbacks import Callbacks, HeldOut
 from adascope_fast.training.monitoring.efficiency import Efficiency
 from adascope_fast.training.monitoring.nonfinite import NonFinite, remedy
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 from adascope_fast.training.monitoring.trackers import Trackers
 from adascope_fast.training.run_folder import NoFolder, RunFolder, load_run_files, refuse_another
-from adascope_fast.training.sharing import WHOLE, is_in_parts, settled, share
+from adascope_fast.training.sharing import (
+    WHOLE,
+    is_in_parts,
+    refuse_elsewhere,
+    refuse_unlike,
+    refuse_unlike_weights,
+    settled,
+    share,
+    tell_uneven,
+)
 from adascope_fast.training.starting import start_of
 
 if TYPE_CHECKING:
@@ -211,7 +219,7 @@ class Trainer:
         self.prepare()  # may refuse; only then is an older run replaced
         self._connect()
         parts = self._parts()
-        self._refuse_unlike(parts)
+        refuse_unlike(self.ranks, self.config, self.reward, parts, self.backbone)
         folder = self._folder(lambda: RunFolder.create(self.config, overwrite=overwrite, heading=_heading(parts)))
         try:
             if self.ranks.is_first:
@@ -239,7 +247,7 @@ class Trainer:
             self.prepare()
             self._connect()
             now = self._parts()
-            self._refuse_unlike(now)
+            refuse_unlike(self.ranks, self.config, self.reward, now, self.backbone)
             self.ranks.by_first(lambda: self._goes_on(folder, found, now, accept_changes=accept_changes))
             if found.state is not None:
                 self._restore(self.ranks.tensors_of_first(self._found.tensors if self._found else {}), found.state)
@@ -255,7 +263,7 @@ class Trainer:
         self._join()
         path = Path(self.config.run.folder)
         has_some = self.ranks.objects(bool(checkpoint.numbered(path / "checkpoints")))
-        self.ranks.by_first(lambda: _refuse_elsewhere(path, has_some))
+        self.ranks.by_first(lambda: refuse_elsewhere(path, has_some))
         if has_some[0]:
             return self.resume()
         return self.train(overwrite=self.ranks.by_first(lambda: is_run(path)))
@@ -287,33 +295,6 @@ class Trainer:
         held: list[RunFolder] = []
         self.ranks.by_first(lambda: held.append(opened()))
         return held[0] if held else NoFolder(Path(self.config.run.folder))
-
-    def _refuse_unlike(self, parts: Mapping[str, origin.Part]) -> None:
-        """ValueError where processes would train different things."""
-        if self.ranks.is_alone:
-            return
-        if not_shared := rewards.refuses_several(self.reward):
-            raise ConfigError(
-                f"each process asks the reward for its own images, and {not_shared}; start one process, or use another "
-                f"reward"
-            )
-        self.ranks.refuse_difference("versions", run_folder.versions())
-        own = self.config.model_copy(update={"run": self.config.run.model_copy(update={"folder": "."})})
-        self.ranks.refuse_difference("configuration", own.to_toml())
-        for name, part in parts.items():
-            self.ranks.refuse_difference(name, [part.name, part.digest])
-        self._refuse_unlike_weights()
-
-    def _refuse_unlike_weights(self) -> None:
-        """OSError where the trained weights are not the same on all ranks, which they are unless a device fails."""
-        if self.ranks.is_alone or self.ranks.are_in_step:
-            return
-        sums = torch.stack([parameter.detach().double().sum() for parameter in self.backbone.trainable_parameters()])
-        if (found := self.ranks.first_unlike(sums.tolist())) is not None:
-            raise OSError(
-                f"the trained weights must be the same in all processes, and those of rank {found[0]} are not those of "
-                f"rank 0: a device computes otherwise; continue from the newest checkpoint without it"
-            )
 
     def _started(self, folder: RunFolder, *, accept_changes: bool) -> "_Started":
         """What the run to be continued has, by the files of its folder; ConfigError where that cannot be."""
@@ -476,7 +457,7 @@ class Trainer:
         self._join()
         config, train = settled(self.config, self.accelerator, self.ranks), self.config.train
         config = suited(config, self.accelerator.device)
-        self._refuse_too_many_processes()
+        tell_uneven(self.ranks, train)
         set_seed(config.run.seed)
         self.algorithm = self._algorithm or algorithm_of(config)
         self._refuse_preferences()
@@ -537,22 +518,6 @@ class Trainer:
             ranks=self.ranks,
         )
 
-    def _refuse_too_many_processes(self) -> None:
-        """ConfigError where a process would have nothing to sample; a line where some have more to do than others."""
-        train, size = self.config.train, self.ranks.size
-        count = train.prompts_per_iteration * train.samples_per_prompt
-        bounds = bounds_of(count, train.rollout_batch, size)
-        shares = [stop - start for start, stop in itertools.pairwise(bounds)]
-        if max(shares) > min(shares) and self.ranks.is_first:
-            logger.warning(
-                "train.rollout_batch = %d deals %d images out unevenly, %d to %d for each of %d processes: some wait",
-                train.rollout_batch,
-                count,
-                min(shares),
-                max(shares),
-                size,
-            )
-
     def _connect(self) -> None:
         """Have the rollouts drawn where the configuration says; ValueError where that cannot be."""
         section, algorithm = self.config.rollout, self.algorithm
@@ -563,7 +528,7 @@ class Trainer:
         self._remote = RemoteRollout(backbone=self.backbone, model=digest, **keys)
         self._remote.suit(
             kind=algorithm.log_prob_kind(self.schedule),
-            needs_x0=_needs_x0(self.config),
+            needs_x0=_needs_x0(self.config, algorithm),
             may_need_x0=bool(self._given & {"algorithm", "selector"}) or _has_own(self.config),
             shares_start=algorithm.shares_noise,
         )
@@ -624,13 +589,14 @@ class Trainer:
             every = self.config.evaluation.every
             if every and (iteration + 1) % every == 0 and not is_last:
                 self._evaluate(folder, None, iteration=iteration + 1)
-                if self._looked(folder, iteration + 1):
+                settings, averaged = self.config.evaluation, self._averaged
+                if best.looked(folder.path, iteration + 1, settings, self.backbone, averaged=averaged, ranks=ranks):
                     self._stopped_by = self._stopped_by or "evaluation.patience"
                 is_last = self._stopped_by is not None
             # The checkpoint has the log and the evaluations so far; what comes after it is made again after a kill.
             is_stopped = any(ranks.objects(self._is_stopped))
             if (iteration + 1) % train.checkpoint_every == 0 or is_last or is_stopped:
-                self._refuse_unlike_weights()
+                refuse_unlike_weights(self.ranks, self.backbone)
                 self._save(folder, iteration + 1)
                 self._describe(folder, "running")
             if is_stopped and not is_last:
@@ -654,23 +620,14 @@ class Trainer:
 
         The iteration that they are of.
         """
-        best = self.ranks.by_first(lambda: best_of(folder.read("evaluation.json")["history"]))
-        if best is None or best == last:
+        found = best.better_than_last(folder.path, last, self.ranks)
+        if found is None:
             return last
-        found = self.ranks.by_first(lambda: folder.read_best(best))
-        self.backbone.load_adapter_tensors(self.ranks.tensors_of_first(found))
-        self._progress.say(f"the weights after {best} iterations are kept, whose held-out reward was the highest")
-        self._evaluate(folder, "after", iteration=best, is_averaged=True)
-        return best
-
-    def _looked(self, folder: Any, iteration: int) -> bool:
-        """Keep the weights of an evaluation that is the best so far; whether the run has waited too long for one."""
-        history = self.ranks.by_first(lambda: folder.read("evaluation.json")["history"])
-        if self.config.evaluation.keep_best and best_of(history) == iteration:
-            with self._averaged():
-                tensors = self.backbone.adapter_tensors()
-                self.ranks.by_first(lambda: folder.write_best(iteration, tensors))
-        return bool(self.config.evaluation.patience) and since_best(history) >= self.config.evaluation.patience
+        iteration, tensors = found
+        self.backbone.load_adapter_tensors(tensors)
+        self._progress.say(f"the weights after {iteration} iterations are kept, whose held-out reward was the highest")
+        self._evaluate(folder, "after", iteration=iteration, is_averaged=True)
+        return iteration
 
     def _export(self, folder: RunFolder, tensors: dict[str, Tensor]) -> None:
         try:
@@ -848,16 +805,6 @@ class Trainer:
         )
 
 
-def _refuse_elsewhere(path: Path, has_some: list[bool]) -> None:
-    """ConfigError where a run would be begun anew because its checkpoints are out of the first process's reach."""
-    if any(has_some) and not has_some[0]:
-        raise ConfigError(
-            f"the first process goes on from the checkpoints of run.folder = {str(path)!r}, and they lie on the "
-            f"machine of rank {has_some.index(True)}, not on that of rank 0; make that machine the first (torchrun "
-            f"orders them by --local-addr), or let run.folder be on a file system that both have"
-        )
-
-
 def _heading(parts: Mapping[str, origin.Part]) -> str:
     """Comment lines of `config.toml` about what was passed in Python."""
     lines = [f"# {name} = {part.name}: passed in Python" for name, part in parts.items() if part.is_given]
@@ -869,12 +816,11 @@ def _has_own(config: Config) -> bool:
     return isinstance(config.algorithm, Own) or isinstance(config.selector, Own)
 
 
-def _needs_x0(config: Config) -> str:
-    """What of a configuration looks at the guesses of the final latents, in words; "" where nothing does."""
-    section: Any = config.algorithm
-    if section.name == "grpo_guard":
-        return 'algorithm.name = "grpo_guard"'
-    if getattr(section, "attribution", None) == "similarity":
+def _needs_x0(config: Config, algorithm: Algorithm) -> str:
+    """What of a training looks at the guesses of the final latents, in words; "" where nothing does."""
+    if algorithm.needs_x0:
+        return f'algorithm.name = "{algorithm.name}"'
+    if getattr(config.algorithm, "attribution", None) == "similarity":
         return 'algorithm.attribution = "similarity"'
     is_sensed = config.sensing is not None and getattr(config.selector, "is_sensed", True)
     return f'selector.name = "{config.selector.name}", which senses' if is_sensed else ""

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from adascope_fast.algorithms.advantages import GroupRelative, PerPromptTracker
-from adascope_fast.algorithms.policy_gradient import balanced, ddpo, grpo
+from adascope_fast.algorithms.policy_gradient import balanced, ddpo, grpo, grpo_guard
+from adascope_fast.config import Config
 from adascope_fast.schedules import Schedule, flow_sde
+from adascope_fast.training.trainer import _needs_x0
 
 
 def _schedule(coef: list[tuple[float, float, float]]) -> Schedule:
@@ -49,3 +51,12 @@ def test_aliases_are_made_of_the_named_parts() -> None:
 def test_unknown_step_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="'none' or 'balanced'"):
         ddpo(step_weight="heavy")
+
+
+def test_an_algorithm_that_looks_at_what_a_rollout_guessed_says_so() -> None:
+    """By its own word, whatever the configuration calls it: whoever draws the rollout must tell the guesses."""
+    config = Config.load(None, ["algorithm.name=grpo", "selector.name=every_step"])
+    assert _needs_x0(config, grpo_guard()) == 'algorithm.name = "grpo_guard"'
+    assert _needs_x0(config, grpo()) == ""
+    similar = Config.load(None, ["algorithm.attribution=similarity", "selector.name=every_step"])
+    assert _needs_x0(similar, ddpo()) == 'algorithm.attribution = "similarity"'

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_runs import TINY, lines_of, untimed
 
 from adascope_fast.config import ConfigError
-from adascope_fast.training.trainer import _refuse_elsewhere
+from adascope_fast.training.sharing import refuse_elsewhere
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "tests" / "stopped_run.py")
@@ -222,11 +222,11 @@ def test_a_run_is_not_begun_anew_where_its_checkpoints_are_out_of_reach() -> Non
     """As where another machine than before is the first."""
     path = Path("runs/one")
     for has_some in ([False, False], [True, False], [True, True]):
-        _refuse_elsewhere(path, has_some)
+        refuse_elsewhere(path, has_some)
     with pytest.raises(
         ConfigError, match=r"run\.folder = 'runs/one', and they lie on the machine of rank 2, not on that"
     ):
-        _refuse_elsewhere(path, [False, False, True])
+        refuse_elsewhere(path, [False, False, True])
 
 
 class Machines:

@@ -13,7 +13,8 @@ from small_runs import CAPTIONS, SMALLEST, TINY, lines_of
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.training import trainer as module
 from adascope_fast.training.draw import load_run
-from adascope_fast.training.evaluation import HeldOutScores, best_of, since_best
+from adascope_fast.training.evaluation import HeldOutScores
+from adascope_fast.training.monitoring.best import best_of, since_best
 from adascope_fast.training.trainer import Trainer
 
 
