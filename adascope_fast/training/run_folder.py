@@ -258,10 +258,10 @@ def load_run_files(folder: Path) -> Started:
         if found is None:
             raise
         logger.warning("%s; the configuration in the newest checkpoint is used", error)
-        return Started(Config.of(tomllib.loads(found.state["config"])), found)
+        return Started(Config.of(without_effect(tomllib.loads(found.state["config"]))), found)
     found = checkpoint.newest(folder / "checkpoints")
     if found is not None:
-        before = Config.of(tomllib.loads(found.state["config"]))
+        before = Config.of(without_effect(tomllib.loads(found.state["config"])))
         if changed := differences(before, config) - MAY_CHANGE:
             raise ConfigError(
                 f"{folder / 'config.toml'} must say what the run was made with, and {', '.join(sorted(changed))} "
@@ -296,7 +296,7 @@ def _config(folder: Path) -> Config:
     path = folder / "config.toml"
     if not path.is_file():
         raise ConfigError(no_run(folder))
-    values = read_toml(path)
+    values = without_effect(read_toml(path))
     try:
         Config.model_validate(values)
     except ValidationError as error:
@@ -308,6 +308,19 @@ def _config(folder: Path) -> Config:
                 f"{first}.{last} where this one has not; finish it with {_made_by(folder)}, or start a new run"
             ) from None
     return Config.of(values)
+
+
+def without_effect(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run without those that have no effect, which earlier versions took and this one refuses."""
+    sections = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    model, train = (sections.get(name) for name in ("model", "train"))
+    if isinstance(model, dict) and model.get("train") == "full":
+        model.pop("lora_rank", None)
+    if isinstance(train, dict) and isinstance(kept := train.get("best_worst_k"), int):
+        group = train.get("samples_per_prompt", 0)
+        if isinstance(group, int) and 2 * kept >= group:
+            del train["best_worst_k"]
+    return sections
 
 
 def _made_by(folder: Path) -> str:

@@ -168,3 +168,15 @@ def test_a_run_of_this_version_is_none_of_an_earlier_one(tmp_path: Path):
     assert call("sample", run, "--prompt", "a red circle", "--num", "1").code == 0
     shutil.rmtree(run / "checkpoints")
     assert "has no checkpoint yet" in refused("sample", run, "--prompt", "a red circle")
+
+
+def test_a_run_that_was_given_what_had_no_effect_is_read_without_it(tmp_path: Path):
+    text = Config.load(TINY, ["train.best_worst_k=1", "train.samples_per_prompt=3"]).to_toml()
+    for now, earlier in (('train = "lora"', 'train = "full"'), ("samples_per_prompt = 3", "samples_per_prompt = 2")):
+        assert now in text
+        text = text.replace(now, earlier, 1)
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match="lora_rank has a meaning with"):
+        Config.load(tmp_path / "config.toml")
+    config = load_config(tmp_path)
+    assert (config.model.train, config.model.lora_rank, config.train.best_worst_k) == ("full", 16, None)
