@@ -130,11 +130,14 @@ wheel: $(READY)
 	test -s "$$work/run/report.html"; \
 	echo "wheel: installed, imported and run from outside the checkout"
 
-# The images of docs/images that show pages of a run, of a calibration and of a judge, in a headless Chromium; both are made if they are not there.
+# The images of docs/images that show pages of a run, a calibration, an evaluation and a judge, in a headless Chromium; the first three are made if
+# they are not there. Those of several runs beside each other are experiments/evaluation's.
 screenshots: $(READY)
 	test -s runs/quickstart/report.html || $(MAKE) quickstart
 	test -s runs/calibration/calibration.json || $(OFFLINE) $(VENV)/adascope-fast calibrate configs/quickstart.toml --prompts 32
-	$(VENV)/python tests/reporting/screenshots.py runs/quickstart runs/calibration
+	test -s runs/evaluation_quickstart/report.html || $(OFFLINE) $(VENV)/adascope-fast evaluate runs/quickstart --num-prompts 24 --num 4 \
+	    --out runs/evaluation_quickstart
+	$(VENV)/python tests/reporting/screenshots.py runs/quickstart runs/calibration runs/evaluation_quickstart
 	$(VENV)/python tests/judging/screenshots.py
 
 # The documentation as static pages in site/; a warning is an error. The program writes the page of its configuration.

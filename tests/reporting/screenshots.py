@@ -1,6 +1,7 @@
-"""Screenshots of a run's report and of a calibration for the documentation, wide and narrow, light and dark.
+"""Screenshots of a report, a calibration and an evaluation for the documentation, wide and narrow, light and dark.
 
-`python tests/reporting/screenshots.py RUN CALIBRATION [--out FOLDER]`; both pages are written again first.
+`python tests/reporting/screenshots.py RUN CALIBRATION EVALUATION [--out FOLDER]`; the first two pages are written again
+first.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("calibration", type=Path, help="folder of a calibration")
+    parser.add_argument("evaluation", type=Path, help="folder of an evaluation")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the images")
     chosen = parser.parse_args()
     values = json.loads((chosen.calibration / "calibration.json").read_text(encoding="utf-8"))
@@ -35,6 +37,7 @@ def main() -> None:
     for name, (width, height) in SIZES.items():
         for scheme, place in (("light", "top"), ("dark", "pictures")):
             shots = [("report", report, place), ("calibration", calibration, "top")]
+            shots.append(("evaluation", chosen.evaluation / "report.html", place))
             with opened(viewport={"width": width, "height": height}, color_scheme=scheme) as page:
                 for kind, path, where in shots:
                     _save(page, path, where, chosen.out / f"{kind}_{name}_{scheme}.webp")
