@@ -26,10 +26,10 @@ def launch(
             f"adascope-fast launch {name} --num_processes 2 train CONFIG.toml"
         )
     options, command, path = context.args[:at], context.args[at:], configuration(name)
+    _refuse_configuration(command[1:])  # once, and not by each process among torchrun's lines
     program = ["accelerate.commands.launch", "--config_file", str(path), *options]
     if "--cpu" in options:  # accelerate starts one process there, whatever number is asked for
         program = ["torch.distributed.run", *_on_cpus(path, options)]
-    _refuse_configuration(command[1:])  # once, and not by each process among torchrun's lines
     os.execv(sys.executable, [sys.executable, "-m", *program, "--module", PROGRAM, *command])
 
 

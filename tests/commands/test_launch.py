@@ -73,10 +73,10 @@ def test_accelerate_reads_every_shipped_configuration(path: Path) -> None:
         ("fsdp2", ["sample", "RUN"], r"starts a training, got 'sample RUN'"),
         (
             "fsdp2",
-            ["--cpu", "--num_machines", "2", "train"],
+            ["--cpu", "--num_machines", "2", "train", "quickstart"],
             r"takes --num_processes and a number, got .--num_machines 2",
         ),
-        ("fsdp2", ["--cpu", "--num_processes", "two", "train"], r"got 'two'"),
+        ("fsdp2", ["--cpu", "--num_processes", "two", "train", "quickstart"], r"got 'two'"),
         ("fsdp2", ["train", "none.toml", "--overwrite"], r"a configuration file must exist, got none\.toml"),
         ("fsdp2", ["--cpu", "train", "quickstart", "train.iteratons=2"], r"did you mean train\.iterations"),
         ("fsdp2", ["train", "--resume", "none"], r"holds a config\.toml, 'none' does not"),
