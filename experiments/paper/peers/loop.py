@@ -54,7 +54,7 @@ class Setting:
     """Optimiser steps of an iteration, each on its share of the images."""
     max_iterations: int = 100_000
     num_steps: int = 10
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.01
     noise: float = 1.0
     """DDIM's eta."""
     groups: int = 6
