@@ -53,7 +53,7 @@ class Judge:
             samples_per_prompt=self.samples, guidance_scale=self.family.guidance_scale, seed=SEED, batch=self.batch,
             num_shown=0,
         )  # fmt: skip
-        return found.scores.tolist()
+        return [[round(score, 6) for score in row] for row in found.scores.tolist()]
 
 
 def file_of(run: Path, captions: Path) -> Path:

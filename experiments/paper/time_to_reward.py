@@ -8,8 +8,9 @@ then trained on each seed until its CPU seconds are spent. All arms' kept weight
 same captions, noise and guidance. CPU seconds are a process's own, one thread, of rollout, reward and update.
 
 A run is a process; a finished one in --work is not repeated, one that a kill cut short is made again, measured points
-are kept. A finished run with other settings, or of another model, is refused. Writes JSON with the command, date,
-commit, machine and versions, a plot, and a table.
+are kept. A finished run with other settings, or of another model, is refused. What was measured stays as a file in
+--records, and stands in for the run where --work is empty: so the hours may be of several sittings. Writes JSON with
+the command, dates, commits, machines and versions, a plot, and a table.
 """
 
 import argparse
@@ -33,7 +34,7 @@ HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 sys.path.insert(0, str(CHECKOUT))  # a script finds what lies beside it, and no more
 from experiments import runs  # noqa: E402
-from experiments.paper import figures, held_out  # noqa: E402
+from experiments.paper import figures, held_out, records  # noqa: E402
 from experiments.paper.arms import FAMILIES, PEERS, Arm, Family, python_of  # noqa: E402
 
 TUNING_SEED = 1000
@@ -123,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="everything as small as it can be: it learns nothing")
     parser.add_argument("--trl-python", type=Path, default=CHECKOUT / ".venv-trl" / "bin" / "python")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--records", type=Path, help="default: results/records beside this script; --quick keeps none")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
     family = chosen.family = FAMILIES[chosen.family]
@@ -138,6 +140,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     name += "_quick" if chosen.quick else ""
     chosen.work = (chosen.work or CHECKOUT / "runs" / name).resolve()
     chosen.out = chosen.out or (chosen.work if chosen.quick else HERE / "results") / f"{name}.json"
+    if chosen.records is None and not chosen.quick:
+        chosen.records = HERE / "results" / "records" / family.name
     for what in ("seconds", "tuning_seconds", "marks", "jobs"):
         if getattr(chosen, what) <= 0:
             parser.error(f"--{what.replace('_', '-')} is above 0, got {getattr(chosen, what):g}; raise it")
@@ -168,11 +172,13 @@ def prepare(chosen: argparse.Namespace) -> None:
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of a model's weights: what was trained on another is not taken."""
-    found = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+    """Of a model's weights: what was trained on another is not taken."""
+    return digest(b"".join(file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))))
+
+
+def digest(data: bytes) -> str:
+    """The beginning of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def setting_of(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -236,13 +242,26 @@ def reported_cases(chosen: argparse.Namespace) -> list[Case]:
     ]
 
 
+def identity(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
+    """What a run was told, without places, and digests of its model and captions: two that agree are the same run."""
+    setting = setting_of(case, chosen)
+    captions = chosen.tuned_on if case.is_tuning else chosen.reported
+    del setting["out"], setting["model"]
+    return setting | {
+        "prompts": digest(json.dumps(setting["prompts"]).encode()),
+        "captions": digest(captions.read_bytes()),
+        "digest": chosen.digest,
+    }
+
+
 def is_finished(case: Case, chosen: argparse.Namespace) -> bool:
     """Whether a run is whole; ValueError where it was made with other settings."""
-    folder = chosen.work / case.name
+    folder, asked = chosen.work / case.name, identity(case, chosen)
+    if chosen.records is not None:
+        records.bring_back(folder, record_of(case, chosen), asked)
     if not (folder / "finished.json").is_file():
         return False
-    made = json.loads((folder / "setting.json").read_text()) | {"out": ""}
-    asked = setting_of(case, chosen) | {"out": "", "digest": chosen.digest}
+    made = json.loads((folder / "setting.json").read_text())
     if differing := sorted(key for key in made.keys() | asked.keys() if made.get(key) != asked.get(key)):
         told = ", ".join(f"{key} = {made.get(key)!r:.60} (asked for: {asked.get(key)!r:.60})" for key in differing)
         raise ValueError(
@@ -250,6 +269,11 @@ def is_finished(case: Case, chosen: argparse.Namespace) -> bool:
             f"remove it, or give another --work"
         )
     return True
+
+
+def record_of(case: Case, chosen: argparse.Namespace) -> Path:
+    """The file that stays of a run."""
+    return chosen.records / f"{case.name}.json"
 
 
 def run_all(chosen: argparse.Namespace) -> dict[str, str]:
@@ -307,6 +331,8 @@ def in_parallel(
             if not was_there:
                 train(case, chosen)
             measure(chosen.work / case.name, captions, chosen)
+            if chosen.records is not None:
+                records.keep(chosen.work / case.name, record_of(case, chosen))
         except runs.RunFailedError as error:
             failed[case.name] = str(error)
             progress.done(case.name, f"failed, {error}")
@@ -325,7 +351,7 @@ def train(case: Case, chosen: argparse.Namespace) -> None:
     folder.mkdir(parents=True)
     asked = folder.with_name(f"{case.name}.json")
     asked.write_text(json.dumps(setting_of(case, chosen)))
-    (folder / "setting.json").write_text(json.dumps(setting_of(case, chosen) | {"digest": chosen.digest}))
+    (folder / "setting.json").write_text(json.dumps(identity(case, chosen)))
     (folder / "made.json").write_text(json.dumps({"commit": commit(), "machine": machine(), "date": today()}))
     python = python_of(case.arm, chosen.trl_python)
     runs.call([python, str(PEERS / case.arm.script), str(asked)], folder.with_name(f"{case.name}.log"))
@@ -361,7 +387,7 @@ def result(chosen: argparse.Namespace) -> dict[str, Any] | None:
     }
     return {
         "command": shlex.join(["python", "experiments/paper/time_to_reward.py", *sys.argv[1:]]),
-        "date": today(),
+        "date": sorted({fact["date"] for fact in facts}),
         "commit": sorted({fact["commit"] for fact in facts}),
         "machine": sorted({fact["machine"] for fact in facts}),
         "versions": versions,

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,28 @@ def test_arms_are_tuned_trained_measured_and_shown_once(
     code, started = run(*asked, "--seconds", "7")
     assert (code, started) == (2, [])
     assert "seconds = 150.0 (asked for: 3.5)" in capsys.readouterr().err
+
+
+def test_what_was_measured_stands_in_for_a_run_whose_folder_is_gone(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    asked = ("--arms", "adascope", "--records", str(tmp_path / "records"))
+    assert run(*asked)[0] == 0
+    before = json.loads((tmp_path / "out.json").read_text()) | {
+        "command": ""
+    }  # scripts in this process have changed it
+    kept = sorted(path.name for path in (tmp_path / "records").iterdir())
+    assert kept == ["adascope-0.json", "adascope-tune-0.003-1.json", "adascope-tune-0.003-4.json"]
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "records").iterdir())
+    shutil.rmtree(tmp_path / "work")
+    code, started = run(*asked)
+    assert (code, started) == (0, ["base-tuning", "base-reported"])
+    assert json.loads((tmp_path / "out.json").read_text()) | {"command": ""} == before
+
+    shutil.rmtree(tmp_path / "work")
+    code, started = run(*asked, "--seconds", "7")
+    assert code == 0
+    assert "adascope-0" in started, "another setting is another run"
 
 
 def test_the_eager_loop_trains_and_its_weights_are_measured(run: Any, tmp_path: Path):
