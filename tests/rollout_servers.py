@@ -20,7 +20,8 @@ CAPTIONS = ["a large red circle on a grey background", "two small blue crosses o
 
 def loaded(name: str = "scenes", *, lora_rank: int = 4, **options: Any) -> Any:
     """A model as the smallest configuration has it, with an adapter that does something."""
-    backbone = backbones.load(name, lora_rank=lora_rank, **options)
+    adapter = {} if options.get("train") == "full" else {"lora_rank": lora_rank}
+    backbone = backbones.load(name, **adapter, **options)
     with torch.no_grad():
         for number, parameter in enumerate(backbone.trainable_parameters()):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))

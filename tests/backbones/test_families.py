@@ -40,7 +40,8 @@ def _load(folder: Path, **options: Any) -> Any:
     if folder.name == "flux":
         options.setdefault("resolution", 16)
         options.setdefault("embedded_guidance", 2.5)
-    return backbones.load(str(folder), **{"lora_rank": 2, **options})
+    adapter = {} if options.get("train") == "full" else {"lora_rank": 2}
+    return backbones.load(str(folder), **adapter, **options)
 
 
 def _plain(folder: Path) -> Any:
