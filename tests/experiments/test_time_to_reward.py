@@ -29,17 +29,18 @@ SCENES = CHECKOUT / "adascope_fast" / "assets" / "scenes"
 def paper() -> Any:
     """The modules of the experiment by name, found as they find each other when the scripts run."""
     folders = [str(CHECKOUT), str(PEERS), str(CHECKOUT / "bench" / "baselines")]
-    before = dict(sys.modules)
+    scripts = ("loop", "ours", "eager_ddpo", "transformers_4", "common", "eager")
+    others = {name: sys.modules.pop(name) for name in scripts if name in sys.modules}  # such as bench/baselines/ours.py
     sys.path[:0] = folders
     names = ("time_to_reward", "arms", "figures", "held_out", "measures")
     found = {name: importlib.import_module(f"experiments.paper.{name}") for name in names}
-    found |= {name: importlib.import_module(name) for name in ("loop", "ours", "eager_ddpo", "transformers_4")}
+    found |= {name: importlib.import_module(name) for name in scripts[:4]}
     yield type("Paper", (), found)
     for folder in folders:
         sys.path.remove(folder)
-    for name in set(sys.modules) - set(before):
-        if name in ("loop", "ours", "eager_ddpo", "transformers_4", "common", "eager"):
-            del sys.modules[name]
+    for name in scripts:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 @pytest.fixture
