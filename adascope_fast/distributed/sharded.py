@@ -4,38 +4,48 @@ Each rank has a part of every weight, of its gradient and of its moments; a bloc
 is called, and let go after it. So every rank has to call the model as often as the others.
 """
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _SPREAD: WeakSet[nn.Module] = WeakSet()
 """The models that are spread in this process."""
 
 
+def _is_spread(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether ranks hold it together. Importing what tells so takes a second: without it there is no such tensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor as it is without ranks: put together, on every rank, where it is spread over them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_spread(tensor) else tensor
 
 
 def all_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each of the tensors, whole; those that were spread are on the CPU, so that no device holds them all."""
-    return {name: whole(value).cpu() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    return {name: whole(value).cpu() if _is_spread(value) else value for name, value in tensors.items()}
 
 
 def own(tensor: Tensor) -> Tensor:
     """This rank's part, in the same memory; the tensor itself where it is not spread."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_spread(tensor) else tensor
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:
     """A whole tensor as `other` is: spread over the same ranks, or not."""
-    if not isinstance(other, DTensor):
+    if not _is_spread(other):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
 
 
@@ -64,6 +74,8 @@ def shard(model: nn.Module, device: torch.device, *, reshards: bool = True, **op
             f"a model that processes share is gathered block by block, got {type(model).__name__}, which names no "
             f"repeated blocks; give each process the whole model"
         )
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=reshards, **options)
@@ -80,6 +92,10 @@ def weights_changed() -> None:
 
     An update does so itself; what exchanges weights between two calls without a gradient has to say it.
     """
+    if not _SPREAD:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
     for model in _SPREAD:
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -88,5 +104,6 @@ def weights_changed() -> None:
 
 def sum_gradients(model: nn.Module, *, now: bool) -> None:
     """Whether the next backward pass adds its gradients up over the ranks, with those that were kept before it."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+    if model in _SPREAD:
+        spread: Any = model
+        spread.set_requires_gradient_sync(now)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import CPUOffloadPolicy
 
 from adascope_fast import rewards
 from adascope_fast.config import Config, ConfigError
@@ -85,6 +84,8 @@ def share(backbone: "PipelineBackbone", accelerator: Accelerator, ranks: Ranks) 
     plugin, device = _plugin(accelerator), accelerator.device
     options: dict[str, Any] = {}
     if plugin.cpu_offload and device.type != "cpu":
+        from torch.distributed.fsdp import CPUOffloadPolicy  # a second to import
+
         options["offload_policy"] = CPUOffloadPolicy()
     if plugin.mixed_precision_policy is not None:
         options["mp_policy"] = plugin.mixed_precision_policy
