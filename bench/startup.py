@@ -32,6 +32,8 @@ COMMANDS = {
     "a folder that is no run": ["sample", "EMPTY", "--prompt", "a cat"],
     "plan sd15": ["plan", "sd15"],
 }
+NO_PRESETS = {"plan sd15": ["plan", "configs/sd15.toml"]}
+"""What is asked of a version that had no presets."""
 IMPORT = "from adascope_fast import Trainer"
 TRAINING = "train configs/quickstart.toml, until it says something"
 
@@ -82,7 +84,9 @@ def _measured(name: str, checkout: Path) -> tuple[float, float, int]:
         elif name == TRAINING:
             command = [*cli, *QUICKSTART, f"run.folder={folder}/run"]
         else:
-            command = [*cli, *(part.replace("EMPTY", str(empty)) for part in COMMANDS[name])]
+            has_presets = (checkout / "adascope_fast" / "assets" / "presets").is_dir()
+            asked = COMMANDS[name] if has_presets else NO_PRESETS.get(name, COMMANDS[name])
+            command = [*cli, *(part.replace("EMPTY", str(empty)) for part in asked)]
         environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         process = subprocess.Popen(
