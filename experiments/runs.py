@@ -96,6 +96,22 @@ def stats_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The held-out reward of a run at each evaluation, with the pairs and CPU seconds trained until then."""
+    stats, points = stats_of(folder), []
+    for point in json.loads((folder / "evaluation.json").read_text())["history"]:
+        done = stats[: point["iteration"]]
+        points.append(
+            {
+                "iteration": point["iteration"],
+                "reward": point["mean"],
+                "pairs": sum(record["pairs_trained"] for record in done),
+                "cpu_seconds": sum(record["cpu_seconds"] for record in done),
+            }
+        )
+    return points
+
+
 def provenance(folders: Sequence[Path]) -> dict[str, Any]:
     """The commit, machine and versions of the runs; a list where they differ."""
     facts = [json.loads((folder / "run.json").read_text()) for folder in folders]

@@ -160,22 +160,11 @@ def read(folder: Path) -> dict[str, Any]:
     """Held-out reward against trained pairs and CPU seconds, and what else a finished run's folder says."""
     evaluation = json.loads((folder / "evaluation.json").read_text())
     stats = runs.stats_of(folder)
-    points = []
-    for point in evaluation["history"]:
-        done = stats[: point["iteration"]]
-        points.append(
-            {
-                "iteration": point["iteration"],
-                "reward": point["mean"],
-                "pairs": sum(record["pairs_trained"] for record in done),
-                "cpu_seconds": sum(record["cpu_seconds"] for record in done),
-            }
-        )
     facts = json.loads((folder / "run.json").read_text())
     intervals = [record["selector"] for record in stats if "mean_start" in record["selector"]]
     third = len(intervals) // 3
     return {
-        "points": points,
+        "points": runs.history_of(folder),
         "difference": evaluation["difference"],
         "seconds": {part: sum(record["seconds"][part] for record in stats) for part in stats[0]["seconds"]},
         **{name: facts[name] for name in ("seconds_total", "peak_memory_mb")},

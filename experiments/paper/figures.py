@@ -128,7 +128,7 @@ def table(values: Mapping[str, Any]) -> str:
         cells += [_time(arm["seconds"]["to"][str(gain)], seconds) for gain in GAINS]
         cells += [_time(arm["pairs"]["to"][str(gain)], pairs) for gain in GAINS]
         for axis in AXES:
-            cells += [_gain(arm[axis]["best"]), _gain(arm[axis].get("more_than_rival"))]
+            cells += [signed(arm[axis]["best"]), signed(arm[axis].get("more_than_rival"))]
         lines.append(_row(cells))
     lines += ["", *_rows(["arm", "times as fast as", "to", "found", "goal", "verdict"])]
     for goal in values["goals"]:
@@ -158,7 +158,8 @@ def _time(found: Mapping[str, float | None], end: float) -> str:
     return f"{found['value']:,.0f} [{low}, {_open(found['high'], ',.0f')}]"
 
 
-def _gain(found: Mapping[str, Any] | None) -> str:
+def signed(found: Mapping[str, Any] | None) -> str:
+    """A gain or a difference with its interval; nothing where there is none."""
     if found is None:
         return ""
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"

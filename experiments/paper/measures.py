@@ -95,7 +95,8 @@ def times(drawn: Array, grid: Array, gain: float) -> Array:
 
 def time_interval(whole: Array, drawn: Array, grid: Array, gain: float) -> Interval:
     """Time to a gain; an end that is not reached is None."""
-    low, high = quantiles(times(drawn, grid, gain), times(drawn, grid, gain))
+    reached = times(drawn, grid, gain)
+    low, high = quantiles(reached, reached)
     return Interval(*(_finite(value) for value in (time_to(whole, grid, gain), low, high)))
 
 

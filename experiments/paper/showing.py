@@ -14,7 +14,7 @@ import numpy as np
 from experiments import runs
 from experiments.paper import measures
 from experiments.paper.declaring import Experiment
-from experiments.paper.figures import COLOURS, INK, inked
+from experiments.paper.figures import COLOURS, INK, inked, signed
 
 
 def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
@@ -55,17 +55,7 @@ _SEED = (
 def _read(folder: Path) -> dict[str, Any]:
     """A finished run: its held-out reward over seconds and pairs, and what it cost."""
     found, stats = json.loads((folder / "evaluation.json").read_text()), runs.stats_of(folder)
-    history = []
-    for point in found["history"]:
-        done = stats[: point["iteration"]]
-        history.append(
-            {
-                "iteration": point["iteration"],
-                "reward": point["mean"],
-                "cpu_seconds": sum(record["cpu_seconds"] for record in done),
-                "pairs": sum(record["pairs_trained"] for record in done),
-            }
-        )
+    history = runs.history_of(folder)
     chosen = [record["selector"] for record in stats]
     sensed = [one for one in chosen if one.get("mean_start") is not None]
     rewards = [point["reward"] for point in history]
@@ -161,9 +151,9 @@ def table(values: Mapping[str, Any]) -> str:
         more, to, spans = arm.get("more"), arm["to_gain"]["cpu_seconds"], [one["interval"] for one in arm["seeds"]]
         cells = (
             f"`{name}`",
-            _signed(arm["gain"]),
+            signed(arm["gain"]),
             f"`{arm['against']}`" if more else "",
-            _signed(more) if more else "",
+            signed(more),
             more["word"] if more else "",
             f"{arm['cpu_seconds']['mean']:.0f}",
             f"{arm['share_of_seconds']:.0%}" if more else "",
@@ -186,10 +176,6 @@ def _of_csv(rows: Sequence[str]) -> list[str]:
 
     heads, *lines = csv.reader(rows)
     return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *lines)]
-
-
-def _signed(found: Mapping[str, float]) -> str:
-    return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
 def plot(values: Mapping[str, Any], path: Path) -> None:

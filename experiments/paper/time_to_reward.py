@@ -255,7 +255,7 @@ def identity(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_finished(case: Case, chosen: argparse.Namespace) -> bool:
-    """Whether a run is whole; ValueError where it was made with other settings."""
+    """Whether a run is whole, be it brought back from its record; ValueError where it was made with other settings."""
     folder, asked = chosen.work / case.name, identity(case, chosen)
     if chosen.records is not None:
         records.bring_back(folder, record_of(case, chosen), asked)
