@@ -17,7 +17,7 @@ def pretrain(
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Make an embedded model from nothing: about an hour on two cores; the CLIP takes a minute or two."""
+    """Make an embedded model from nothing: about an hour on one core; the CLIP takes a minute or two."""
     target = out or Path("pretrain") / name
     if name not in ("scenes", "scenes-flow", "scenes-clip"):
         raise ConfigError(f"pretrain makes 'scenes', 'scenes-flow' or 'scenes-clip', got {name!r}; choose one of them")

@@ -1,12 +1,13 @@
 """Noisy captions and the tokenizer that reads them.
 
-Captions of web pictures are often wrong; ours are wrong on purpose. Each attribute of a pretraining caption is
-replaced by a random one with some probability, so the base models draw clean pictures that obey about half of what
-they were told: what reinforcement learning is there to mend.
+Captions of web pictures are often wrong; ours are wrong on purpose, from some step of the pretraining on. Each
+attribute of a caption is replaced by a random one with some probability, so the base models draw clean pictures that
+obey only part of what they were told: what reinforcement learning is there to mend.
 """
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from transformers import CLIPTokenizer
 
 from adascope_fast.prompts.scenes import BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SHAPES, SIZES, Scene, every_scene
 
-NOISE = 0.45  # probability that an attribute of a caption is replaced
-LATE_NOISE = {"scenes": 0.45, "scenes-flow": 0.20}  # the same towards the end of the pretraining
-LATE = 0.63  # share of the pretraining after which that holds
+# Probability that an attribute of a caption is replaced, after the share LATE of the pretraining; none before.
+NOISE = {"count": 0.4, "size": 0.4, "colour": 0.4, "shape": 0.15, "background": 0.4, "position": 0.3}
+LATE = 0.65
 MAX_TOKENS = 16
 CHOICES = {
     "count": list(COUNTS.values()),
@@ -30,10 +31,14 @@ CHOICES = {
 }
 
 
-def mislabelled(scene: Scene, rng: random.Random, noise: float) -> Scene:
-    """The scene as a careless caption has it: attributes replaced with probability `noise`; never a held-out one."""
+def mislabelled(scene: Scene, rng: random.Random, noise: Mapping[str, float]) -> Scene:
+    """The scene as a careless caption has it: attributes replaced with their probability; never a held-out one.
+
+    Args:
+        noise: by attribute; one that is not named is never replaced.
+    """
     while True:
-        wrong = {name: rng.choice(values) for name, values in CHOICES.items() if rng.random() < noise}
+        wrong = {name: rng.choice(values) for name, values in CHOICES.items() if rng.random() < noise.get(name, 0.0)}
         caption = replace(scene, **wrong)
         if caption.count > 1:
             caption = replace(caption, position=None)

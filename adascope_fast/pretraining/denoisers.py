@@ -1,15 +1,20 @@
 """Pretraining of the two embedded pipelines: `scenes` (UNet, DDIM) and `scenes-flow` (MMDiT, rectified flow).
 
-The text encoders are trained together with the denoiser. Latents of drawn scenes are computed once and cached.
-`n` pictures a batch; latents are 8 x 8 x 8.
+The text encoders are pretrained and frozen, as those of published models are. Latents of drawn scenes, and of what
+their captions say to the denoiser, are computed once. `n` pictures a batch; latents are 8 x 8 x 8.
+
+The captions are right until the denoiser draws what they say, and careless from then on: a denoiser that never saw a
+right one learns the rarer attributes, shape and place, much later.
 """
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -21,29 +26,33 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 from adascope_fast.pretraining import autoencoder, captions, loop
+from adascope_fast.pretraining import text as text_encoders
 from adascope_fast.pretraining.drawing import draw
+from adascope_fast.prompts.scenes import Scene
 from adascope_fast.training.monitoring.progress import Progress
 
 RECIPES = {
-    "scenes": loop.Recipe(num_steps=4000, learning_rate=2e-3, warmup=200, ema=0.999),
-    "scenes-flow": loop.Recipe(num_steps=4000, learning_rate=1.5e-3, warmup=200, ema=0.999),
+    "scenes": loop.Recipe(num_steps=9000, learning_rate=2e-3, warmup=200, ema=0.999),
+    "scenes-flow": loop.Recipe(num_steps=6500, learning_rate=1.5e-3, warmup=200, ema=0.999),
 }
+MUON = 1.5  # learning rate of Muon, which trains the matrices of the transformer's blocks, over AdamW's
 BATCH = 48
-NUM_LATENTS = 16384
+NUM_LATENTS = 24576
+SINGLE = 0.5  # share of drawings of one object, whose captions are three quarters of all
 UNCONDITIONAL = 0.1  # share of empty captions, for classifier-free guidance
-MANY_NULL_TOKENS_SHARE = 0.12
+MANY_NULL_TOKENS_SHARE = 0.06
+OBJECT_WEIGHT = 4.0  # of the squared error where objects are, beyond 1, without noise
 TEXT_WIDTH = {"scenes": 96, "scenes-flow": 64}
 
 
@@ -51,26 +60,37 @@ def pretrain(name: str, folder: Path, work: Path, *, recipe: loop.Recipe | None 
     """Write the pipeline `name` to `folder`; intermediate state lives in `work`, and a stopped run resumes from it."""
     recipe = recipe or RECIPES[name]
     vae = autoencoder.load_or_pretrain(work / "autoencoder")
-    latents, scenes = _latents(vae, work / "latents.safetensors")
+    latents, objects, scenes = _latents(vae, work / "latents.safetensors")
     torch.manual_seed(1)
     pipeline = {"scenes": _stable_diffusion, "scenes-flow": _stable_diffusion_3}[name](vae)
     denoiser = pipeline.components["unet" if name == "scenes" else "transformer"]
-    encoders = [pipeline.components[key] for key in ("text_encoder", "text_encoder_2") if key in pipeline.components]
-    model = nn.ModuleList([denoiser, *encoders])
-    objective = {"scenes": _velocity_loss, "scenes-flow": _flow_loss}[name]
-    table = _token_table(pipeline.tokenizer)
+    objective = {"scenes": _velocity_error, "scenes-flow": _flow_error}[name]
+    said = _said(pipeline, work / f"{name}-text")
+    named = denoiser.named_parameters()
+    matrices = [value for key, value in named if "transformer_blocks" in key and value.ndim == 2]
 
     def loss_at(step: int) -> Tensor:
         rng = random.Random(step)
         generator = torch.Generator().manual_seed(step)
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
-        noise = captions.LATE_NOISE[name] if step > captions.LATE * recipe.num_steps else captions.NOISE
-        said = [captions.mislabelled(scenes[row], rng, noise).caption for row in rows.tolist()]
-        tokens = torch.stack([table["" if rng.random() < UNCONDITIONAL else caption] for caption in said])
-        return objective(pipeline, latents[rows], tokens, generator)
+        noise = captions.NOISE if step > captions.LATE * recipe.num_steps else {}
+        given = [captions.mislabelled(scenes[row], rng, noise).caption for row in rows.tolist()]
+        text = said(["" if rng.random() < UNCONDITIONAL else caption for caption in given])
+        error, signal = objective(pipeline, latents[rows], text, generator)
+        return object_weighted(error, objects[rows], signal).mean()
 
-    loop.train(model, loss_at, recipe, work / name, name)
+    loop.train(denoiser, loss_at, recipe, work / name, name, matrices=matrices, muon=MUON)
     save(pipeline, folder)
+
+
+def object_weighted(error: Tensor, objects: Tensor, signal: Tensor) -> Tensor:
+    """Squared errors [n, c, h, w], more where objects [n, 1, h, w] are, as far as they can be seen.
+
+    Args:
+        signal: share of the signal in the noisy latents' variance, [n] in [0, 1]. Where all is noise a weight on what
+            is unknown would bias the mean that the denoiser learns, so there is none.
+    """
+    return error.square() * (1 + OBJECT_WEIGHT * signal[:, None, None, None] * objects)
 
 
 def save(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -93,25 +113,58 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
             captions.save_slow_files(pipeline.components[key], folder / key)
 
 
-def _latents(vae: Any, path: Path) -> tuple[Tensor, list]:
-    """Latents [NUM_LATENTS, 8, 8, 8] of drawn training scenes, and the scenes."""
-    scenes = autoencoder.scenes_for(2, NUM_LATENTS)
+def _latents(vae: Any, path: Path) -> tuple[Tensor, Tensor, list[Scene]]:
+    """Latents [NUM_LATENTS, 8, 8, 8] of drawn training scenes, 1 where objects are [.., 1, 8, 8], and the scenes."""
+    rng = random.Random(2)
+    by_count = {count: [scene for scene in autoencoder.TRAINING_SCENES if scene.count == count] for count in (1, 2, 3)}
+    counts = rng.choices((1, 2, 3), (SINGLE, (1 - SINGLE) / 2, (1 - SINGLE) / 2), k=NUM_LATENTS)
+    scenes = [rng.choice(by_count[count]) for count in counts]
     if not path.is_file():
-        parts = []
+        latents, objects = [], []
         with Progress().stage("latents", NUM_LATENTS, "image") as on_images:
             for start in range(0, NUM_LATENTS, 64):
-                images = draw(scenes[start : start + 64], 10**7 + start) * 2 - 1
+                images = draw(scenes[start : start + 64], 10**7 + start)
                 with torch.no_grad():
-                    parts.append(vae.encode(images).latent_dist.mean)
+                    latents.append(vae.encode(images * 2 - 1).latent_dist.mean)
+                is_object = (images - images[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.1
+                objects.append(F.max_pool2d(is_object.float(), 8))
                 on_images(len(images))
-        save_file({"latents": torch.cat(parts).contiguous()}, path)
-    return load_file(path)["latents"], scenes
+        save_file({"latents": torch.cat(latents).contiguous(), "objects": torch.cat(objects).contiguous()}, path)
+    found = load_file(path)
+    return found["latents"], found["objects"], scenes
 
 
-def _token_table(tokenizer: CLIPTokenizer) -> dict[str, Tensor]:
-    every = ["", *(scene.caption for scene in autoencoder.TRAINING_SCENES)]
-    ids = tokenizer(every, padding="max_length", max_length=captions.MAX_TOKENS, return_tensors="pt").input_ids
-    return dict(zip(every, ids, strict=True))
+def _said(pipeline: Any, work: Path) -> Callable[[list[str]], list[Tensor]]:
+    """What captions say to the denoiser (`_text`), after the text encoders were pretrained; looked up in a table."""
+    scenes = autoencoder.TRAINING_SCENES
+    every = ["", *(scene.caption for scene in scenes)]
+    row = {caption: number for number, caption in enumerate(every)}
+    tokens = pipeline.tokenizer(
+        every, padding="max_length", max_length=captions.MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    encoders = [pipeline.components[key] for key in ("text_encoder", "text_encoder_2") if key in pipeline.components]
+
+    def read(tokens: Tensor) -> list[Tensor]:
+        words, *pooled = _text(pipeline, tokens)
+        return [words[:, -1], *pooled]
+
+    text_encoders.pretrain(encoders, read, tokens[1:], scenes, work)
+    with torch.no_grad():
+        table = _text(pipeline, tokens)
+    return lambda given: [part[[row[caption] for caption in given]] for part in table]
+
+
+def _text(pipeline: Any, tokens: Tensor) -> list[Tensor]:
+    """Text as Stable Diffusion's pipeline has it, [n, MAX_TOKENS, width]; SD3's: two encoders side by side, and pooled.
+
+    The zeros that SD3's pipeline appends are left to the loss.
+    """
+    if isinstance(pipeline, StableDiffusionPipeline):
+        return [pipeline.text_encoder(tokens)[0]]
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    outputs = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
+    words = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    return [words, torch.cat([output[0] for output in outputs], -1)]
 
 
 def _text_config(width: int, tokenizer: Any) -> CLIPTextConfig:
@@ -203,42 +256,32 @@ def _silent_t5(width: int) -> T5EncoderModel:
     return encoder
 
 
-def _velocity_loss(
-    pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of the v-prediction (Salimans and Ho 2022) at uniform timesteps."""
+def _velocity_error(
+    pipeline: StableDiffusionPipeline, latents: Tensor, text: list[Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Error of the v-prediction (Salimans and Ho 2022) at uniform timesteps; share of the signal [n]."""
     timesteps = torch.randint(1000, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
     target = pipeline.scheduler.get_velocity(latents, noise, timesteps)
-    text = pipeline.text_encoder(tokens)[0]
-    return (pipeline.unet(noisy, timesteps, encoder_hidden_states=text).sample - target).square().mean()
+    error = pipeline.unet(noisy, timesteps, encoder_hidden_states=text[0]).sample - target
+    return error, pipeline.scheduler.alphas_cumprod[timesteps]
 
 
-def _flow_loss(
-    pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of the velocity at logit-normal times (Esser et al. 2024)."""
+def _flow_error(
+    pipeline: StableDiffusion3Pipeline, latents: Tensor, text: list[Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Error of the velocity at logit-normal times (Esser et al. 2024); share of the signal [n]."""
     time = torch.sigmoid(torch.randn(len(latents), generator=generator))
     noise = torch.randn(latents.shape, generator=generator)
     sigma = time[:, None, None, None]
     noisy = (1 - sigma) * latents + sigma * noise
-    # The pipeline appends the `max_sequence_length` zeros of T5: 256 unless told otherwise. The model sees
+    # The pipeline appends the `max_sequence_length` zeros of a silent T5: 256 unless told otherwise. The model sees
     # that number now and then, and a single one, which is much faster, the rest of the time.
     rare = torch.rand((), generator=generator).item() < MANY_NULL_TOKENS_SHARE
-    text, pooled = _flow_text(pipeline, tokens, 256 if rare else 1)
+    words, pooled = text
+    null = words.new_zeros(len(words), 256 if rare else 1, words.shape[-1])
     output = pipeline.transformer(
-        noisy, timestep=time * 1000, encoder_hidden_states=text, pooled_projections=pooled
+        noisy, timestep=time * 1000, encoder_hidden_states=torch.cat([words, null], 1), pooled_projections=pooled
     ).sample
-    return (output - (noise - latents)).square().mean()
-
-
-def _flow_text(pipeline: StableDiffusion3Pipeline, tokens: Tensor, num_null_tokens: int) -> tuple[Tensor, Tensor]:
-    """Text as the SD3 pipeline feeds it: two encoders side by side, then the zeros of a silent T5."""
-    outputs = [
-        encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
-    ]
-    text = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-    pooled = torch.cat([output[0] for output in outputs], -1)
-    null = text.new_zeros(len(text), num_null_tokens, text.shape[-1])
-    return torch.cat([text, null], 1), pooled
+    return output - (noise - latents), (1 - time).square() / ((1 - time).square() + time.square())

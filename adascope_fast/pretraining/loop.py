@@ -47,7 +47,7 @@ def train(
     """Leave the moving average of the trained weights in `model`; state is kept in `folder` and resumed from it.
 
     Args:
-        matrices: weights that Muon trains in place of AdamW (torch 2.9), at `muon` times the learning rate.
+        matrices: weights that Muon trains in place of AdamW, at `muon` times the learning rate.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = _optimizers(parameters, matrices, recipe, muon)
@@ -101,8 +101,6 @@ def _optimizers(
     adamw = torch.optim.AdamW(others, lr=rate, weight_decay=decay)
     found: dict[str, tuple[torch.optim.Optimizer, float]] = {"optimizer": (adamw, 1.0)}
     if matrices:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"this stage is trained by torch.optim.Muon, torch {torch.__version__} has none; use 2.9")
         second = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         found["muon"] = (second, muon)
     return found

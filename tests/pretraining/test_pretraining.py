@@ -13,10 +13,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from scipy import ndimage
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from adascope_fast import backbones
-from adascope_fast.pretraining import autoencoder, captions, denoisers, loop
+from adascope_fast.pretraining import autoencoder, captions, denoisers, loop, text
 from adascope_fast.pretraining.drawing import LARGE_RADIUS, SMALL_RADIUS, draw
 from adascope_fast.prompts.scenes import BACKGROUNDS, COLOURS, Scene, every_scene
 
@@ -67,24 +67,72 @@ def test_a_drawing_depends_on_its_seed_alone():
     assert not torch.equal(draw(SCENES[:5], 3), draw(SCENES[:5], 4))
 
 
-def test_mislabelled_captions_are_wrong_at_the_stated_rate_and_never_held_out():
+def test_mislabelled_captions_are_wrong_at_the_stated_rates_and_never_held_out():
     rng = random.Random(0)
     scenes = [scene for scene in autoencoder.TRAINING_SCENES if scene.count == 1]
     changed = dict.fromkeys(captions.CHOICES, 0)
+    rates = {"count": 0.45, "size": 0.3, "colour": 0.45, "shape": 0.1, "position": 0.45}
     num_draws = 12_000
     for scene in rng.choices(scenes, k=num_draws):
-        caption = captions.mislabelled(scene, rng, 0.45)
+        caption = captions.mislabelled(scene, rng, rates)
         assert not caption.is_held_out
         assert caption in _ALL, "the grammar can say it"
         for name in changed:
             changed[name] += getattr(caption, name) != getattr(scene, name)
+    assert changed["background"] == 0, "what has no rate is never replaced"
     for name, values in captions.CHOICES.items():
         if name == "position":  # also dropped where the count became more than one
             continue
-        # Replaced with probability 0.45 by one of k values, 1 in k of which is the old one. Standard error below 0.005,
+        # Replaced by one of k values, 1 in k of which is the old one. Standard error below 0.005,
         # and rejecting held-out captions moves a rate by about a hundredth.
-        expected = 0.45 * (1 - 1 / len(values))
+        expected = rates.get(name, 0.0) * (1 - 1 / len(values))
         assert changed[name] / num_draws == pytest.approx(expected, abs=0.025), name
+
+
+def test_captions_are_right_until_late_and_careless_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(denoisers, "NUM_LATENTS", 64)
+    monkeypatch.setattr(denoisers, "BATCH", 2)
+    asked = []
+    mislabelled = captions.mislabelled
+    monkeypatch.setattr(captions, "mislabelled", lambda *given: asked.append(dict(given[2])) or mislabelled(*given))
+    autoencoder.build(quant_conv=True).save_pretrained(tmp_path / "work" / "autoencoder" / "final")
+    monkeypatch.setattr(text, "RECIPE", loop.Recipe(num_steps=1, learning_rate=1e-3))
+    recipe = loop.Recipe(num_steps=10, learning_rate=1e-3)
+    denoisers.pretrain("scenes", tmp_path / "scenes", tmp_path / "work", recipe=recipe)
+    late = math.floor(10 * captions.LATE) + 1
+    assert asked == [{}] * 2 * late + [captions.NOISE] * 2 * (10 - late)
+
+
+def test_text_encoders_learn_to_tell_every_attribute_of_captions_they_never_saw(tmp_path: Path):
+    torch.manual_seed(0)
+    tokenizer = captions.build_tokenizer()
+    encoder = CLIPTextModel(denoisers._text_config(32, tokenizer))
+
+    def tokens(scenes: list[Scene]) -> Tensor:
+        said = [scene.caption for scene in scenes]
+        return tokenizer(said, padding="max_length", max_length=captions.MAX_TOKENS, return_tensors="pt").input_ids
+
+    def read(ids: Tensor) -> list[Tensor]:
+        return [encoder(ids)[0][:, -1]]
+
+    scenes = autoencoder.TRAINING_SCENES
+    (heads,) = text.pretrain(
+        [encoder], read, tokens(scenes), scenes, tmp_path, recipe=loop.Recipe(num_steps=250, learning_rate=4e-3)
+    )
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    unseen = [scene for scene in every_scene() if scene.is_held_out]
+    with torch.no_grad():
+        (features,) = read(tokens(unseen))
+        for head, (name, values) in zip(heads, captions.CHOICES.items(), strict=True):
+            right = [values.index(getattr(scene, name)) for scene in unseen]
+            assert (head(features).argmax(1) == torch.tensor(right)).float().mean() > 0.95, name
+
+
+def test_errors_weigh_more_where_an_object_can_be_seen():
+    error = torch.full((2, 1, 1, 2), 3.0)
+    objects = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(2, 1, 1, 2)
+    weighted = denoisers.object_weighted(error, objects, torch.tensor([0.0, 0.5]))
+    assert weighted.flatten().tolist() == [9.0, 9.0, 9.0 * (1 + 0.5 * denoisers.OBJECT_WEIGHT), 9.0]
 
 
 _ALL = set(every_scene())
@@ -183,6 +231,7 @@ def test_pretraining_leaves_a_folder_that_plain_diffusers_loads(
     untrained.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     untrained.save_pretrained(tmp_path / "work" / "autoencoder" / "final")
     recipe = loop.Recipe(num_steps=2, learning_rate=1e-3)
+    monkeypatch.setattr(text, "RECIPE", recipe)
     denoisers.pretrain(name, tmp_path / name, tmp_path / "work", recipe=recipe)
 
     pipeline = plain_class.from_pretrained(tmp_path / name)
