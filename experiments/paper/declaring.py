@@ -64,6 +64,8 @@ class Experiment:
     """Gain of the held-out reward to which times are told."""
     drawing: Drawing | None = None
     """More than the table and the curves: gets the run folders of each arm and where a picture goes."""
+    trains: bool = True
+    """Whether rewards are compared; without, a run is there to be sensed, and `drawing` shows all of it."""
     evaluated: tuple[str, ...] = ()
     """Arms that `adascope-fast evaluate` compares with their base, on the first seed."""
     notes: tuple[str, ...] = field(default=())
@@ -73,6 +75,8 @@ class Experiment:
         named = {name for arm in self.arms.values() for name in (arm.against, arm.like) if name} | set(self.evaluated)
         if missing := sorted(named - set(self.arms)):
             raise ValueError(f"arms are compared with arms of the same experiment, got {', '.join(missing)}; add them")
+        if not self.trains and self.drawing is None:
+            raise ValueError("an experiment that trains nothing is shown by its drawing alone, got none; give it one")
 
 
 QUICK = (

@@ -187,7 +187,7 @@ def write(experiment: Experiment, folders: Mapping[str, Sequence[Path]], chosen:
         "is_quick": chosen.quick,
         "gain": experiment.gain,
         "notes": list(experiment.notes),
-        "arms": showing.arms_of(experiment, folders),
+        "arms": showing.arms_of(experiment, folders) if experiment.trains else {},
     }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     if experiment.drawing is not None:
@@ -198,7 +198,8 @@ def write(experiment: Experiment, folders: Mapping[str, Sequence[Path]], chosen:
     chosen.out.write_text(json.dumps(values, indent=1) + "\n")
     shown = showing.table(values)
     chosen.out.with_suffix(".md").write_text(shown)
-    showing.plot(values, chosen.out.with_suffix(".png"))
+    if experiment.trains:
+        showing.plot(values, chosen.out.with_suffix(".png"))
     print(f"\n{shown}\n{chosen.out}")
 
 

@@ -135,6 +135,9 @@ def _word(interval: measures.Interval) -> str:
 
 def table(values: Mapping[str, Any]) -> str:
     """Markdown."""
+    if not values["arms"]:
+        heading = [f"{values['paper']}: {values['title']}", "", f"Mean of {len(values['seeds'])} seeds."]
+        return "\n".join([*heading, *values["notes"], *values["drawn"]["said"]]) + "\n"
     heads = (
         "arm", "gain", "more than", "by", "", "CPU s", "share of its seconds", f"CPU s to {values['gain']:+.2f}",
         "pairs", "share of steps", "interval", "largest fall", "diversity",

@@ -61,6 +61,15 @@ def draw(folders: Mapping[str, Sequence[Path]], picture: Path) -> dict[str, Any]
         axis.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(picture, dpi=90, transparent=True)
     pyplot.close(figure)
+    found["said"] = [
+        "",
+        "| sensing | mean interval of the steps |",
+        "|---|---|",
+        *(
+            f"| `{arm}` | [{found[arm]['interval'][0]:.1f}, {found[arm]['interval'][1]:.1f}) of {steps} |"
+            for arm in folders
+        ),
+    ]
     return found
 
 
@@ -77,5 +86,6 @@ EXPERIMENT = Experiment(
     },
     common=COMMON,
     drawing=draw,
-    notes=("Only the curves matter here: one update is no training.",),
+    trains=False,
+    notes=("Curves of the first iteration, before any training: `fig1_steps.png`.",),
 )
