@@ -1,4 +1,4 @@
-"""Measure the held-out reward of kept weights: all arms by this code, on the same captions, noise and guidance.
+"""Measure the held-out reward of kept weights: all arms by this code, on the same captions and noise, without guidance.
 
     python experiments/paper/held_out.py FAMILY RUN [RUN ...] --captions FILE [--samples N]
 
@@ -50,7 +50,7 @@ class Judge:
             self.backbone.load_adapter_tensors(load_file(weights))
         found = evaluate(
             self.backbone, self.schedule, self.reward, self.captions,
-            samples_per_prompt=self.samples, guidance_scale=self.family.guidance_scale, seed=SEED, batch=self.batch,
+            samples_per_prompt=self.samples, guidance_scale=1.0, seed=SEED, batch=self.batch,
             num_shown=0,
         )  # fmt: skip
         return [[round(score, 6) for score in row] for row in found.scores.tolist()]

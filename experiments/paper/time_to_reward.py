@@ -5,7 +5,7 @@
 
 Every arm of `arms.py` is tuned on the same grid size and seconds, on captions that are neither trained on nor reported,
 then trained on each seed until its CPU seconds are spent. All arms' kept weights are measured by `held_out.py`, on the
-same captions, noise and guidance. CPU seconds are a process's own, one thread, of rollout, reward and update.
+same captions and noise. CPU seconds are a process's own, one thread, of rollout, reward and update.
 
 A run is a process; a finished one in --work is not repeated, one that a kill cut short is made again, measured points
 are kept. A finished run with other settings, or of another model, is refused. What was measured stays as a file in
@@ -117,7 +117,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", metavar="A", help="default: all of the family; --quick leaves TRL out")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--stages", nargs="*", choices=("tune", "run"), default=["tune", "run"])
-    parser.add_argument("--seconds", type=float, help="CPU seconds of training of a run; default: 300, flow 200")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of training of a run; default: 180, flow 120")
     parser.add_argument("--tuning-seconds", type=float, help="the same of the tuning; default: half")
     parser.add_argument("--marks", type=int, default=12, help="points of a run at which it is measured")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -308,8 +308,7 @@ def cost_of(case: Case | None, chosen: argparse.Namespace) -> float:
     if chosen.quick:
         return 1.0
     captions, marks = (NUM_TUNING, max(1, chosen.marks // 2)) if is_tuning else (NUM_CAPTIONS, chosen.marks)
-    rows = 1 if chosen.family.guidance_scale == 1 else 2
-    measuring = marks * captions * SAMPLES * chosen.family.num_steps * rows * ROW_SECONDS
+    measuring = marks * captions * SAMPLES * chosen.family.num_steps * ROW_SECONDS
     return (chosen.tuning_seconds if is_tuning else chosen.seconds) + measuring + 2 * LOADING
 
 
