@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,11 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluated: tuple[Path, Outcome],
     lost = next(iter(before))
     lost.unlink()
     again = call("evaluate", f"trained={run}", "--out", out, *ASK)
-    assert again.out == first.out
+    # In a batch of another size a pixel may be rounded to the other side, which statistics of flat images see.
+    number = r"[-+]?\d+\.\d+"
+    assert re.sub(number, "", again.out) == re.sub(number, "", first.out)
+    told, was = ([float(text) for text in re.findall(number, one.out)] for one in (again, first))
+    assert told == pytest.approx(was, rel=1e-3, abs=2e-3)
     changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert lost in changed
     assert len(changed) == 2, "the other image of its prompt is drawn with it"
