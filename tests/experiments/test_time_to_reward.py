@@ -108,7 +108,7 @@ def test_arms_are_tuned_trained_measured_and_shown_once(
     assert run(*asked) == (0, ["adascope-0-reported"]), "a line that is cut short is measured again"
     code, started = run(*asked, "--seconds", "7")
     assert (code, started) == (2, [])
-    assert "seconds = 150.0 (asked for: 3.5)" in capsys.readouterr().err
+    assert f"seconds = {paper.arms.FAMILIES['scenes'].seconds / 2} (asked for: 3.5)" in capsys.readouterr().err
 
 
 def test_what_was_measured_stands_in_for_a_run_whose_folder_is_gone(
