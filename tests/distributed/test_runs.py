@@ -1,4 +1,4 @@
-"""The same iterations on 1, 2 and 4 processes: samples, intervals and advantages bit for bit, gradients to 3e-6.
+"""The same iterations on 1, 2 and 4 processes: samples, intervals and advantages bit for bit, gradients to 1e-5.
 
 The processes are real ones (gloo), with the model whole on each, or in parts by FSDP2.
 """
@@ -77,7 +77,7 @@ def test_graphs_are_replayed_on_every_process(alone: Any, two: Any) -> None:
 
 @pytest.mark.parametrize("case", [case for case in QUICK if case in RUNS])
 def test_a_run_is_the_same_on_two_processes(alone: Any, two: Any, case: str) -> None:
-    _assert_same(alone[case], two[case], tolerance=3e-6)
+    _assert_same(alone[case], two[case], tolerance=1e-5)
     assert two[case][0]["sharing"] == "each process has the whole model"
 
 
@@ -97,7 +97,7 @@ def test_pairs_are_dealt_out_evenly_and_what_it_cost_is_told(two: Any) -> None:
 def test_a_model_in_parts_learns_the_same(alone: Any, tmp_path: Path) -> None:
     cases = ["scenes", "scenes-flow"]
     for case, found in _launched(tmp_path, 2, cases, **FSDP).items():
-        _assert_same(alone[case], found, tolerance=3e-6)
+        _assert_same(alone[case], found, tolerance=1e-5)
         assert found[0]["sharing"].startswith("FSDP2: each process has a share of")
 
 
@@ -108,4 +108,4 @@ def test_every_case_is_the_same_on_two_and_four_processes(tmp_path: Path, size: 
     cases = [*RUNS, *([] if environment else TOYS)]
     want = _launched(tmp_path / "alone", 1, cases)
     for case, found in _launched(tmp_path / "several", size, cases, **environment).items():
-        _assert_same(want[case][0], found, tolerance=1e-13 if case in TOYS else 1e-5 if case == "pairs" else 3e-6)
+        _assert_same(want[case][0], found, tolerance=1e-13 if case in TOYS else 1e-5)

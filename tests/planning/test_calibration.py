@@ -92,7 +92,7 @@ def test_a_sensor_of_the_reward_decides_on_the_reward(found: tuple[Config, Calib
     assert result.structure == "1 - correlation of guesses"
     assert result.preference == f"{result.reward} of the decoded guess"
     assert not np.allclose(preference[:-1], latent[:-1], atol=0.01), "not the latents'"
-    np.testing.assert_allclose(preference, reward, atol=0.05)  # a linear decoder, against the model's own
+    np.testing.assert_allclose(preference, reward, atol=0.1)  # a linear decoder, against the model's own
 
 
 def _settling(num_prompts: int, t: int) -> Any:
