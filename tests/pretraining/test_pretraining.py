@@ -116,9 +116,8 @@ def test_text_encoders_learn_to_tell_every_attribute_of_captions_they_never_saw(
         return [encoder(ids)[0][:, -1]]
 
     scenes = autoencoder.TRAINING_SCENES
-    (heads,) = text.pretrain(
-        [encoder], read, tokens(scenes), scenes, tmp_path, recipe=loop.Recipe(num_steps=250, learning_rate=4e-3)
-    )
+    recipe = loop.Recipe(num_steps=250, learning_rate=4e-3)
+    heads: Any = text.pretrain([encoder], read, tokens(scenes), scenes, tmp_path, recipe=recipe)[0]
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     unseen = [scene for scene in every_scene() if scene.is_held_out]
     with torch.no_grad():
