@@ -15,9 +15,9 @@ CHECKOUT = HERE.parents[1]
 PEERS = HERE / "peers"
 ASSETS = CHECKOUT / "adascope_fast" / "assets"
 
-RATES, UPDATES = (3e-3, 1e-2), (1, 4)
+RATES, UPDATES = (1e-2, 3e-2), (1, 4)
 GRID = tuple((rate, updates) for rate in RATES for updates in UPDATES)
-ONE_UPDATE = ((1e-3, 1), (3e-3, 1), (1e-2, 1), (3e-2, 1))
+ONE_UPDATE = ((3e-3, 1), (1e-2, 1), (3e-2, 1), (1e-1, 1))
 """For what allows one update an iteration."""
 LEAST_GUIDANCE = 1.01
 """As near to none as TRL's trainer takes, which ends in an error at 1; every arm pays for the second forward.
