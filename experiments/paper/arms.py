@@ -15,8 +15,7 @@ CHECKOUT = HERE.parents[1]
 PEERS = HERE / "peers"
 ASSETS = CHECKOUT / "adascope_fast" / "assets"
 
-RATES, UPDATES = (1e-2, 3e-2), (1, 4)
-GRID = tuple((rate, updates) for rate in RATES for updates in UPDATES)
+GRID = ((3e-3, 4), (1e-2, 1), (1e-2, 4), (3e-2, 4))
 ONE_UPDATE = ((3e-3, 1), (1e-2, 1), (3e-2, 1), (1e-1, 1))
 """For what allows one update an iteration."""
 LEAST_GUIDANCE = 1.01
