@@ -16,7 +16,7 @@ PEERS = HERE / "peers"
 ASSETS = CHECKOUT / "adascope_fast" / "assets"
 
 GRID = ((3e-3, 4), (5e-3, 4), (1e-2, 1), (1e-2, 4))
-"""(learning rate, updates): around what a first tuning found; at 3e-2 every arm lost its reward."""
+"""(learning rate, updates): around what a first tuning found; at 3e-2 what was tried lost its reward."""
 ONE_UPDATE = ((3e-3, 1), (1e-2, 1), (3e-2, 1), (1e-1, 1))
 """For what allows one update an iteration."""
 LEAST_GUIDANCE = 1.01
