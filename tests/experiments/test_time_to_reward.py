@@ -72,7 +72,7 @@ def test_arms_are_tuned_trained_measured_and_shown_once(
 ):
     asked = ("--arms", "every_step_balanced", "adascope")
     code, started = run(*asked)
-    tune = ["tune-0.003-1", "tune-0.003-4"]
+    tune = [f"tune-{rate:g}-{updates}" for rate, updates in paper.arms.GRID[:2]]
     assert code == 0
     assert [name for name in started if not name.endswith(("-tuning", "-reported"))] == [
         *(f"{arm}-{point}" for arm in ("every_step_balanced", "adascope") for point in tune),
@@ -80,7 +80,7 @@ def test_arms_are_tuned_trained_measured_and_shown_once(
         "adascope-0",
     ]
     said = capsys.readouterr().out
-    assert "[1/6] every_step_balanced-tune-0.003-1: trained and measured in" in said
+    assert f"[1/6] every_step_balanced-{tune[0]}: trained and measured in" in said
     assert "[6/6] adascope-0: trained and measured in" in said
     values = json.loads((tmp_path / "out.json").read_text())
     pairs = {name: arm["last_pairs"] for name, arm in values["arms"].items()}
@@ -112,7 +112,7 @@ def test_arms_are_tuned_trained_measured_and_shown_once(
 
 
 def test_what_was_measured_stands_in_for_a_run_whose_folder_is_gone(
-    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    paper: Any, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     asked = ("--arms", "adascope", "--records", str(tmp_path / "records"))
     assert run(*asked)[0] == 0
@@ -120,7 +120,8 @@ def test_what_was_measured_stands_in_for_a_run_whose_folder_is_gone(
         "command": ""
     }  # scripts in this process have changed it
     kept = sorted(path.name for path in (tmp_path / "records").iterdir())
-    assert kept == ["adascope-0.json", "adascope-tune-0.003-1.json", "adascope-tune-0.003-4.json"]
+    points = [f"adascope-tune-{rate:g}-{updates}.json" for rate, updates in paper.arms.GRID[:2]]
+    assert kept == sorted(["adascope-0.json", *points])
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "records").iterdir())
     shutil.rmtree(tmp_path / "work")
     code, started = run(*asked)
