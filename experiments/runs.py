@@ -22,6 +22,12 @@ PLACES = ("run.folder", "algorithm.preferences")
 """Keys that say where something lies, and no more."""
 
 
+def thresholds(config: str) -> tuple[str, ...]:
+    """AdaScope's keys in a configuration of the repository."""
+    section = tomllib.loads((CHECKOUT / "configs" / config).read_text(encoding="utf-8"))["selector"]
+    return tuple(f"selector.{name}={value}" for name, value in section.items())
+
+
 def train(folder: Path, config: Path, settings: Sequence[str], *, threads: int = 1) -> None:
     """Train once, unless it was done before with the same settings; paths in them are relative to the checkout.
 

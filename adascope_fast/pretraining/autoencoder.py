@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from adascope_fast.pretraining import loop
-from adascope_fast.pretraining.drawing import IMAGE_SIZE, draw
+from adascope_fast.pretraining.drawing import IMAGE_SIZE, draw, where_objects
 from adascope_fast.prompts.scenes import Scene, every_scene
 
 RECIPE = loop.Recipe(num_steps=1700, learning_rate=1e-3, warmup=100)
@@ -21,13 +21,13 @@ BATCH = 16
 OBJECT_WEIGHT = 12.0
 LATENT_NOISE = 0.05  # of the latents' own standard deviation
 TRAINING_SCENES = [scene for scene in every_scene() if not scene.is_held_out]
+BY_COUNT = [[scene for scene in TRAINING_SCENES if scene.count == count] for count in (1, 2, 3)]
 
 
 def scenes_for(seed: int, num_scenes: int) -> list[Scene]:
     """Training scenes drawn uniformly over counts, then over the combinations of that count."""
     rng = random.Random(seed)
-    by_count = [[scene for scene in TRAINING_SCENES if scene.count == count] for count in (1, 2, 3)]
-    return [rng.choice(rng.choice(by_count)) for _ in range(num_scenes)]
+    return [rng.choice(rng.choice(BY_COUNT)) for _ in range(num_scenes)]
 
 
 def build(*, quant_conv: bool = False) -> AutoencoderKL:
@@ -62,8 +62,7 @@ def pretrain(folder: Path, *, recipe: loop.Recipe = RECIPE) -> AutoencoderKL:
         noisy = latents + LATENT_NOISE * spread * torch.randn(latents.shape, generator=noise)
         error = model.decode(noisy).sample - images
         # Objects cover a few percent of the frame; without a weight their colours are learned last.
-        is_object = (images - images[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.1
-        weight = 1 + OBJECT_WEIGHT * is_object
+        weight = 1 + OBJECT_WEIGHT * where_objects(images)
         return (weight * (error.abs() + error.square())).mean() + 1e-4 * latents.square().mean()
 
     loop.train(model, loss_at, recipe, folder, "autoencoder")

@@ -38,7 +38,7 @@ from transformers import (
 
 from adascope_fast.pretraining import autoencoder, captions, loop
 from adascope_fast.pretraining import text as text_encoders
-from adascope_fast.pretraining.drawing import draw
+from adascope_fast.pretraining.drawing import draw, where_objects
 from adascope_fast.prompts.scenes import Scene
 from adascope_fast.training.monitoring.progress import Progress
 
@@ -116,9 +116,8 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
 def _latents(vae: Any, path: Path) -> tuple[Tensor, Tensor, list[Scene]]:
     """Latents [NUM_LATENTS, 8, 8, 8] of drawn training scenes, 1 where objects are [.., 1, 8, 8], and the scenes."""
     rng = random.Random(2)
-    by_count = {count: [scene for scene in autoencoder.TRAINING_SCENES if scene.count == count] for count in (1, 2, 3)}
-    counts = rng.choices((1, 2, 3), (SINGLE, (1 - SINGLE) / 2, (1 - SINGLE) / 2), k=NUM_LATENTS)
-    scenes = [rng.choice(by_count[count]) for count in counts]
+    counted = rng.choices(autoencoder.BY_COUNT, (SINGLE, (1 - SINGLE) / 2, (1 - SINGLE) / 2), k=NUM_LATENTS)
+    scenes = [rng.choice(scenes) for scenes in counted]
     if not path.is_file():
         latents, objects = [], []
         with Progress().stage("latents", NUM_LATENTS, "image") as on_images:
@@ -126,8 +125,7 @@ def _latents(vae: Any, path: Path) -> tuple[Tensor, Tensor, list[Scene]]:
                 images = draw(scenes[start : start + 64], 10**7 + start)
                 with torch.no_grad():
                     latents.append(vae.encode(images * 2 - 1).latent_dist.mean)
-                is_object = (images - images[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.1
-                objects.append(F.max_pool2d(is_object.float(), 8))
+                objects.append(F.max_pool2d(where_objects(images).float(), 8))
                 on_images(len(images))
         save_file({"latents": torch.cat(latents).contiguous(), "objects": torch.cat(objects).contiguous()}, path)
     found = load_file(path)

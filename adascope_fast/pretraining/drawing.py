@@ -47,6 +47,11 @@ def draw(scenes: Sequence[Scene], seed: int) -> Tensor:
     return background + coverage * (colour - background)
 
 
+def where_objects(pictures: Tensor) -> Tensor:
+    """Pixels [b, 1, h, w], bool, of a drawing that differ from its corner, which is background."""
+    return (pictures - pictures[:, :, :1, :1]).abs().sum(1, keepdim=True) > 0.1
+
+
 def _palette(colours: list[tuple[int, int, int]], jitter: float, rng: np.random.Generator) -> Tensor:
     values = np.array(colours, dtype=np.float64).reshape(-1, 3) + rng.uniform(-jitter, jitter, (len(colours), 3))
     return torch.from_numpy(values.clip(0, 255) / 255).float()[:, :, None, None]

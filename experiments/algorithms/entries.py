@@ -6,6 +6,8 @@ paper or code, scaled to the steps of these small models.
 
 from dataclasses import dataclass
 
+from experiments.runs import thresholds
+
 
 @dataclass(frozen=True)
 class Base:
@@ -33,7 +35,7 @@ class Entry:
     """Learning rates to choose from."""
 
 
-DIFFUSION = Base("scenes.toml", ("selector.kappa=0.9", "selector.phi_end=0.034"))  # the quickstart's thresholds
+DIFFUSION = Base("scenes.toml", thresholds("quickstart.toml"))
 ON_A_SET = Base(DIFFUSION.config, (*DIFFUSION.adascope, "sensing.every=10"))  # what is sensed has to be sampled first
 OF_A_SET = ("train.prompts_per_iteration=64", "train.iterations=40", "algorithm.prompt_dropout=0")
 """Records, and no guidance to train for. Errors are means over 512 latent elements, not 16,384: beta is smaller."""

@@ -6,9 +6,10 @@ tuned more than another. AdaScope's thresholds are those of the quickstart, so t
 """
 
 import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+
+from experiments.runs import thresholds
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -71,12 +72,6 @@ class Family:
     def folder(self) -> Path:
         """The model's."""
         return ASSETS / self.model
-
-
-def thresholds(config: str) -> tuple[str, ...]:
-    """AdaScope's keys in a configuration of the repository."""
-    section = tomllib.loads((CHECKOUT / "configs" / config).read_text(encoding="utf-8"))["selector"]
-    return tuple(f"selector.{name}={value}" for name, value in section.items())
 
 
 DDPO = ("algorithm.name=ddpo", "algorithm.clip_range=5e-3", "algorithm.min_count=8")

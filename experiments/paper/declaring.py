@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from adascope_fast.config import Config
-from experiments.paper.arms import CHECKOUT, HERE, thresholds
+from experiments.paper.arms import CHECKOUT, HERE
+from experiments.runs import thresholds
 
 DDPO = ("algorithm.clip_range=5e-3", "algorithm.min_count=8")
 BALANCED = ("algorithm.step_weight=balanced",)

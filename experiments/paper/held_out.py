@@ -38,7 +38,7 @@ class Judge:
         self.backbone = backbones.load(config.model.name, **config.model.options())
         self.schedule = self.backbone.schedule(num_steps, kind="auto", eta=None, noise_level=None, shift=None)
         self.reward = rewards.load(Config.load(None, ["reward.name=scene_attributes"]).reward)
-        self.family, self.captions, self.samples, self.batch = family, list(captions), samples, batch
+        self.captions, self.samples, self.batch = list(captions), samples, batch
 
     def scores(self, weights: Path | None) -> list[list[float]]:
         """Of each image of each caption; None: of the base model, whose adapter is zero."""
