@@ -11,20 +11,33 @@ from adascope_fast.rewards.settings import asks_people
 from adascope_fast.settings import MOST_IMAGES, MOST_STEPS
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
+PAPER_END = 0.636
+
 
 def calibrate(
     arguments: ConfigArguments = None,
     prompts: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Training prompts to look at.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/calibration"),
     start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = 0.106,
-    end: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean end, as a share of T.")] = 0.636,
+    end: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Aim of the mean end, as a share of T; default: 0.636.")
+    ] = None,
+    saturation: Annotated[
+        float | None, typer.Option(help="In place of --end: this share of the reward's gain is still to come there.")
+    ] = None,
     stride: Annotated[
         int, typer.Option(min=1, max=MOST_STEPS, help="States between two that are decoded for the reward.")
     ] = 1,
 ) -> None:
     """Sample without training, show where AdaScope would train, and propose thresholds."""
     config = configured(arguments, command="calibrate")
-    if start >= end:
+    if saturation is not None and (end is not None or not 0 < saturation < 1):
+        raise ConfigError(
+            f"--saturation is a share between 0 and 1 in place of --end, got {saturation:g} and --end "
+            f"{'unset' if end is None else f'{end:g}'}; 0.2 is a start"
+        )
+    end = PAPER_END if end is None else end
+    if start >= end and saturation is None:
         raise ConfigError(f"--start must be below --end, got {start:g} and {end:g}; the paper has 0.106 and 0.636")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out names a folder, and {str(out)!r} is a file; choose another place")
@@ -41,7 +54,9 @@ def calibrate(
     from adascope_fast.planning.calibration import calibrate as calibration_of
     from adascope_fast.reporting import write_calibration
 
-    calibration = calibration_of(config, num_prompts=prompts, target=(start, end), stride=stride, progress=Progress())
+    calibration = calibration_of(
+        config, num_prompts=prompts, target=(start, end), saturation=saturation, stride=stride, progress=Progress()
+    )
     page = write_calibration(calibration.values(), out)
     print(calibration.text())
     print(page)

@@ -9,7 +9,7 @@ uncertainty of each step, measured (1 - correlation of the latents around it) an
 
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,6 +118,7 @@ def calibrate(
     *,
     num_prompts: int,
     target: tuple[float, float] = PAPER,
+    saturation: float | None = None,
     stride: int = 1,
     trainer: Callable[[Config], Trainer] = Trainer,
     progress: Progress | None = None,
@@ -127,6 +128,8 @@ def calibrate(
     Args:
         num_prompts: each with `train.samples_per_prompt` pictures.
         target: the mean interval that the proposed thresholds aim at, as shares of the steps.
+        saturation: aim at the end where this share of the reward's gain since the start is still to come, in place of
+            the target's.
         stride: states between two that are decoded and given to the reward.
         trainer: makes the trainer, for a reward or prompts of your own.
         progress: what tells how far it is; None: it is quiet.
@@ -164,6 +167,9 @@ def calibrate(
             return scores
 
         judged = DecodedSensor(made.backbone.decode, score, stride=stride)(trajectory)
+    curves = _curves(trajectory, seen.curves, judged)
+    if saturation is not None:
+        target = target[0], _saturated(curves["reward"]["mean"], target[0], saturation)
     is_decoded = isinstance(sensing, RewardOnly)  # semantic sensing too
     configured = _decide(adascope, seen, adascope.kappa, adascope.phi_end)
     with progress.stage("looking for thresholds", len(KAPPAS) + len(PHIS)) as on_step:
@@ -177,7 +183,7 @@ def calibrate(
         seed=config.run.seed,
         structure="similarity of text and picture" if seen.curves.volatility is None else "1 - correlation of guesses",
         preference=f"{config.reward.name} of the decoded guess" if is_decoded else "correlation with the final latent",
-        curves=_curves(trajectory, seen.curves, judged),
+        curves=curves,
         theory=(1 - schedule_correlation(trajectory.schedule)).tolist(),
         sampler=(1 - ideal_chain(trajectory.schedule, 1.0).correlation).tolist(),
         configured=configured,
@@ -186,6 +192,29 @@ def calibrate(
         halves=_halves(adascope, seen, target, config.run.seed),
         seconds=time.perf_counter() - started,
     )
+
+
+def _saturated(reward: Sequence[float | None], start: float, left: float) -> float:
+    """The share of the steps after which `left` of the mean reward's gain since `start` is still to come.
+
+    Straight between states; the first place from which on no more than that is left. At least one step is trained.
+
+    Raises:
+        ConfigError: the reward of the guesses does not rise.
+    """
+    values = np.array(reward, dtype=np.float64)
+    t = len(values) - 1
+    low = float(np.interp(start * t, np.arange(t + 1), values))
+    gain = values[-1] - low
+    if not gain > 0:
+        raise ConfigError(
+            f"--saturation asks where the reward of the guesses stops to rise, which went from {low:.4g} at step "
+            f"{start * t:.1f} to {values[-1]:.4g} at the last; give --end, or another --start"
+        )
+    remaining = (values[-1] - values) / gain
+    last = int(np.flatnonzero(remaining > left)[-1]) if (remaining > left).any() else 0  # the last step is at 0
+    place = last + (remaining[last] - left) / (remaining[last] - remaining[last + 1])
+    return min(max(place, start * t + 1), t) / t
 
 
 def _looking(config: Config) -> tuple[AdaScopeSettings, Latent | RewardOnly]:

@@ -15,7 +15,9 @@ GAINS = (0.05, 0.10)
 AXES = {"seconds": "cpu_seconds", "pairs": "pairs"}
 SHOWN = 41
 """Points of a curve in the file."""
-COLOURS = ("#9298a1", "#6b7280", "#4a86e8", "#a06cd5", "#d64541", "#e08e3c", "#2aa583")
+COLOURS = ("#9298a1", "#6b7280", "#4a86e8", "#a06cd5", "#c2a34f", "#d64541", "#e08e3c", "#2aa583")
+SPREAD = 1.25
+"""Of a machine's pace, up to which seconds of its runs are compared."""
 INK = "#808080"  # legible on white and on black: the pages decide what is behind
 
 Points = Sequence[Mapping[str, Any]]
@@ -118,7 +120,7 @@ def table(values: Mapping[str, Any]) -> str:
     heads += [f"best gain in {pairs:,.0f} pairs", f"less `{rival}`'s"]
     lines = [
         f"Held-out reward before: {values['base']:.3f} ({values['num_captions']} captions); mean of "
-        f"{len(values['seeds'])} seeds, 95 % interval over seeds and captions.",
+        f"{len(values['seeds'])} seeds, 95 % interval over seeds and captions. {_paced(values['pace'])}",
         "",
         *_rows(heads),
     ]
@@ -141,6 +143,13 @@ def table(values: Mapping[str, Any]) -> str:
             )
         )  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _paced(pace: Mapping[str, float]) -> str:
+    """How steady the machine was."""
+    spread = pace["slowest"] / pace["fastest"]
+    told = f"A fixed computation before each run took {spread:.2f} times as long at the slowest as at the fastest."
+    return told if spread <= SPREAD else f"{told} **These seconds are not those of one machine: do not compare them.**"
 
 
 def _rows(heads: Sequence[str]) -> list[str]:
@@ -197,7 +206,7 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     titles = {"seconds": "CPU seconds of training", "pairs": "(image, step) pairs trained"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for (name, arm), colour in zip(values["arms"].items(), COLOURS, strict=False):
+        for (name, arm), colour in zip(values["arms"].items(), COLOURS[: len(values["arms"])], strict=True):
             curve = arm[key]["curve"]
             axis.plot(curve["x"], curve["gain"], color=colour, label=values["settings"][name]["label"])
             axis.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.12, lw=0)

@@ -9,8 +9,9 @@ same captions and noise. CPU seconds are a process's own, one thread, of rollout
 
 A run is a process; a finished one in --work is not repeated, one that a kill cut short is made again, measured points
 are kept. A finished run with other settings, or of another model, is refused. What was measured stays as a file in
---records, and stands in for the run where --work is empty: so the hours may be of several sittings. Writes JSON with
-the command, dates, commits, machines and versions, a plot, and a table.
+--records, and stands in for the run where --work is empty: so the hours may be of several sittings, if the machine
+stayed as fast: a fixed computation before each run tells. Writes JSON with the command, dates, commits, machines and
+versions, a plot, and a table.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", metavar="A", help="default: all of the family; --quick leaves TRL out")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--stages", nargs="*", choices=("tune", "run"), default=["tune", "run"])
-    parser.add_argument("--seconds", type=float, help="CPU seconds of training of a run; default: 180, flow 120")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of training of a run; default: 120, flow 90")
     parser.add_argument("--tuning-seconds", type=float, help="the same of the tuning; default: half")
     parser.add_argument("--marks", type=int, default=12, help="points of a run at which it is measured")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -351,7 +352,8 @@ def train(case: Case, chosen: argparse.Namespace) -> None:
     asked = folder.with_name(f"{case.name}.json")
     asked.write_text(json.dumps(setting_of(case, chosen)))
     (folder / "setting.json").write_text(json.dumps(identity(case, chosen)))
-    (folder / "made.json").write_text(json.dumps({"commit": commit(), "machine": machine(), "date": today()}))
+    facts = {"commit": commit(), "machine": machine(), "date": today(), "pace": round(pace(), 4)}
+    (folder / "made.json").write_text(json.dumps(facts))
     python = python_of(case.arm, chosen.trl_python)
     runs.call([python, str(PEERS / case.arm.script), str(asked)], folder.with_name(f"{case.name}.log"))
 
@@ -389,6 +391,7 @@ def result(chosen: argparse.Namespace) -> dict[str, Any] | None:
         "date": sorted({fact["date"] for fact in facts}),
         "commit": sorted({fact["commit"] for fact in facts}),
         "machine": sorted({fact["machine"] for fact in facts}),
+        "pace": {"fastest": min(fact["pace"] for fact in facts), "slowest": max(fact["pace"] for fact in facts)},
         "versions": versions,
         "family": chosen.family.name,
         "model_digest": chosen.digest,
@@ -416,6 +419,22 @@ def machine() -> str:
     import platform
 
     return f"{platform.machine()}, {os.cpu_count()} cores, CPU"
+
+
+def pace() -> float:
+    """CPU seconds of a fixed computation on one thread, the least of five: how fast the machine is just now.
+
+    A rented machine of the same name was seen 1.6 times as fast on another day.
+    """
+    import numpy as np
+
+    values, taken = np.linspace(0.0, 1.0, 1 << 20), []
+    for _ in range(5):
+        started = time.thread_time()
+        for _ in range(4):
+            np.sqrt(np.exp(np.sin(values))).sum()
+        taken.append(time.thread_time() - started)
+    return min(taken)
 
 
 def today() -> str:

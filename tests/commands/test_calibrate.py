@@ -18,5 +18,9 @@ def test_calibrate_writes_a_page_and_refuses_in_one_line(tmp_path: Path):
         "error: a calibration proposes selector.kappa and selector.phi_end, which have a meaning with selector.rule = "
         '"knee" or "knee_causal", got "literal"; set selector.rule = "knee"'
     )
+    assert refused("calibrate", TINY, "--saturation", "0.2", "--end", "0.5") == (
+        "error: --saturation is a share between 0 and 1 in place of --end, got 0.2 and --end 0.5; 0.2 is a start"
+    )
+    assert "got 1 and --end unset" in refused("calibrate", TINY, "--saturation", "1")
     assert "is a file; choose another place" in refused("calibrate", TINY, "--out", out / "calibration.json")
     assert "calibrate needs a configuration file first, got nothing" in refused("calibrate")

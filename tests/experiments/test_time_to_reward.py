@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adascope_fast import Config
 from adascope_fast.algorithms.advantages import PerPromptTracker
+from adascope_fast.planning.calibration import PAPER, calibrate
 from adascope_fast.prompts import load
 from adascope_fast.rewards.scene_attributes import SceneAttributes
 
@@ -179,11 +179,17 @@ def test_every_arm_can_be_configured_at_each_point_of_its_grid(paper: Any):
         assert {name for goal in family.goals for name in (goal.arm, goal.base)} | {family.rival} <= known
 
 
-def test_the_thresholds_are_the_quickstarts(paper: Any):
-    for family, file in (("scenes", "quickstart.toml"), ("flow", "quickstart_flow.toml")):
-        arms = {arm.name: arm for arm in paper.arms.FAMILIES[family].arms}
-        setting = _setting(paper, paper.arms.FAMILIES[family], arms["adascope"], 1e-3, 1)
-        assert paper.ours.configuration(setting).selector == Config.load(CHECKOUT / "configs" / file).selector
+@pytest.mark.parametrize("name", ["scenes", "flow"])
+def test_the_thresholds_end_where_the_reward_saturates(paper: Any, name: str):
+    family = paper.arms.FAMILIES[name]
+    arms = {arm.name: arm for arm in family.arms}
+    setting = _setting(paper, family, arms["adascope"], 1e-3, 1)
+    config = paper.ours.configuration(setting).changed(["sampler.guidance_scale=1"])
+    found = calibrate(config, num_prompts=12, saturation=0.2)
+    end = found.target[1] * found.num_steps
+    assert found.configured.mean_start == 0
+    assert found.configured.mean_end == pytest.approx(end, abs=1)
+    assert end < PAPER[1] * found.num_steps - 1, "sooner than the paper's interval"
 
 
 def test_captions_are_trained_on_tuned_on_or_reported(paper: Any):
@@ -340,7 +346,10 @@ def test_an_arm_that_never_gets_there_leaves_the_ratio_open(paper: Any):
     assert goal["verdict"] == "confirmed"
     assert found["arms"]["trl"]["seconds"]["to"]["0.05"]["value"] is None
     labels = {name: {"learning_rate": 1e-3, "updates": 1, "label": name} for name in runs}
-    shown = paper.figures.table(found | {"settings": labels, "seeds": [0, 1, 2]})
+    told = {"settings": labels, "seeds": [0, 1, 2]}
+    assert "do not compare" in paper.figures.table(found | told | {"pace": {"fastest": 1.0, "slowest": 1.6}})
+    shown = paper.figures.table(found | told | {"pace": {"fastest": 1.0, "slowest": 1.1}})
+    assert "do not compare" not in shown
     assert "| trl | 0.001, 1 | not within 100 | not within 100 |" in shown
     assert "| adascope | trl | +0.05 | above " in shown
 

@@ -110,6 +110,20 @@ def _seen(curves: Any, t: int) -> Seen:
     return Seen(curves, prompts, t, schedule.log_snr, schedule.trainable)
 
 
+def test_the_aim_of_an_end_is_where_the_reward_saturates():
+    # Rises from 0.4 to 0.8 in four steps, then stays: a fifth of what came since the start is left after 3.2 of 10.
+    reward = [0.4, 0.5, 0.6, 0.7, 0.8, *[0.8] * 6]
+    assert calibration._saturated(reward, 0.0, 0.2) == pytest.approx(0.32)
+    assert calibration._saturated(reward, 0.2, 0.5) == pytest.approx(0.3)
+    assert calibration._saturated(reward, 0.3, 0.9) == pytest.approx(0.4)  # one step is trained
+    dip = [0.0, 0.9, 0.5, 1.0, 1.0]
+    assert calibration._saturated(dip, 0.0, 0.2) == pytest.approx((2 + 0.3 / 0.5) / 4)  # it has to stay so
+    with pytest.raises(ConfigError, match=r"which went from 1 at step 0.0 to 0.5 at the last"):
+        calibration._saturated([1.0, 0.5], 0.0, 0.2)
+    with pytest.raises(ConfigError, match="to nan at the last"):
+        calibration._saturated([1.0, None], 0.0, 0.2)
+
+
 @pytest.mark.parametrize("target", [PAPER, (0.2, 0.5), (0.08, 0.8)])
 def test_the_proposed_thresholds_meet_their_aim_without_falling_back(target: tuple[float, float]):
     t, curves = 50, _settling(6, 50)
