@@ -154,6 +154,14 @@ class Evaluation(Section):
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab", "mlflow", "aim", "comet_ml", "clearml", "dvclive")
 """accelerate's, each by the module that it needs."""
+RUN_NAME = {
+    "clearml": "task_name",
+    "mlflow": "run_name",
+    "swanlab": "experiment_name",
+    "trackio": "name",
+    "wandb": "name",
+}
+"""What trackers call the argument with the run's name; the others have none."""
 
 
 def address_of(text: str) -> tuple[str, int]:
@@ -177,13 +185,14 @@ class Log(Section):
     project: Text = "adascope-fast"
     """What the trackers call the project; TensorBoard has none, its files are in the run's folder."""
     run_name: Text | None = None
-    """What the trackers call the run; absent: the name of its folder."""
+    """What clearml, mlflow, swanlab, trackio and wandb call the run; absent: the name of its folder."""
     prometheus: Annotated[Text, AfterValidator(_is_address)] | None = None
     """Address at which Prometheus reads the last iteration's numbers, as `127.0.0.1:9464`; absent: none."""
 
     def examine(self) -> None:
-        """ValueError where a tracker is not installed, or what Prometheus needs."""
+        """ValueError where a tracker is not installed, or what Prometheus needs, or a name is one that none takes."""
         self.refuse_no_prometheus()
+        self._refuse_a_name_of_nothing()
         for tracker in self.trackers:
             if tracker not in TRACKERS or find_spec(tracker) is None:
                 known = [name for name in TRACKERS if find_spec(name)]
@@ -191,6 +200,20 @@ class Log(Section):
                     f"log.trackers are installed ones ({', '.join(known) or 'none'}), got {tracker!r}; "
                     + (f"pip install {tracker}" if tracker in TRACKERS else f"choose among {', '.join(TRACKERS)}")
                     + ", or set log.trackers = []"
+                )
+
+    def _refuse_a_name_of_nothing(self) -> None:
+        """With no tracker at all a name is idle, as a resumed run may have it; with others, it is a slip."""
+        takes_project = [name for name in self.trackers if name != "tensorboard"]
+        takes_name = [name for name in self.trackers if name in RUN_NAME]
+        for key, value, takers, which in (
+            ("project", self.project, takes_project, "a tracker other than tensorboard"),
+            ("run_name", self.run_name, takes_name, f"one of {', '.join(RUN_NAME)}"),
+        ):
+            if self.trackers and not takers and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"log.{key} is for {which} in log.trackers, got {value!r} with log.trackers = {self.trackers}; "
+                    f"name one, or remove log.{key}"
                 )
 
     def refuse_no_prometheus(self) -> None:

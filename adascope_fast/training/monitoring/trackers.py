@@ -17,17 +17,10 @@ from accelerate import __version__ as accelerate_version
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from adascope_fast.config import Config, ConfigError
+from adascope_fast.config.sections import RUN_NAME
 from adascope_fast.reporting.images import grid
 from adascope_fast.training.monitoring.callbacks import HeldOut
 
-RUN_NAME = {
-    "clearml": "task_name",
-    "mlflow": "run_name",
-    "swanlab": "experiment_name",
-    "trackio": "name",
-    "wandb": "name",
-}
-"""What each calls the argument with the run's name; the others have none."""
 TAKE_A_LIST = ("swanlab", "tensorboard", "wandb")
 """Those whose `log_images` takes several images of a name; clearml's and aim's take one."""
 

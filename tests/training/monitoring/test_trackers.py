@@ -111,6 +111,16 @@ def test_trackers_have_a_project_and_the_name_of_the_run(
     assert capsys.readouterr().out == "", "standard output is the command's result"
 
 
+def test_a_name_that_no_tracker_takes_is_refused():
+    for change, which in (
+        ("project=shapes", "a tracker other than tensorboard"),
+        ("run_name=first", "one of clearml, "),
+    ):
+        with pytest.raises(ValueError, match=f"log.{change.split('=')[0]} is for {which}"):
+            Config.load(None, [f"log.{change}"]).log.examine()
+        Config.load(None, ["log.trackers=[]", f"log.{change}"]).log.examine()
+
+
 @pytest.mark.parametrize(("tracker", "shape"), [("wandb", (1,)), ("clearml", ()), ("mlflow", None)])
 def test_images_come_as_one_in_the_form_that_a_tracker_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, shape: tuple[int, ...] | None
