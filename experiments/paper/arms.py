@@ -2,9 +2,9 @@
 
 All arms of a family have the same model, adapter (rank 4 on the attention projections, which is what TRL builds in),
 captions, images of an iteration, steps, noise, guidance, loss and clip range. Every grid has four points, so no arm is
-tuned more than another. AdaScope's end is what `adascope-fast calibrate --saturation 0.2` proposes at 10 steps: where the
-reward of the guesses has all but a fifth of its gain. Its start is the peak of the structure's volatility (kappa = 1),
-the first step here: on these models it is worth training, and a training without it is less steady.
+tuned more than another. AdaScope's end is what `adascope-fast calibrate --saturation 0.2` proposes at 10 steps: where
+the reward of the guesses has all but a fifth of its gain. Its start is the peak of the structure's volatility
+(kappa = 1), the first step here: on these models it is worth training, and a training without it is less steady.
 """
 
 import sys
