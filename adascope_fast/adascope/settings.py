@@ -25,8 +25,10 @@ from adascope_fast.settings import (
 Rule = Literal["knee", "knee_causal", "literal", "fraction", "schedule", "fixed"]
 KNEES = ["knee", "knee_causal"]
 BOUNDED = [*KNEES, "fraction"]
+PAPER = (0.106, 0.636)
+"""The paper's mean interval, steps 5.3 to 31.8 of 50, as shares of T."""
 MEAN_SHARE = 0.53
-"""The paper's mean interval, (31.8 - 5.3) of 50 steps."""
+"""Its length, (31.8 - 5.3) of 50 steps."""
 
 
 class IntervalRule(Section):

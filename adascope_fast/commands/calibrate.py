@@ -5,22 +5,21 @@ from typing import Annotated
 
 import typer
 
+from adascope_fast.adascope.settings import PAPER
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import ConfigError
 from adascope_fast.rewards.settings import asks_people
 from adascope_fast.settings import MOST_IMAGES, MOST_STEPS
 from adascope_fast.training.monitoring.progress import Progress, import_libraries
 
-PAPER_END = 0.636
-
 
 def calibrate(
     arguments: ConfigArguments = None,
     prompts: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Training prompts to look at.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/calibration"),
-    start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = 0.106,
+    start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = PAPER[0],
     end: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Aim of the mean end, as a share of T; default: 0.636.")
+        float | None, typer.Option(min=0.0, max=1.0, help=f"Aim of the mean end, as a share of T; default: {PAPER[1]}.")
     ] = None,
     saturation: Annotated[
         float | None, typer.Option(help="In place of --end: this share of the reward's gain is still to come there.")
@@ -36,9 +35,11 @@ def calibrate(
             f"--saturation is a share between 0 and 1 in place of --end, got {saturation:g} and --end "
             f"{'unset' if end is None else f'{end:g}'}; 0.2 is a start"
         )
-    end = PAPER_END if end is None else end
+    end = PAPER[1] if end is None else end
     if start >= end and saturation is None:
-        raise ConfigError(f"--start must be below --end, got {start:g} and {end:g}; the paper has 0.106 and 0.636")
+        raise ConfigError(
+            f"--start must be below --end, got {start:g} and {end:g}; the paper has {PAPER[0]} and {PAPER[1]}"
+        )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out names a folder, and {str(out)!r} is a file; choose another place")
     if stride > config.sampler.num_steps:

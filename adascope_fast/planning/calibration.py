@@ -20,7 +20,7 @@ from adascope_fast import rewards
 from adascope_fast.adascope.interval_rule import finite_mean, host
 from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.adascope.sensing import Curves, DecodedSensor
-from adascope_fast.adascope.settings import KNEES, Latent, RewardOnly
+from adascope_fast.adascope.settings import KNEES, PAPER, Latent, RewardOnly
 from adascope_fast.adascope.settings import AdaScope as AdaScopeSettings
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, SharedStart, Trajectory, rollout
@@ -29,8 +29,6 @@ from adascope_fast.training.building import selector_of, sensor_of
 from adascope_fast.training.monitoring.progress import Progress
 from adascope_fast.training.trainer import Trainer
 
-PAPER = (0.106, 0.636)
-"""The paper's mean interval, steps 5.3 to 31.8 of 50, as shares of t."""
 KAPPAS = np.geomspace(0.01, 2.0, 54)
 PHIS = np.geomspace(0.001, 0.7, 66)
 NUM_SPLITS = 4
@@ -212,7 +210,7 @@ def _saturated(reward: Sequence[float | None], start: float, left: float) -> flo
             f"{start * t:.1f} to {values[-1]:.4g} at the last; give --end, or another --start"
         )
     remaining = (values[-1] - values) / gain
-    last = int(np.flatnonzero(remaining > left)[-1]) if (remaining > left).any() else 0  # the last step is at 0
+    last = int(np.flatnonzero(remaining > left)[-1])  # all of it is left at the start, nothing at the last state
     place = last + (remaining[last] - left) / (remaining[last] - remaining[last + 1])
     return min(max(place, start * t + 1), t) / t
 
