@@ -29,6 +29,8 @@ PAPER = (0.106, 0.636)
 """The paper's mean interval, steps 5.3 to 31.8 of 50, as shares of T."""
 MEAN_SHARE = 0.53
 """Its length, (31.8 - 5.3) of 50 steps."""
+SATURATION = 0.2
+"""A calibration aims at the end where this share of the reward's gain is still to come."""
 
 
 class IntervalRule(Section):

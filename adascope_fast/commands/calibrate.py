@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adascope_fast.adascope.settings import PAPER
+from adascope_fast.adascope.settings import PAPER, SATURATION
 from adascope_fast.commands.configuration import ConfigArguments, configured
 from adascope_fast.config import ConfigError
 from adascope_fast.rewards.settings import asks_people
@@ -19,10 +19,14 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/calibration"),
     start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Aim of the mean start, as a share of T.")] = PAPER[0],
     end: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help=f"Aim of the mean end, as a share of T; default: {PAPER[1]}.")
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help=f"Aim of the mean end, as a share of T (the paper: {PAPER[1]}); else --saturation."
+        ),
     ] = None,
     saturation: Annotated[
-        float | None, typer.Option(help="In place of --end: this share of the reward's gain is still to come there.")
+        float | None,
+        typer.Option(help=f"The mean end: this share of the reward's gain is still to come; default: {SATURATION}."),
     ] = None,
     stride: Annotated[
         int, typer.Option(min=1, max=MOST_STEPS, help="States between two that are decoded for the reward.")
@@ -33,12 +37,12 @@ def calibrate(
     if saturation is not None and (end is not None or not 0 < saturation < 1):
         raise ConfigError(
             f"--saturation is a share between 0 and 1 in place of --end, got {saturation:g} and --end "
-            f"{'unset' if end is None else f'{end:g}'}; 0.2 is a start"
+            f"{'unset' if end is None else f'{end:g}'}; {SATURATION} is a start"
         )
-    end = PAPER[1] if end is None else end
-    if start >= end and saturation is None:
+    if start >= (1 if end is None else end):
         raise ConfigError(
-            f"--start must be below --end, got {start:g} and {end:g}; the paper has {PAPER[0]} and {PAPER[1]}"
+            f"--start must be below --end, got {start:g} and {1 if end is None else end:g}; "
+            f"the paper has {PAPER[0]} and {PAPER[1]}"
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out names a folder, and {str(out)!r} is a file; choose another place")
@@ -56,7 +60,7 @@ def calibrate(
     from adascope_fast.reporting import write_calibration
 
     calibration = calibration_of(
-        config, num_prompts=prompts, target=(start, end), saturation=saturation, stride=stride, progress=Progress()
+        config, num_prompts=prompts, start=start, end=end, saturation=saturation, stride=stride, progress=Progress()
     )
     page = write_calibration(calibration.values(), out)
     print(calibration.text())

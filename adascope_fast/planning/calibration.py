@@ -20,7 +20,7 @@ from adascope_fast import rewards
 from adascope_fast.adascope.interval_rule import finite_mean, host
 from adascope_fast.adascope.selector import AdaScope
 from adascope_fast.adascope.sensing import Curves, DecodedSensor
-from adascope_fast.adascope.settings import KNEES, PAPER, Latent, RewardOnly
+from adascope_fast.adascope.settings import KNEES, PAPER, SATURATION, Latent, RewardOnly
 from adascope_fast.adascope.settings import AdaScope as AdaScopeSettings
 from adascope_fast.config import Config, ConfigError
 from adascope_fast.rollout import EncodedPrompts, OwnNoise, SharedStart, Trajectory, rollout
@@ -88,6 +88,9 @@ class Calibration:
     configured: Decision
     proposed: Decision
     target: tuple[float, float]
+    """(start, end) that the proposed thresholds aim at, as shares of the steps."""
+    aim: str
+    """Where the end of the target comes from."""
     halves: Halves | None
     """None with a single prompt."""
     seconds: float
@@ -105,6 +108,7 @@ class Calibration:
             f"as configured   {_line(one)}",
             f"for steps {self.target[0] * self.num_steps:.1f} to {self.target[1] * self.num_steps:.1f} of "
             f"{self.num_steps}: selector.kappa={other.kappa:.3g} selector.phi_end={other.phi_end:.3g}",
+            f"  they end      {self.aim}",
             f"  they give     {_line(other)}",
             *([_sureness(self.halves)] if self.halves is not None else []),
         ]
@@ -115,7 +119,8 @@ def calibrate(
     config: Config,
     *,
     num_prompts: int,
-    target: tuple[float, float] = PAPER,
+    start: float = PAPER[0],
+    end: float | None = None,
     saturation: float | None = None,
     stride: int = 1,
     trainer: Callable[[Config], Trainer] = Trainer,
@@ -125,9 +130,10 @@ def calibrate(
 
     Args:
         num_prompts: each with `train.samples_per_prompt` pictures.
-        target: the mean interval that the proposed thresholds aim at, as shares of the steps.
-        saturation: aim at the end where this share of the reward's gain since the start is still to come, in place of
-            the target's.
+        start: of the mean interval that the proposed thresholds aim at, as a share of the steps.
+        end: the same; None: where the reward saturates.
+        saturation: the share of the reward's gain since the start that is still to come at that end; None: 0.2, or the
+            paper's end where the reward of the guesses does not rise.
         stride: states between two that are decoded and given to the reward.
         trainer: makes the trainer, for a reward or prompts of your own.
         progress: what tells how far it is; None: it is quiet.
@@ -166,8 +172,8 @@ def calibrate(
 
         judged = DecodedSensor(made.backbone.decode, score, stride=stride)(trajectory)
     curves = _curves(trajectory, seen.curves, judged)
-    if saturation is not None:
-        target = target[0], _saturated(curves["reward"]["mean"], target[0], saturation)
+    end, aim = _end(curves["reward"]["mean"], start, end, saturation)
+    target = start, end
     is_decoded = isinstance(sensing, RewardOnly)  # semantic sensing too
     configured = _decide(adascope, seen, adascope.kappa, adascope.phi_end)
     with progress.stage("looking for thresholds", len(KAPPAS) + len(PHIS)) as on_step:
@@ -187,9 +193,26 @@ def calibrate(
         configured=configured,
         proposed=proposed,
         target=target,
+        aim=aim,
         halves=_halves(adascope, seen, target, config.run.seed),
         seconds=time.perf_counter() - started,
     )
+
+
+def _end(
+    reward: Sequence[float | None], start: float, end: float | None, saturation: float | None
+) -> tuple[float, str]:
+    """(the end to aim at, as a share of the steps; where it comes from)."""
+    if end is not None:
+        return end, "where they were asked to"
+    left = SATURATION if saturation is None else saturation
+    try:
+        place = _saturated(reward, start, left)
+    except ConfigError as error:
+        if saturation is not None:
+            raise
+        return max(PAPER[1], start), f"where the paper's do; {error}"
+    return place, f"where {left:.0%} of the gain in the reward of the guesses is still to come"
 
 
 def _saturated(reward: Sequence[float | None], start: float, left: float) -> float:
@@ -206,8 +229,8 @@ def _saturated(reward: Sequence[float | None], start: float, left: float) -> flo
     gain = values[-1] - low
     if not gain > 0:
         raise ConfigError(
-            f"--saturation asks where the reward of the guesses stops to rise, which went from {low:.4g} at step "
-            f"{start * t:.1f} to {values[-1]:.4g} at the last; give --end, or another --start"
+            f"the reward of the guesses saturates nowhere, it went from {low:.4g} at step {start * t:.1f} to "
+            f"{values[-1]:.4g} at the last; give --end, or another --start"
         )
     remaining = (values[-1] - values) / gain
     last = int(np.flatnonzero(remaining > left)[-1])  # all of it is left at the start, nothing at the last state

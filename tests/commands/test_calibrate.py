@@ -11,9 +11,10 @@ def test_calibrate_writes_a_page_and_refuses_in_one_line(tmp_path: Path):
     assert outcome.code == 0, outcome
     assert "selector.kappa=" in outcome.out
     assert {path.name for path in out.iterdir()} == {f"calibration.{kind}" for kind in ("html", "json", "png")}
-    assert refused("calibrate", TINY, "--start", "0.7") == (
-        "error: --start must be below --end, got 0.7 and 0.636; the paper has 0.106 and 0.636"
+    assert refused("calibrate", TINY, "--start", "0.7", "--end", "0.6") == (
+        "error: --start must be below --end, got 0.7 and 0.6; the paper has 0.106 and 0.636"
     )
+    assert "got 1 and 1; the paper has" in refused("calibrate", TINY, "--start", "1")
     assert refused("calibrate", TINY, "--prompts", "1", "--out", out, "selector.rule=literal") == (
         "error: a calibration proposes selector.kappa and selector.phi_end, which have a meaning with selector.rule = "
         '"knee" or "knee_causal", got "literal"; set selector.rule = "knee"'

@@ -185,7 +185,7 @@ def test_the_thresholds_end_where_the_reward_saturates(paper: Any, name: str):
     arms = {arm.name: arm for arm in family.arms}
     setting = _setting(paper, family, arms["adascope"], 1e-3, 1)
     config = paper.ours.configuration(setting).changed(["sampler.guidance_scale=1"])
-    found = calibrate(config, num_prompts=12, saturation=0.2)
+    found = calibrate(config, num_prompts=12)
     end = found.target[1] * found.num_steps
     assert found.configured.mean_start == 0
     assert found.configured.mean_end == pytest.approx(end, abs=1)

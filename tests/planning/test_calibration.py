@@ -118,10 +118,25 @@ def test_the_aim_of_an_end_is_where_the_reward_saturates():
     assert calibration._saturated(reward, 0.3, 0.9) == pytest.approx(0.4)  # one step is trained
     dip = [0.0, 0.9, 0.5, 1.0, 1.0]
     assert calibration._saturated(dip, 0.0, 0.2) == pytest.approx((2 + 0.3 / 0.5) / 4)  # it has to stay so
-    with pytest.raises(ConfigError, match=r"which went from 1 at step 0.0 to 0.5 at the last"):
+    with pytest.raises(ConfigError, match=r"it went from 1 at step 0.0 to 0.5 at the last"):
         calibration._saturated([1.0, 0.5], 0.0, 0.2)
     with pytest.raises(ConfigError, match="to nan at the last"):
         calibration._saturated([1.0, None], 0.0, 0.2)
+
+
+def test_an_end_is_asked_for_saturated_or_the_papers_and_said_to_be():
+    rising, falling = [0.4, 0.5, 0.6, 0.7, 0.8, *[0.8] * 6], [0.8, 0.5, 0.4]
+    assert calibration._end(rising, 0.0, None, None) == (
+        pytest.approx(0.32), "where 20% of the gain in the reward of the guesses is still to come"
+    )  # fmt: skip
+    assert calibration._end(rising, 0.2, None, 0.5)[0] == pytest.approx(0.3)
+    assert calibration._end(rising, 0.2, 0.9, None) == (0.9, "where they were asked to")
+    end, aim = calibration._end(falling, 0.0, None, None)
+    assert end == PAPER[1]
+    assert aim.startswith("where the paper's do; the reward of the guesses saturates nowhere, it went from 0.8 at step")
+    assert calibration._end(falling, 0.7, None, None)[0] >= 0.7
+    with pytest.raises(ConfigError, match="saturates nowhere"):
+        calibration._end(falling, 0.0, None, 0.2)
 
 
 @pytest.mark.parametrize("target", [PAPER, (0.2, 0.5), (0.08, 0.8)])

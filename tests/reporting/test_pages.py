@@ -27,7 +27,7 @@ CALIBRATION = {
     "structure": "1 - correlation of guesses", "preference": "correlation with the final latent",
     "curves": {"structure": _curve(20), "preference": _curve(21), "reward": _curve(21), "uncertainty": _curve(20)},
     "theory": [0.2] * 20, "sampler": [0.1] * 20, "configured": _decision(0.25), "proposed": _decision(0.9),
-    "target": (0.106, 0.636), "seconds": 1.0,
+    "target": (0.106, 0.636), "aim": "where they were asked to", "seconds": 1.0,
     "halves": {"num": 8, "kappa": (0.7, 1.0), "phi_end": (0.04, 0.05), "miss_start": 0.5, "miss_end": 0.2},
 }  # fmt: skip
 
