@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -47,6 +48,24 @@ def train(folder: Path, config: Path, settings: Sequence[str], *, threads: int =
     log = folder.parent / f"{folder.name}.log"
     command = [sys.executable, "-m", "adascope_fast.cli", "train", "--overwrite", str(config), *settings]
     call(command, log, threads=threads)
+
+
+def make_preferences(folder: Path, config: Path, settings: Sequence[str], num_pairs: int, kinds: Sequence[str]) -> None:
+    """The base model's images in pairs, for what is trained on them, unless they are there.
+
+    Args:
+        folder: what is written; what is said lies beside it.
+        settings: changes of the configuration.
+        kinds: further arguments of `adascope-fast make-preferences`.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = ["make-preferences", str(config), *settings, "--out", str(partial), "--pairs", str(num_pairs), *kinds]
+    call([sys.executable, "-m", "adascope_fast.cli", *command], folder.with_suffix(".log"))
+    partial.rename(folder)
 
 
 def call(command: Sequence[str], log: Path, *, threads: int = 1) -> None:

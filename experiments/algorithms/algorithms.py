@@ -19,7 +19,6 @@ import datetime
 import json
 import math
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,17 +205,11 @@ def train(case: Case, chosen: argparse.Namespace) -> None:
 
 def make_preferences(entry: Entry, chosen: argparse.Namespace) -> None:
     """The base model's images in pairs, for what is trained on them; the same for all runs of the algorithm."""
-    folder = preferences_of(entry, chosen.work)
-    if entry.preferences is None or folder.is_dir():
+    if entry.preferences is None:
         return
-    chosen.work.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     num_pairs, changes = (QUICK_PAIRS, QUICK) if chosen.quick else (NUM_PAIRS, ())
-    command = ["make-preferences", str(HERE / entry.base.config), *changes, "--out", str(partial)]
-    command += ["--pairs", str(num_pairs), *entry.preferences]
-    runs.call([sys.executable, "-m", "adascope_fast.cli", *command], folder.with_suffix(".log"))
-    partial.rename(folder)
+    folder = preferences_of(entry, chosen.work)
+    runs.make_preferences(folder, HERE / entry.base.config, changes, num_pairs, entry.preferences)
 
 
 def preferences_of(entry: Entry, work: Path) -> Path:

@@ -12,16 +12,18 @@ from typing import Any
 
 from adascope_fast.config import Config
 from experiments.paper.arms import CHECKOUT, HERE
-from experiments.runs import thresholds
 
 DDPO = ("algorithm.clip_range=5e-3", "algorithm.min_count=8")
 BALANCED = ("algorithm.step_weight=balanced",)
 EVERY_STEP = ("selector.name=every_step",)
-ADASCOPE = thresholds("quickstart.toml")
-ADASCOPE_FLOW = thresholds("quickstart_flow.toml")
+RATES = (3e-3, 1e-2)
 
-FORWARD_S, UPDATE_S, START_S = 0.0031, 0.0063, 12.0
-"""CPU seconds of a rollout's and of an update's row (an image's step), and of a process's start; about, to plan."""
+TUNING_SEED, NUM_TUNING_CAPTIONS = 1000, 32
+TUNING_CAPTIONS = CHECKOUT / "experiments" / "algorithms" / "tuning_captions.txt"
+
+FORWARD_S, UPDATE_S, RECORD_S, START_S = 0.0031, 0.0063, 0.016, 12.0
+"""CPU seconds of a rollout's and of an update's row (an image's step), of a record of a set of preferences, and of a
+process's start; about, to plan."""
 
 Drawing = Callable[[Mapping[str, Sequence[Path]], Path], dict[str, Any]]
 
@@ -42,6 +44,8 @@ class Arm:
     """A regular expression: captions of the train set that it trains on, and of the held-out set that judge it."""
     judged_by: str | None = None
     """Another for the held-out set."""
+    preferences: tuple[str, ...] | None = None
+    """Arguments of `adascope-fast make-preferences`, for what is trained on a set of them."""
 
     def patterns(self) -> dict[str, str] | None:
         """The regular expression of each part; None: all captions."""
@@ -61,6 +65,8 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     common: tuple[str, ...] = ()
     """Changes of every arm."""
+    rates: tuple[float, ...] = ()
+    """Learning rates, of which each arm gets the best of a tuning of its own; without, all have the configuration's."""
     gain: float = 0.05
     """Gain of the held-out reward to which times are told."""
     drawing: Drawing | None = None
@@ -76,6 +82,8 @@ class Experiment:
         named = {name for arm in self.arms.values() for name in (arm.against, arm.like) if name} | set(self.evaluated)
         if missing := sorted(named - set(self.arms)):
             raise ValueError(f"arms are compared with arms of the same experiment, got {', '.join(missing)}; add them")
+        if self.rates and any(arm.like or arm.captions for arm in self.arms.values()):
+            raise ValueError("arms that are like another, or have captions of their own, are not tuned; remove rates")
         if not self.trains and self.drawing is None:
             raise ValueError("an experiment that trains nothing is shown by its drawing alone, got none; give it one")
 
@@ -91,7 +99,7 @@ def settings_of(
     name: str,
     seed: int,
     work: Path,
-    interval: Mapping[str, Any],
+    interval: Mapping[str, Any] | None = None,
     *,
     changes: Sequence[str] = (),
 ) -> tuple[Path, Path, list[str]]:
@@ -99,18 +107,20 @@ def settings_of(
 
     Args:
         interval: what `like` trained, for the names in braces.
-        changes: more of them, which make it smaller.
+        changes: more of them: the rate that was tuned, and what makes it smaller.
     """
     arm = experiment.arms[name]
     config = HERE / arm.config
     settings = [
         *experiment.common,
-        *(change.format(**interval) for change in arm.changes),
+        *(change.format(**(interval or {})) for change in arm.changes),
         f"run.seed={seed}",
         *changes,
     ]
     for part, pattern in (arm.patterns() or {}).items():
         settings.append(f"prompts.{part}={captions_file(work, part, pattern)}")
+    if arm.preferences is not None:
+        settings.append(f"algorithm.preferences={preferences_folder(work, arm, changes)}")
     folder = work / f"{seed}-{short(Config.load(config, settings).to_toml())}"
     return folder, config, [f"run.folder={folder}", *settings]
 
@@ -120,34 +130,57 @@ def captions_file(work: Path, part: str, pattern: str) -> Path:
     return work / f"captions-{part}-{short(pattern)}.txt"
 
 
+def preferences_folder(work: Path, arm: Arm, changes: Sequence[str]) -> Path:
+    """Where the preferences lie that an arm is trained on; others where `changes` make it small."""
+    kind = short(f"{arm.config} {arm.preferences} {QUICK[0] in changes}")
+    return work / f"preferences-{kind}"
+
+
+def tuning_changes(experiment: Experiment, name: str, rate: float, changes: Sequence[str]) -> list[str]:
+    """What makes a run of an arm one of its tuning: half as long, judged on captions that are not reported."""
+    iterations = config_of(experiment, name, changes).train.iterations
+    chosen = [f"train.learning_rate={rate:g}", f"train.iterations={max(1, iterations // 2)}", "evaluation.every=0"]
+    chosen += [f"prompts.held_out={relative(TUNING_CAPTIONS)}"]
+    return [*changes, *chosen, *([] if changes else [f"evaluation.num_prompts={NUM_TUNING_CAPTIONS}"])]
+
+
 def short(text: str) -> str:
     """Ten letters that stand for a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
+def config_of(experiment: Experiment, name: str, changes: Sequence[str] = ()) -> Config:
+    """What an arm has of `sampler`, `train` and `evaluation`."""
+    arm, sections = experiment.arms[name], ("sampler.", "train.", "evaluation.")
+    if arm.preferences is None:  # else it needs the set, which is not made yet
+        sections = (*sections, "algorithm.")
+    known = [one for one in (*experiment.common, *arm.changes, *changes) if one.startswith(sections)]
+    return Config.load(HERE / arm.config, known)
+
+
 def steps_of(experiment: Experiment, name: str) -> int:
     """Denoising steps of an arm."""
-    arm = experiment.arms[name]
-    known = [change for change in (*experiment.common, *arm.changes) if "{" not in change]
-    return Config.load(HERE / arm.config, [one for one in known if one.startswith("sampler.")]).sampler.num_steps
+    return config_of(experiment, name).sampler.num_steps
 
 
 def cpu_seconds(experiment: Experiment) -> float:
     """About what all of it takes, evaluations counted."""
     total = 0.0
-    for arm in experiment.arms.values():
-        known = [
-            one for one in (*experiment.common, *arm.changes) if one.split(".")[0] in ("sampler", "train", "evaluation")
-        ]
-        config = Config.load(HERE / arm.config, known)
+    for name, arm in experiment.arms.items():
+        config = config_of(experiment, name)
         train, evaluation, steps = config.train, config.evaluation, config.sampler.num_steps
         rows = 1 if config.sampler.guidance_scale == 1 else 2
         images = train.iterations * train.prompts_per_iteration * train.samples_per_prompt * steps * rows
         share = 1.0 if "selector.name=every_step" in arm.changes else 0.6
         looks = 2 + (train.iterations // evaluation.every - 1 if evaluation.every else 0)
         judged = looks * evaluation.num_prompts * evaluation.samples_per_prompt * steps * rows
-        total += START_S + (images + judged) * FORWARD_S + images * share * UPDATE_S
-    return total * len(experiment.seeds) + (300.0 if experiment.evaluated else 0.0)
+        total += START_S + judged * FORWARD_S
+        if arm.preferences is None:
+            total += images * (FORWARD_S + share * UPDATE_S)
+        else:
+            total += train.iterations * train.prompts_per_iteration * RECORD_S
+    runs = len(experiment.seeds) + len(experiment.rates) / 2
+    return total * runs + 60.0 * len(experiment.evaluated)
 
 
 def interval_of(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The judgment of images in pairs by a documented automatic judge, through the command that people and models use.
 
-    python experiments/paper/run.py diversity && python experiments/paper/judge.py [--num 60]
+    python experiments/paper/run.py tab3 && python experiments/paper/judge.py [--num 60]
 
 Serves an OpenAI-compatible endpoint on this machine and lets `adascope-fast judge` ask it of the images that the
-experiment `diversity` left. It sees the two images and the prompt, as any model would, and answers two of the five
+experiment `tab3` left. It sees the two images and the prompt, as any model would, and answers two of the five
 questions; the other three are for people:
 - semantic_alignment: the image with the higher CLIP similarity to the prompt by the embedded `scenes-clip`, which is
   not the reward that was trained; equal where they differ by less than 0.02;
@@ -110,14 +110,14 @@ def served(judge: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Judge, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=CHECKOUT / "runs" / "paper" / "diversity-evaluated")
+    parser.add_argument("--images", type=Path, default=CHECKOUT / "runs" / "paper" / "tab3-evaluated")
     parser.add_argument("--num", type=int, default=60, help="pairs")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "judge.json")
     chosen = parser.parse_args(arguments)
     if not (chosen.images / "images").is_dir():
         parser.error(
             f"--images is what an evaluation left, and {str(chosen.images)!r} has no images; run "
-            f"experiments/paper/run.py diversity first"
+            f"experiments/paper/run.py tab3 first"
         )
     votes = chosen.images.resolve().with_name(f"{chosen.images.name}-judged")
     with served(Automatic()) as address:

@@ -11,6 +11,7 @@ date, commit, machine and versions, a plot, and a table.
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -30,15 +31,24 @@ from experiments.paper import showing, time_to_reward  # noqa: E402
 from experiments.paper.arms import FAMILIES  # noqa: E402
 from experiments.paper.declaring import (  # noqa: E402
     QUICK,
+    TUNING_SEED,
     Arm,
     Experiment,
     captions_file,
     cpu_seconds,
     interval_of,
+    preferences_folder,
     settings_of,
     steps_of,
+    tuning_changes,
 )
 
+NUM_PAIRS, QUICK_PAIRS = 240, 4
+"""Of a set of preferences."""
+TUNED = (
+    "Each arm has the best of {} learning rates, by a run of half the iterations on a seed of its own and captions "
+    "that are neither trained on nor reported."
+)
 HEADLINE = "How much sooner is the same reward reached?"
 
 
@@ -77,11 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = chosen.work if chosen.quick else HERE / "results"
     chosen.out = chosen.out or place / f"{chosen.name}{'_quick' if chosen.quick else ''}.json"
     chosen.arms = with_compared(experiment, chosen.arms or list(experiment.arms))
-    failed, folders = train_all(experiment, chosen)
+    failed, folders, tuning = train_all(experiment, chosen)
     for name, why in failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     if folders:
-        write(experiment, folders, chosen)
+        write(experiment, folders, tuning, chosen)
     sys.exit(1 if failed else 0)
 
 
@@ -93,7 +103,8 @@ def listed(known: Mapping[str, Experiment]) -> str:
         for asked in [time_to_reward.parse(["--family", family])]
     ]
     for name, one in known.items():
-        rows.append((f"run.py {name}", one.paper, len(one.arms) * len(one.seeds), cpu_seconds(one), one.title))
+        num_runs = len(one.arms) * (len(one.seeds) + len(one.rates))
+        rows.append((f"run.py {name}", one.paper, num_runs, cpu_seconds(one), one.title))
     lines = [f"{'command':<34}{'in the paper':<20}{'runs':>5}{'CPU min':>9}  question"]
     lines += [f"{name:<34}{place:<20}{runs:>5}{cost / 60:>9.0f}  {title}" for name, place, runs, cost, title in rows]
     total = sum(row[3] for row in rows) / 3600
@@ -114,45 +125,108 @@ def with_compared(experiment: Experiment, names: Sequence[str]) -> list[str]:
     return [name for name in experiment.arms if name in wanted]
 
 
-def train_all(experiment: Experiment, chosen: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Path]]]:
-    """Train what is missing, seed by seed; (what failed and why, the run folders of the arms that have all seeds)."""
+class Runs:
+    """Makes the runs of an experiment, unless they are there, and tells how far it is."""
+
+    def __init__(self, total: int) -> None:
+        self.failed: dict[str, str] = {}
+        self._done, self._total = 0, total
+        self._lock, self._started = threading.Lock(), time.perf_counter()
+
+    def make(self, label: str, folder: Path, config: Path, settings: Sequence[str]) -> bool:
+        """Train it; whether it is finished."""
+        was_there = runs.is_finished(folder)
+        try:
+            runs.train(folder, config, settings)
+        except runs.RunFailedError as error:
+            self.failed[label] = str(error)
+            return False
+        with self._lock:
+            self._done += 1
+            left = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
+            said = "was there" if was_there else "trained"
+            print(f"[{self._done}/{self._total}] {label}: {said}; about {left:.0f} s left", flush=True)
+        return True
+
+
+def train_all(
+    experiment: Experiment, chosen: argparse.Namespace
+) -> tuple[dict[str, str], dict[str, list[Path]], dict[str, list[dict[str, float]]]]:
+    """Train what is missing, seed by seed.
+
+    Returns:
+        what failed and why; the run folders of the arms that have all seeds; what each rate of a tuned arm came to.
+    """
     chosen.work.mkdir(parents=True, exist_ok=True)
+    doing = Runs(len(chosen.arms) * (len(chosen.seeds) + len(experiment.rates)))
     for name in chosen.arms:
         write_captions(experiment.arms[name], chosen.work)
-    failed: dict[str, str] = {}
+        try:
+            make_preferences(experiment, name, chosen)
+        except runs.RunFailedError as error:
+            doing.failed[f"preferences of {name}"] = str(error)
+    tuning = tune(experiment, chosen, doing) if experiment.rates else {}
     found: dict[tuple[str, int], Path] = {}
-    lock, started, total = threading.Lock(), time.perf_counter(), len(chosen.arms) * len(chosen.seeds)
 
     def attempt(case: tuple[int, str]) -> None:
         seed, name = case
         arm = experiment.arms[name]
         interval = interval_of(found[arm.like, seed]) if arm.like is not None else {}
-        changes = quick_of(experiment, name) if chosen.quick else ()
-        folder, config, settings = settings_of(experiment, name, seed, chosen.work, interval, changes=changes)
-        was_there = runs.is_finished(folder)
-        try:
-            runs.train(folder, config, settings)
-        except runs.RunFailedError as error:
-            failed[f"{name}, seed {seed}"] = str(error)
-            return
-        with lock:
-            found[name, seed] = folder
-            left = (time.perf_counter() - started) / len(found) * (total - len(found))
-            said = "was there" if was_there else "trained"
-            print(f"[{len(found)}/{total}] {name}, seed {seed}: {said}; about {left:.0f} s left", flush=True)
+        changes = quick_of(experiment, name) if chosen.quick else []
+        if experiment.rates:
+            changes = [*changes, f"train.learning_rate={best_rate(tuning[name]):g}"]
+        made = settings_of(experiment, name, seed, chosen.work, interval, changes=changes)
+        if doing.make(f"{name}, seed {seed}", *made):
+            found[name, seed] = made[0]
 
-    leading = [case for case in product(chosen.seeds, chosen.arms) if experiment.arms[case[1]].like is None]
-    following = [case for case in product(chosen.seeds, chosen.arms) if experiment.arms[case[1]].like is not None]
+    ready = [name for name in chosen.arms if not experiment.rates or len(tuning[name]) == len(experiment.rates)]
+    leading = [case for case in product(chosen.seeds, ready) if experiment.arms[case[1]].like is None]
+    following = [case for case in product(chosen.seeds, ready) if experiment.arms[case[1]].like is not None]
     for cases in (leading, following):
         with ThreadPoolExecutor(chosen.jobs) as pool:
             list(pool.map(attempt, [case for case in cases if _can(experiment, case, found)]))
     whole = [name for name in chosen.arms if all((name, seed) in found for seed in chosen.seeds)]
-    return failed, {name: [found[name, seed] for seed in chosen.seeds] for name in whole}
+    return doing.failed, {name: [found[name, seed] for seed in chosen.seeds] for name in whole}, tuning
+
+
+def tune(experiment: Experiment, chosen: argparse.Namespace, doing: Runs) -> dict[str, list[dict[str, float]]]:
+    """What each learning rate of an arm came to; those that failed are missing."""
+    found: dict[tuple[str, float], float] = {}
+
+    def attempt(case: tuple[str, float]) -> None:
+        name, rate = case
+        changes = tuning_changes(experiment, name, rate, quick_of(experiment, name) if chosen.quick else ())
+        made = settings_of(experiment, name, TUNING_SEED, chosen.work, changes=changes)
+        if doing.make(f"tuning of {name} at {rate:g}", *made):
+            first, *_, last = runs.history_of(made[0])
+            found[case] = last["reward"] - first["reward"]
+
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        list(pool.map(attempt, product(chosen.arms, experiment.rates)))
+    return {
+        name: [{"rate": rate, "gain": found[name, rate]} for rate in experiment.rates if (name, rate) in found]
+        for name in chosen.arms
+    }
+
+
+def best_rate(tuned: Sequence[Mapping[str, float]]) -> float:
+    """The one with the highest gain; one without a number gained nothing."""
+    return max(tuned, key=lambda one: one["gain"] if one["gain"] == one["gain"] else -math.inf)["rate"]
 
 
 def _can(experiment: Experiment, case: tuple[int, str], found: Mapping[tuple[str, int], Path]) -> bool:
     like = experiment.arms[case[1]].like
     return like is None or (like, case[0]) in found
+
+
+def make_preferences(experiment: Experiment, name: str, chosen: argparse.Namespace) -> None:
+    """The set that an arm is trained on, if it is; sampled as the arm's rollouts would be."""
+    arm = experiment.arms[name]
+    if arm.preferences is not None:
+        changes = quick_of(experiment, name) if chosen.quick else []
+        folder = preferences_folder(chosen.work, arm, changes)
+        num_pairs = QUICK_PAIRS if chosen.quick else NUM_PAIRS
+        runs.make_preferences(folder, HERE / arm.config, [*experiment.common, *changes], num_pairs, arm.preferences)
 
 
 def quick_of(experiment: Experiment, name: str) -> list[str]:
@@ -175,7 +249,12 @@ def write_captions(arm: Arm, work: Path) -> None:
         captions_file(work, part, pattern).write_text("".join(f"{text}\n" for text in matching))
 
 
-def write(experiment: Experiment, folders: Mapping[str, Sequence[Path]], chosen: argparse.Namespace) -> None:
+def write(
+    experiment: Experiment,
+    folders: Mapping[str, Sequence[Path]],
+    tuning: Mapping[str, Sequence[Mapping[str, float]]],
+    chosen: argparse.Namespace,
+) -> None:
     """JSON, plot and table of the arms that are whole."""
     values = {
         "command": shlex.join(["python", "experiments/paper/run.py", *sys.argv[1:]]),
@@ -186,7 +265,8 @@ def write(experiment: Experiment, folders: Mapping[str, Sequence[Path]], chosen:
         "seeds": chosen.seeds,
         "is_quick": chosen.quick,
         "gain": experiment.gain,
-        "notes": list(experiment.notes),
+        "notes": [*experiment.notes, *([TUNED.format(len(experiment.rates))] if experiment.rates else [])],
+        "tuning": {name: list(tuned) for name, tuned in tuning.items()},
         "arms": showing.arms_of(experiment, folders) if experiment.trains else {},
     }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from adascope_fast.config import Config
 from experiments import runs
 from experiments.paper import measures
 from experiments.paper.declaring import Experiment
@@ -20,6 +21,7 @@ from experiments.paper.figures import COLOURS, INK, inked, signed
 def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
     """Figures of each arm: its seeds, means with intervals, and the difference to the arm that it is compared with."""
     read = {name: [_read(folder) for folder in mine] for name, mine in folders.items()}
+    within = {key: _within(read, key) for key in ("cpu_seconds", "pairs")}
     found = {}
     for name, seeds in read.items():
         against = experiment.arms[name].against
@@ -29,11 +31,13 @@ def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> di
         arm: dict[str, Any] = {
             "against": against,
             "changes": list(experiment.arms[name].changes),
+            "learning_rate": seeds[0]["learning_rate"],
             "seeds": [{key: one[key] for key in _SEED} for one in seeds],
             "gain": measures.interval_of(float(changes[name].mean()), drawn[name]).to_json(),
             **{key: _over_seeds([one[key] for one in seeds]) for key in ("cpu_seconds", "pairs", "fraction")},
             "diversity": [fmean(one["diversity"][k] or math.nan for one in seeds) for k in (0, 1)],
         }
+        arm["within"] = {key: of_arms[name] for key, of_arms in within.items()}
         arm["to_gain"] = _time(experiment.gain, read, name, against)
         if against in read:
             difference = float(changes[name].mean() - changes[against].mean())
@@ -60,6 +64,7 @@ def _read(folder: Path) -> dict[str, Any]:
     sensed = [one for one in chosen if one.get("mean_start") is not None]
     rewards = [point["reward"] for point in history]
     return {
+        "learning_rate": Config.load(folder / "config.toml").train.learning_rate,
         "before": found["before"]["mean"],
         "after": found["after"]["mean"],
         "scores": [found[when]["scores"] for when in ("before", "after")],
@@ -118,6 +123,20 @@ def _time(
     return found
 
 
+def _within(read: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> dict[str, dict[str, float | None]]:
+    """The best gain of each arm within the seconds (or pairs) that all arms have, the mean over seeds."""
+    arms = {name: [_curve(seed, key) for seed in seeds] for name, seeds in read.items()}
+    grid = measures.common_grid(arms)
+    gains = {name: measures.on_grid(mine, grid) for name, mine in arms.items()}
+    return {
+        name: {"limit": float(grid[-1])}
+        | measures.interval_of(
+            measures.best_within(mine.mean((0, 2))), measures.draws({name: mine})[name].max(1)
+        ).to_json()
+        for name, mine in gains.items()
+    }
+
+
 def _curve(seed: Mapping[str, Any], key: str) -> tuple[measures.Array, measures.Array]:
     history = seed["history"]
     x = np.array([point[key] for point in history], dtype=np.float64)
@@ -138,14 +157,18 @@ def table(values: Mapping[str, Any]) -> str:
     if not values["arms"]:
         heading = [f"{values['paper']}: {values['title']}", "", f"Mean of {len(values['seeds'])} seeds."]
         return "\n".join([*heading, *values["notes"], *values["drawn"]["said"]]) + "\n"
+    limits = {key: one["limit"] for key, one in next(iter(values["arms"].values()))["within"].items()}
     heads = (
-        "arm", "gain", "more than", "by", "", "CPU s", "share of its seconds", f"CPU s to {values['gain']:+.2f}",
-        "pairs", "share of steps", "interval", "largest fall", "diversity",
+        "arm", "rate", "gain", "more than", "by", "", "CPU s", "share of its seconds",
+        f"CPU s to {values['gain']:+.2f}", f"best gain in {limits['cpu_seconds']:.0f} CPU s",
+        "pairs", f"best gain in {limits['pairs']:,.0f} pairs", "share of steps", "interval", "largest fall",
+        "diversity",
     )  # fmt: skip
     lines = [
         f"{values['paper']}: {values['title']}",
         "",
-        f"Mean of {len(values['seeds'])} seeds; 95 % intervals over seeds and captions, of times over seeds.",
+        f"Mean of {len(values['seeds'])} seeds; 95 % intervals over seeds and captions, of times and best gains over "
+        "seeds.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
@@ -154,6 +177,7 @@ def table(values: Mapping[str, Any]) -> str:
         more, to, spans = arm.get("more"), arm["to_gain"]["cpu_seconds"], [one["interval"] for one in arm["seeds"]]
         cells = (
             f"`{name}`",
+            f"{arm['learning_rate']:g}",
             signed(arm["gain"]),
             f"`{arm['against']}`" if more else "",
             signed(more),
@@ -161,7 +185,9 @@ def table(values: Mapping[str, Any]) -> str:
             f"{arm['cpu_seconds']['mean']:.0f}",
             f"{arm['share_of_seconds']:.0%}" if more else "",
             f"{to['value']:.0f}" if to["value"] is not None else f"not within {to['within']:.0f}",
+            signed(arm["within"]["cpu_seconds"]),
             f"{arm['pairs']['mean']:,.0f}",
+            signed(arm["within"]["pairs"]),
             f"{arm['fraction']['mean']:.0%}",
             "" if None in spans else f"[{fmean(one[0] for one in spans):.1f}, {fmean(one[1] for one in spans):.1f})",
             f"{max(one['fall'] for one in arm['seeds']):.3f}",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,8 +76,44 @@ def test_a_control_is_as_long_as_the_interval_it_is_like_and_nothing_is_trained_
     ]  # fmt: skip
     assert (tmp_path / "out.png").stat().st_size > 5000
     assert run(*asked) == (0, []), "what is finished is not repeated"
-    code, started = run("diversity", "--quick", "--arms", "adascope")
-    assert (code, len([one for one in started if not one.endswith("evaluated")])) == (0, 1), "the common arm is shared"
+    code, started = run("fig3", "--quick", "--arms", "backfilled")
+    assert (code, len(started)) == (0, 2), "sparse and backfilled"
+    assert run("fig3", "--quick", "--arms", "adascope") == (0, []), "the common arm is shared"
+
+
+def test_each_arm_gets_the_best_of_its_own_tuning(run: Any, paper: Any, tmp_path: Path):
+    code, started = run("flow", "--quick", "--arms", "adascope")
+    assert (code, len(started)) == (0, 2 * 2 + 2), "two rates each, then flow_grpo and adascope"
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert list(values["tuning"]) == list(values["arms"]) == ["flow_grpo", "adascope"]
+    for name, tuned in values["tuning"].items():
+        assert [one["rate"] for one in tuned] == [3e-3, 1e-2]
+        best = max(tuned, key=lambda one: one["gain"])["rate"]
+        assert values["arms"][name]["learning_rate"] == best
+        assert values["arms"][name]["within"]["cpu_seconds"]["limit"] <= values["arms"][name]["cpu_seconds"]["low"]
+    made = [Config.load(one / "config.toml") for one in (tmp_path / "work").iterdir() if one.is_dir()]
+    tunings = [one for one in made if one.run.seed == paper.declaring.TUNING_SEED]
+    assert len(tunings) == 4
+    assert {one.prompts.held_out for one in tunings} == {"experiments/algorithms/tuning_captions.txt"}
+    assert all(one.prompts.held_out == "scenes:held_out" for one in made if one not in tunings)
+    assert "Each arm has the best of 2 learning rates" in (tmp_path / "out.md").read_text()
+    assert paper.run.best_rate([{"rate": 1, "gain": math.nan}, {"rate": 2, "gain": -0.1}]) == 2
+    config = paper.declaring.config_of(paper.run.declared()["flow"], "adascope").train
+    half = paper.declaring.tuning_changes(paper.run.declared()["flow"], "adascope", 1e-2, ())
+    assert f"train.iterations={config.iterations // 2}" in half
+    with pytest.raises(ValueError, match="are not tuned; remove rates"):
+        paper.declaring.Experiment("", "", {"one": paper.declaring.Arm((), captions="red")}, rates=(1e-3,))
+
+
+def test_what_learns_from_preferences_gets_a_set_of_its_own(run: Any, tmp_path: Path):
+    code, started = run("tab3", "--quick", "--arms", "diffusion_kto")
+    assert code == 0
+    sets = [one for one in started if one.startswith("preferences")]
+    assert len(sets) == 1, "one for all its runs"
+    assert started[-1] == "out-evaluated"
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert list(values["arms"]) == ["ddpo", "diffusion_kto"]
+    assert len(values["evaluated"]) > 3
 
 
 def test_mistakes_are_told_with_the_next_step(run: Any, capsys: pytest.CaptureFixture[str]):
@@ -111,9 +148,9 @@ def test_every_arm_is_a_configuration_in_full_and_in_small(paper: Any, tmp_path:
     assert "CPU hours in all" in listed
 
 
-def test_the_fixed_intervals_are_the_papers_at_20_steps(paper: Any):
+def test_the_fixed_intervals_are_the_papers_at_10_steps(paper: Any):
     arms = paper.run.declared()["ablations"].arms
-    for name, want in {"v1": (2, 13), "v2_early": (0, 14), "v2_late": (4, 14), "v3_short": (2, 12)}.items():
+    for name, want in {"v1": (1, 6), "v2_early": (0, 7), "v2_late": (2, 7), "v3_long": (1, 8)}.items():
         assert f"selector.start={want[0]}" in arms[name].changes
         assert f"selector.end={want[1]}" in arms[name].changes
 
@@ -151,6 +188,7 @@ def test_theorem_2_is_that_of_the_schedule(paper: Any):
 def _run(folder: Path, rewards: Sequence[float], *, seconds: float) -> Path:
     """A finished run of three iterations, evaluated after each, on four captions with one image each."""
     folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(Config.load(None, ["train.learning_rate=2e-3"]).to_toml())
     records = [
         {"cpu_seconds": seconds, "pairs_trained": 10, "fraction_trained": 0.5, "selector": {"fraction": 0.5}}
         for _ in rewards[1:]
@@ -185,5 +223,11 @@ def test_an_arm_is_compared_with_its_own_other(paper: Any, tmp_path: Path):
     assert times["value"] is None, "slow is not there within the 30 s that both have"
     assert times["bounds"][0] == pytest.approx(3)
     assert found["fast"]["cpu_seconds"] == {"mean": 30, "low": 30, "high": 30}
+    assert found["slow"]["learning_rate"] == 2e-3
+    within = {name: arm["within"] for name, arm in found.items()}
+    assert within["slow"]["cpu_seconds"]["limit"] == pytest.approx(30), "where fast ends"
+    assert within["slow"]["cpu_seconds"]["value"] == pytest.approx(0.03), "half-way to its second point"
+    assert within["fast"]["cpu_seconds"]["value"] == pytest.approx(0.22)
+    assert within["slow"]["pairs"]["value"] == pytest.approx(0.15)
     with pytest.raises(ValueError, match="arms are compared with arms of the same experiment, got nobody; add them"):
         paper.declaring.Experiment("", "", {"one": arm((), against="nobody")})

@@ -70,4 +70,4 @@ def test_images_must_have_been_left(judge: Any, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         judge.main(["--images", str(tmp_path)])
     assert stopped.value.code == 2
-    assert "has no images; run experiments/paper/run.py diversity first" in capsys.readouterr().err
+    assert "has no images; run experiments/paper/run.py tab3 first" in capsys.readouterr().err

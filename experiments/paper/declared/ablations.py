@@ -1,16 +1,17 @@
 """Tab. 2 and Fig. 7: fixed intervals V1 to V3, AdaScope's parts one at a time, and controls of equal length.
 
-V1 to V3 are the paper's, of 50 steps, scaled to 20: [5, 32); a start of 0 or 10 with the end at 35; a start of 5 with
-the end at 30 or 40.
+V1 to V3 are the paper's, of 50 steps, scaled to 10: [5, 32); a start of 0 or 10 with the end at 35; a start of 5 with
+the end at 40. With the end at 30 it is V1 again.
 """
 
-from experiments.paper.declaring import ADASCOPE, BALANCED, DDPO, EVERY_STEP, Arm, Experiment
+from experiments.paper.arms import ADASCOPE
+from experiments.paper.declaring import BALANCED, DDPO, EVERY_STEP, Arm, Experiment
 
-OF_50 = {"v1": (5, 32), "v2_early": (0, 35), "v2_late": (10, 35), "v3_short": (5, 30), "v3_long": (5, 40)}
+OF_50 = {"v1": (5, 32), "v2_early": (0, 35), "v2_late": (10, 35), "v3_long": (5, 40)}
 
 
 def _fixed(start: int, end: int) -> Arm:
-    first, last = (int(step * 20 / 50 + 0.5) for step in (start, end))
+    first, last = (int(step * 10 / 50 + 0.5) for step in (start, end))
     return Arm(("selector.name=static_range", f"selector.start={first}", f"selector.end={last}"), against="adascope")
 
 
@@ -29,6 +30,9 @@ EXPERIMENT = Experiment(
     {
         "adascope": Arm(ADASCOPE),
         "every_step": Arm(EVERY_STEP, against="adascope"),
+        "from_the_knee": _other("selector.kappa=0.9"),
+        "to_the_papers_end": _other("selector.phi_end=0.034"),
+        "the_papers_mean": _other("selector.kappa=0.9", "selector.phi_end=0.034"),
         **{name: _fixed(*interval) for name, interval in OF_50.items()},
         "rule_literal": _rule("literal"),
         "rule_fraction": _rule("fraction"),

@@ -1,17 +1,23 @@
-"""Other backbones: the latent diffusion model with guidance, and the rectified-flow transformer."""
+"""Other backbones: the latent diffusion model with guidance, and the rectified-flow transformer.
 
-from experiments.paper.declaring import ADASCOPE, ADASCOPE_FLOW, BALANCED, EVERY_STEP, Arm, Experiment
+With guidance the reward of the guesses saturates earlier: its end is what `adascope-fast calibrate
+experiments/paper/scenes.toml --prompts 24 sampler.guidance_scale=2` proposes.
+"""
 
-GUIDED = ("sampler.guidance_scale=2", "algorithm.clip_range=5e-3", "algorithm.min_count=8", "train.learning_rate=3e-3")
-FLOW = ("algorithm.clip_range=5e-3",)
+from experiments.algorithms.entries import ALGORITHMS
+from experiments.paper.arms import ADASCOPE
+from experiments.paper.declaring import BALANCED, DDPO, EVERY_STEP, RATES, Arm, Experiment
+
+GUIDED = (*DDPO, *BALANCED, "sampler.guidance_scale=2")
+FLOW = ("algorithm.name=grpo", *ALGORITHMS["grpo"].settings)
 EXPERIMENT = Experiment(
     "Does it hold on other backbones?",
     "sup., backbones",
     {
         "guided_every_step": Arm((*GUIDED, *EVERY_STEP)),
-        "guided_adascope": Arm((*GUIDED, *ADASCOPE), against="guided_every_step"),
+        "guided_adascope": Arm((*GUIDED, *ADASCOPE, "selector.phi_end=0.382"), against="guided_every_step"),
         "flow_every_step": Arm((*FLOW, *EVERY_STEP), config="scenes_flow.toml"),
-        "flow_adascope": Arm((*FLOW, *ADASCOPE_FLOW), against="flow_every_step", config="scenes_flow.toml"),
+        "flow_adascope": Arm((*FLOW, *ADASCOPE), against="flow_every_step", config="scenes_flow.toml"),
     },
-    common=BALANCED,
+    rates=RATES,
 )

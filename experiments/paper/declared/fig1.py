@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runs
-from experiments.paper.declaring import ADASCOPE, BALANCED, DDPO, Arm, Experiment
+from experiments.paper.arms import ADASCOPE
+from experiments.paper.declaring import BALANCED, DDPO, Arm, Experiment
 from experiments.paper.figures import COLOURS, INK, inked
 
 STEPS = 50

@@ -1,6 +1,7 @@
 """Other prompt sets: captions of one object with a place, and of two or three, each trained on and judged alone."""
 
-from experiments.paper.declaring import ADASCOPE, BALANCED, DDPO, EVERY_STEP, Arm, Experiment
+from experiments.paper.arms import ADASCOPE
+from experiments.paper.declaring import BALANCED, DDPO, EVERY_STEP, Arm, Experiment
 
 SETS = {"placed": r" (in|at) the ", "several": "^(two|three) "}
 ARMS = {}

@@ -1,6 +1,7 @@
 """Combinations that were held out: trained on captions without a colour (or shape), judged on those that have it."""
 
-from experiments.paper.declaring import ADASCOPE, BALANCED, DDPO, EVERY_STEP, Arm, Experiment
+from experiments.paper.arms import ADASCOPE
+from experiments.paper.declaring import BALANCED, DDPO, EVERY_STEP, Arm, Experiment
 
 ARMS = {}
 for name, pattern in {
