@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from adascope_fast.prompts.scenes import BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SHAPES, SIZES, Scene, every_scene
@@ -62,6 +63,12 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
+    """Token ids and mask [n, MAX_TOKENS] of captions."""
+    found = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
+    return {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
 
 
 def json_of(tokenizer: Tokenizer) -> dict:

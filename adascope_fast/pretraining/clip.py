@@ -80,7 +80,7 @@ def pretrain(folder: Path, work: Path, *, recipe: loop.Recipe = RECIPE, num_imag
     """Write the CLIP to `folder` and return it; a stopped run resumes from `work`."""
     tokenizer = captions.build_tokenizer()
     images, scenes = _drawings(work / "pictures.safetensors", num_images)
-    tokens = tokenize(tokenizer, [scene.caption for scene in TRAINING_SCENES])
+    tokens = captions.tokenize(tokenizer, [scene.caption for scene in TRAINING_SCENES])
     torch.manual_seed(3)
     model = build(tokenizer)
     matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and ".layers." in name]
@@ -106,12 +106,6 @@ def pretrain(folder: Path, work: Path, *, recipe: loop.Recipe = RECIPE, num_imag
     tokenizer.save_pretrained(folder)
     captions.save_slow_files(tokenizer, folder)
     return model
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
-    """Token ids and mask [n, 16] of captions."""
-    found = tokenizer(texts, padding="max_length", max_length=captions.MAX_TOKENS, return_tensors="pt")
-    return {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
 
 
 @torch.no_grad()

@@ -137,9 +137,7 @@ def _said(pipeline: Any, work: Path) -> Callable[[list[str]], list[Tensor]]:
     scenes = autoencoder.TRAINING_SCENES
     every = ["", *(scene.caption for scene in scenes)]
     row = {caption: number for number, caption in enumerate(every)}
-    tokens = pipeline.tokenizer(
-        every, padding="max_length", max_length=captions.MAX_TOKENS, return_tensors="pt"
-    ).input_ids
+    tokens = captions.tokenize(pipeline.tokenizer, every)["input_ids"]
     encoders = [pipeline.components[key] for key in ("text_encoder", "text_encoder_2") if key in pipeline.components]
 
     def read(tokens: Tensor) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 All arms of a family have the same model, adapter (rank 4 on the attention projections, which is what TRL builds in),
 captions, images of an iteration, steps, noise, guidance, loss and clip range. Every grid has four points, so no arm is
-tuned more than another. AdaScope's end is what `adascope-fast calibrate --saturation 0.2` proposes at 10 steps: where
-the reward of the guesses has all but a fifth of its gain. Its start is the peak of the structure's volatility
+tuned more than another. AdaScope's end is what `adascope-fast calibrate` proposes at 10 steps: where the reward of
+the guesses has all but a fifth of its gain. Its start is the peak of the structure's volatility
 (kappa = 1), the first step here: on these models it is worth training, and a training without it is less steady.
 """
 
@@ -85,7 +85,7 @@ ONE_PASS = ("train.update=one_pass",)
 BEST_WORST = ("train.best_worst_k=2",)
 ADASCOPE = ("selector.name=adascope", "selector.kappa=1.0", "selector.phi_end=0.21")
 PAPER = (*DDPO, *BALANCED, "selector.name=adascope", "selector.kappa=0.9", "selector.phi_end=0.034")
-"""A control: the paper's mean interval, what `calibrate` proposes by itself."""
+"""A control: the paper's mean interval, what `adascope-fast calibrate --end 0.636` proposes."""
 SCENES = (*DDPO, *BALANCED, *ADASCOPE)
 FLOW = (*GRPO, *BALANCED, *ADASCOPE)
 
