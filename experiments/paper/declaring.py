@@ -6,12 +6,12 @@ A file of `declared/` has one `EXPERIMENT`. Adding one is writing such a file; `
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adascope_fast.config import Config
-from experiments.paper.arms import CHECKOUT, HERE
+from experiments.paper.arms import ADASCOPE, CHECKOUT, HERE
 
 DDPO = ("algorithm.clip_range=5e-3", "algorithm.min_count=8")
 BALANCED = ("algorithm.step_weight=balanced",)
@@ -46,6 +46,8 @@ class Arm:
     """Another for the held-out set."""
     preferences: tuple[str, ...] | None = None
     """Arguments of `adascope-fast make-preferences`, for what is trained on a set of them."""
+    is_of_scenes: bool = False
+    """Whether its thresholds or captions are the embedded models' own, so that it says nothing of another model."""
 
     def patterns(self) -> dict[str, str] | None:
         """The regular expression of each part; None: all captions."""
@@ -65,6 +67,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     common: tuple[str, ...] = ()
     """Changes of every arm."""
+    tuning_captions: Path = TUNING_CAPTIONS
     rates: tuple[float, ...] = ()
     """Learning rates, of which each arm gets the best of a tuning of its own; without, all have the configuration's."""
     gain: float = 0.05
@@ -82,6 +85,8 @@ class Experiment:
         named = {name for arm in self.arms.values() for name in (arm.against, arm.like) if name} | set(self.evaluated)
         if missing := sorted(named - set(self.arms)):
             raise ValueError(f"arms are compared with arms of the same experiment, got {', '.join(missing)}; add them")
+        if any(arm.captions and not arm.is_of_scenes for arm in self.arms.values()):
+            raise ValueError("captions by a pattern are those of the embedded models; set is_of_scenes of such arms")
         if self.rates and any(arm.like or arm.captions for arm in self.arms.values()):
             raise ValueError("arms that are like another, or have captions of their own, are not tuned; remove rates")
         if not self.trains and self.drawing is None:
@@ -92,6 +97,45 @@ QUICK = (
     "sampler.num_steps=6", "train.iterations=2", "train.checkpoint_every=1", "train.prompts_per_iteration=1",
     "train.samples_per_prompt=4", "evaluation.num_prompts=2", "evaluation.samples_per_prompt=2", "evaluation.every=1",
 )  # fmt: skip
+
+
+def on(experiment: Experiment, config: Path, thresholds: tuple[float, float], tuning: Path | None) -> Experiment:
+    """The same experiment with a configuration of your own: its model, prompts, reward and sizes.
+
+    Args:
+        config: takes the place of the embedded model's.
+        thresholds: kappa and phi_end that suit it, as `adascope-fast calibrate` proposes; ranges of steps keep their
+            share of the steps.
+        tuning: captions that rates are tuned on, neither trained on nor held out.
+
+    Raises:
+        ValueError: nothing is left without the arms that are of the embedded models, or there is nothing to tune on.
+    """
+    kept = {name: arm for name, arm in experiment.arms.items() if not arm.is_of_scenes}
+    if not kept:
+        raise ValueError("its arms have captions or thresholds of the embedded models alone; choose another experiment")
+    if experiment.rates and tuning is None:
+        raise ValueError("its learning rates are tuned, on captions of their own; name a file of them with --tuning")
+    own = dict(zip(ADASCOPE[1:], (f"selector.{k}={v:g}" for k, v in zip(KEYS, thresholds, strict=True)), strict=True))
+    steps = Config.load(config).sampler.num_steps
+
+    def changed(name: str, arm: Arm) -> Arm:
+        changes = [own.get(change, change) for change in arm.changes]
+        return replace(arm, config=str(config.resolve()), changes=(*changes, *scaled(experiment, name, steps)))
+
+    arms = {name: changed(name, arm) for name, arm in kept.items()}
+    evaluated = tuple(name for name in experiment.evaluated if name in arms)
+    return replace(experiment, arms=arms, evaluated=evaluated, tuning_captions=tuning or experiment.tuning_captions)
+
+
+KEYS = ("kappa", "phi_end")
+
+
+def scaled(experiment: Experiment, name: str, steps: int) -> list[str]:
+    """The range of steps that an arm names, as large a share of another number of steps."""
+    named = [change.partition("=") for change in experiment.arms[name].changes]
+    ranges = {key: value for key, _, value in named if key in ("selector.start", "selector.end") and "{" not in value}
+    return [f"{key}={round(int(value) * steps / steps_of(experiment, name))}" for key, value in ranges.items()]
 
 
 def settings_of(
@@ -140,7 +184,7 @@ def tuning_changes(experiment: Experiment, name: str, rate: float, changes: Sequ
     """What makes a run of an arm one of its tuning: half as long, judged on captions that are not reported."""
     iterations = config_of(experiment, name, changes).train.iterations
     chosen = [f"train.learning_rate={rate:g}", f"train.iterations={max(1, iterations // 2)}", "evaluation.every=0"]
-    chosen += [f"prompts.held_out={relative(TUNING_CAPTIONS)}"]
+    chosen += [f"prompts.held_out={relative(experiment.tuning_captions)}"]
     return [*changes, *chosen, *([] if changes else [f"evaluation.num_prompts={NUM_TUNING_CAPTIONS}"])]
 
 

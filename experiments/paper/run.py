@@ -37,9 +37,10 @@ from experiments.paper.declaring import (  # noqa: E402
     captions_file,
     cpu_seconds,
     interval_of,
+    on,
     preferences_folder,
+    scaled,
     settings_of,
-    steps_of,
     tuning_changes,
 )
 
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", metavar="A", help="some of them, with those that they are compared with")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="everything as small as it can be: it learns nothing")
+    parser.add_argument("--config", type=Path, help="of your own, in place of the embedded model's; --work is its own")
+    parser.add_argument("--thresholds", type=float, nargs=2, metavar=("KAPPA", "PHI_END"), help="that suit --config")
+    parser.add_argument(
+        "--tuning", type=Path, help="with --config: captions to tune on, neither trained on nor held out"
+    )
     parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "paper")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
@@ -80,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--jobs is above 0, got {chosen.jobs}; raise it")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     experiment = known[chosen.name]
+    if chosen.config is not None:
+        try:
+            experiment = own(experiment, chosen)
+        except ValueError as error:
+            parser.error(str(error))
+    elif chosen.thresholds or chosen.tuning:
+        parser.error("--thresholds and --tuning are for a --config of your own, got none; name it")
     if unknown := sorted(set(chosen.arms or ()) - set(experiment.arms)):
         parser.error(f"arms of {chosen.name} are {', '.join(experiment.arms)}, got {', '.join(unknown)}; name these")
     chosen.seeds = chosen.seeds or ([0] if chosen.quick else list(experiment.seeds))
@@ -93,6 +106,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folders:
         write(experiment, folders, tuning, chosen)
     sys.exit(1 if failed else 0)
+
+
+def own(experiment: Experiment, chosen: argparse.Namespace) -> Experiment:
+    """The experiment on `--config`; a ValueError where that is not all it takes."""
+    if chosen.thresholds is None:
+        raise ValueError(
+            "AdaScope's thresholds are a model's own, got --config alone; give --thresholds KAPPA PHI_END as "
+            "`adascope-fast calibrate` proposes them"
+        )
+    if chosen.out is None and not chosen.quick:
+        raise ValueError("results/ is of the embedded models, got --config; name a file with --out")
+    made = on(experiment, chosen.config, tuple(chosen.thresholds), chosen.tuning)
+    if left_out := [name for name in experiment.arms if name not in made.arms]:
+        print(f"left out, since they are of the embedded models alone: {', '.join(left_out)}", flush=True)
+    return made
 
 
 def listed(known: Mapping[str, Experiment]) -> str:
@@ -231,13 +259,7 @@ def make_preferences(experiment: Experiment, name: str, chosen: argparse.Namespa
 
 def quick_of(experiment: Experiment, name: str) -> list[str]:
     """What makes an arm small, its ranges of steps cut to fit."""
-    steps = 6
-    cut = []
-    for change in experiment.arms[name].changes:
-        key, _, value = change.partition("=")
-        if key in ("selector.start", "selector.end") and "{" not in value:
-            cut.append(f"{key}={round(int(value) * steps / steps_of(experiment, name))}")
-    return [*QUICK, *cut]
+    return [*QUICK, *scaled(experiment, name, 6)]
 
 
 def write_captions(arm: Arm, work: Path) -> None:

@@ -16,6 +16,7 @@ from adascope_fast.config import Config
 from adascope_fast.prompts import load
 
 CHECKOUT = Path(__file__).parents[2]
+TINY = CHECKOUT / "configs" / "tiny.toml"
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,9 @@ def test_each_arm_gets_the_best_of_its_own_tuning(run: Any, paper: Any, tmp_path
     half = paper.declaring.tuning_changes(paper.run.declared()["flow"], "adascope", 1e-2, ())
     assert f"train.iterations={config.iterations // 2}" in half
     with pytest.raises(ValueError, match="are not tuned; remove rates"):
-        paper.declaring.Experiment("", "", {"one": paper.declaring.Arm((), captions="red")}, rates=(1e-3,))
+        paper.declaring.Experiment(
+            "", "", {"one": paper.declaring.Arm((), captions="red", is_of_scenes=True)}, rates=(1e-3,)
+        )
 
 
 def test_what_learns_from_preferences_gets_a_set_of_its_own(run: Any, tmp_path: Path):
@@ -231,3 +234,34 @@ def test_an_arm_is_compared_with_its_own_other(paper: Any, tmp_path: Path):
     assert within["slow"]["pairs"]["value"] == pytest.approx(0.15)
     with pytest.raises(ValueError, match="arms are compared with arms of the same experiment, got nobody; add them"):
         paper.declaring.Experiment("", "", {"one": arm((), against="nobody")})
+
+
+def test_a_configuration_of_ones_own_takes_the_place_of_the_models(
+    run: Any, paper: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = tmp_path / "mine.toml"
+    config.write_text(TINY.read_text().replace("num_steps = 6", "num_steps = 20"))
+    own = ("--config", str(config), "--thresholds", "0.5", "0.3")
+    code, started = run("fig3", "--quick", *own)
+    assert (code, len(started)) == (0, 3)
+    made = [Config.load(one / "config.toml") for one in (tmp_path / "work").iterdir() if one.is_dir()]
+    assert {one.model.lora_rank for one in made} == {4}, "the configuration's, not 8"
+    selectors: list[Any] = [one.selector for one in made if one.selector.name == "adascope"]
+    assert [(one.kappa, one.phi_end) for one in selectors] == [(0.5, 0.3)]
+    ablations = paper.declaring.on(paper.run.declared()["ablations"], config, (0.5, 0.3), None)
+    assert "the_papers_mean" not in ablations.arms
+    assert "control_complement" in ablations.arms
+    fixed = paper.declaring.settings_of(ablations, "v1", 0, tmp_path)
+    selector: Any = Config.load(*fixed[1:]).selector
+    assert (selector.start, selector.end) == (2, 12), "of 20 steps"
+    for arguments, line in (
+        (("rewards", *own), "captions or thresholds of the embedded models alone"),
+        (("tab1", *own, "--quick"), "name a file of them with --tuning"),
+        (("fig3", "--config", str(config)), "give --thresholds KAPPA PHI_END"),
+        (("fig3", "--thresholds", "0.5", "0.3"), "for a --config of your own, got none"),
+    ):
+        code, _ = run(*arguments)
+        assert code == 2
+        assert line in capsys.readouterr().err
+    with pytest.raises(ValueError, match="set is_of_scenes of such arms"):
+        paper.declaring.Experiment("", "", {"one": paper.declaring.Arm((), captions="red")})

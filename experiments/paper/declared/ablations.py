@@ -4,6 +4,8 @@ V1 to V3 are the paper's, of 50 steps, scaled to 10: [5, 32); a start of 0 or 10
 the end at 40. With the end at 30 it is V1 again.
 """
 
+from dataclasses import replace
+
 from experiments.paper.arms import ADASCOPE
 from experiments.paper.declaring import BALANCED, DDPO, EVERY_STEP, Arm, Experiment
 
@@ -19,6 +21,10 @@ def _other(*changes: str) -> Arm:
     return Arm((*ADASCOPE, *changes), against="adascope")
 
 
+def _of_scenes(*changes: str) -> Arm:
+    return replace(_other(*changes), is_of_scenes=True)
+
+
 def _rule(name: str) -> Arm:
     """Another rule, which has none of the knee's thresholds; the fallback is the paper's interval."""
     return Arm(("selector.name=adascope", f"selector.rule={name}"), against="adascope")
@@ -30,9 +36,9 @@ EXPERIMENT = Experiment(
     {
         "adascope": Arm(ADASCOPE),
         "every_step": Arm(EVERY_STEP, against="adascope"),
-        "from_the_knee": _other("selector.kappa=0.9"),
-        "to_the_papers_end": _other("selector.phi_end=0.034"),
-        "the_papers_mean": _other("selector.kappa=0.9", "selector.phi_end=0.034"),
+        "from_the_knee": _of_scenes("selector.kappa=0.9"),
+        "to_the_papers_end": _of_scenes("selector.phi_end=0.034"),
+        "the_papers_mean": _of_scenes("selector.kappa=0.9", "selector.phi_end=0.034"),
         **{name: _fixed(*interval) for name, interval in OF_50.items()},
         "rule_literal": _rule("literal"),
         "rule_fraction": _rule("fraction"),

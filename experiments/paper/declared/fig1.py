@@ -1,7 +1,8 @@
 """Fig. 1: structure, reward and uncertainty of a rollout's clean guesses, step by step, with Theorem 2's curve.
 
 One iteration at 50 steps, sensed at every step of every image as the paper senses (CLIP and reward of the decoded
-guesses), and once more by correlations alone; the update that follows plays no part.
+guesses), and once more by correlations alone; the update that follows plays no part. `adascope-fast calibrate` draws
+the same of any model and reward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runs
-from experiments.paper.arms import ADASCOPE
 from experiments.paper.declaring import BALANCED, DDPO, Arm, Experiment
 from experiments.paper.figures import COLOURS, INK, inked
 
 STEPS = 50
+THRESHOLDS = ("selector.name=adascope", "selector.kappa=0.736", "selector.phi_end=0.468")
+"""What `adascope-fast calibrate experiments/paper/scenes.toml --prompts 24 sampler.num_steps=50` proposes."""
 
 
 def theorem_2(num_steps: int) -> list[float]:
@@ -75,15 +77,18 @@ def draw(folders: Mapping[str, Sequence[Path]], picture: Path) -> dict[str, Any]
 
 
 COMMON = (
-    *DDPO, *BALANCED, *ADASCOPE, f"sampler.num_steps={STEPS}", "train.iterations=1", "train.checkpoint_every=1",
+    *DDPO, *BALANCED, *THRESHOLDS, f"sampler.num_steps={STEPS}", "train.iterations=1", "train.checkpoint_every=1",
     "evaluation.num_prompts=2", "evaluation.every=0",
 )  # fmt: skip
+SEMANTIC = ("sensing.kind=semantic",)
 EXPERIMENT = Experiment(
     "How do structure, reward and uncertainty change from step to step, and where is the interval?",
     "Fig. 1",
     {
-        "semantic": Arm(("sensing.kind=semantic", "sensing.every=1", "sensing.stride=1", "sensing.num_samples=0")),
-        "latent": Arm(("sensing.kind=latent",)),
+        "semantic": Arm(
+            ("sensing.kind=semantic", "sensing.every=1", "sensing.stride=1", "sensing.num_samples=0"), is_of_scenes=True
+        ),
+        "latent": Arm(("sensing.kind=latent",), is_of_scenes=True),
     },
     common=COMMON,
     drawing=draw,

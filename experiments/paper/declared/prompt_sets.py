@@ -6,7 +6,7 @@ from experiments.paper.declaring import BALANCED, DDPO, EVERY_STEP, Arm, Experim
 SETS = {"placed": r" (in|at) the ", "several": "^(two|three) "}
 ARMS = {}
 for name, pattern in SETS.items():
-    ARMS[f"{name}_every_step"] = Arm(EVERY_STEP, captions=pattern)
-    ARMS[f"{name}_adascope"] = Arm(ADASCOPE, against=f"{name}_every_step", captions=pattern)
+    ARMS[f"{name}_every_step"] = Arm(EVERY_STEP, captions=pattern, is_of_scenes=True)
+    ARMS[f"{name}_adascope"] = Arm(ADASCOPE, against=f"{name}_every_step", captions=pattern, is_of_scenes=True)
 
 EXPERIMENT = Experiment("Does it hold on other prompts?", "sup., prompts", ARMS, common=(*DDPO, *BALANCED))

@@ -15,9 +15,9 @@ REWARDS = {
 }
 ARMS = {}
 for name, (changes, phi_end) in REWARDS.items():
-    ARMS[f"{name}_every_step"] = Arm((*changes, *EVERY_STEP))
+    ARMS[f"{name}_every_step"] = Arm((*changes, *EVERY_STEP), is_of_scenes=True)
     calibrated = (*ADASCOPE, f"selector.phi_end={phi_end}")
-    ARMS[f"{name}_adascope"] = Arm((*changes, *calibrated), against=f"{name}_every_step")
+    ARMS[f"{name}_adascope"] = Arm((*changes, *calibrated), against=f"{name}_every_step", is_of_scenes=True)
 
 EXPERIMENT = Experiment(
     "Does it hold for other rewards?",
