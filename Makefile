@@ -86,7 +86,7 @@ bench: $(MEASURE_READY)
 # The quickstart and its control that trains every step, over three seeds, two runs of one thread at a time.
 experiment-quickstart: $(READY)
 	$(OFFLINE) $(VENV)/python experiments/interval/interval.py --rewards scene_attributes --arms adascope every_step \
-	    --iterations 20 --jobs 2 --work runs/experiment_quickstart --out experiments/interval/results/quickstart.json $(ARGS)
+	    --iterations 12 --jobs 2 --work runs/experiment_quickstart --out experiments/interval/results/quickstart.json $(ARGS)
 
 # TRL's last release with a DDPOTrainer needs transformers 4, so it has an environment of its own, with the same torch.
 $(TRL_READY): $(READY)
