@@ -122,23 +122,23 @@ def table(values: Mapping[str, Any]) -> str:
         f"Held-out reward before: {values['base']:.3f} ({values['num_captions']} captions); mean of "
         f"{len(values['seeds'])} seeds, 95 % interval over seeds and captions. {_paced(values['pace'])}",
         "",
-        *_rows(heads),
+        *header(heads),
     ]
     for name, arm in values["arms"].items():
         chosen = values["settings"][name]
         cells = [chosen["label"], f"{chosen['learning_rate']:g}, {chosen['updates']}"]
-        cells += [_time(arm["seconds"]["to"][str(gain)], seconds) for gain in GAINS]
-        cells += [_time(arm["pairs"]["to"][str(gain)], pairs) for gain in GAINS]
+        cells += [time_of(arm["seconds"]["to"][str(gain)], seconds) for gain in GAINS]
+        cells += [time_of(arm["pairs"]["to"][str(gain)], pairs) for gain in GAINS]
         for axis in AXES:
             cells += [signed(arm[axis]["best"]), signed(arm[axis].get("more_than_rival"))]
-        lines.append(_row(cells))
-    lines += ["", *_rows(["arm", "times as fast as", "to", "found", "goal", "verdict"])]
+        lines.append(row(cells))
+    lines += ["", *header(["arm", "times as fast as", "to", "found", "goal", "verdict"])]
     for goal in values["goals"]:
         lines.append(
-            _row(
+            row(
                 [
                     values["settings"][goal["arm"]]["label"], values["settings"][goal["base"]]["label"],
-                    f"{goal['gain']:+.2f}", _times(goal), f"{goal['goal']:g}", goal["verdict"],
+                    f"{goal['gain']:+.2f}", times(goal), f"{goal['goal']:g}", goal["verdict"],
                 ]
             )
         )  # fmt: skip
@@ -152,15 +152,18 @@ def _paced(pace: Mapping[str, float]) -> str:
     return told if spread <= SPREAD else f"{told} **These seconds are not those of one machine: do not compare them.**"
 
 
-def _rows(heads: Sequence[str]) -> list[str]:
-    return [_row(heads), "|---" * len(heads) + "|"]
+def header(heads: Sequence[str]) -> list[str]:
+    """First lines of a table in Markdown."""
+    return [row(heads), "|---" * len(heads) + "|"]
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A line of it."""
     return f"| {' | '.join(cells)} |"
 
 
-def _time(found: Mapping[str, float | None], end: float) -> str:
+def time_of(found: Mapping[str, float | None], end: float) -> str:
+    """A time to a gain with its interval, or that it was not reached until the end."""
     if found["value"] is None:
         return f"not within {end:,.0f}"
     low = "" if found["low"] is None else f"{found['low']:,.0f}"
@@ -174,7 +177,8 @@ def signed(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
-def _times(goal: Mapping[str, Any]) -> str:
+def times(goal: Mapping[str, Any]) -> str:
+    """How many times as fast, with its interval; bounds where one of the two did not get there."""
     least, most = goal["bounds"]
     if goal["value"] is not None:
         value = f"{goal['value']:.2f}"

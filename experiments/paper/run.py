@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", metavar="A", help="some of them, with those that they are compared with")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="everything as small as it can be: it learns nothing")
+    parser.add_argument("--redraw", action="store_true", help="the table and the curves again, from the figures alone")
     parser.add_argument("--config", type=Path, help="of your own, in place of the embedded model's; --work is its own")
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("KAPPA", "PHI_END"), help="that suit --config")
     parser.add_argument(
@@ -99,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen.work = chosen.work.resolve()
     place = chosen.work if chosen.quick else HERE / "results"
     chosen.out = chosen.out or place / f"{chosen.name}{'_quick' if chosen.quick else ''}.json"
+    if chosen.redraw:
+        if not chosen.out.is_file():
+            parser.error(f"--redraw shows figures that there are, and {str(chosen.out)!r} is missing; leave it out")
+        show(json.loads(chosen.out.read_text()), chosen.out)
+        return
     chosen.arms = with_compared(experiment, chosen.arms or list(experiment.arms))
     failed, folders, tuning = train_all(experiment, chosen)
     for name, why in failed.items():
@@ -298,11 +305,16 @@ def write(
     if evaluated := [name for name in experiment.evaluated if name in folders]:
         values["evaluated"] = evaluate({name: folders[name][0] for name in evaluated}, chosen)
     chosen.out.write_text(json.dumps(values, indent=1) + "\n")
+    show(values, chosen.out)
+
+
+def show(values: Mapping[str, Any], out: Path) -> None:
+    """Table and curves of what was measured, beside its file."""
     shown = showing.table(values)
-    chosen.out.with_suffix(".md").write_text(shown)
-    if experiment.trains:
-        showing.plot(values, chosen.out.with_suffix(".png"))
-    print(f"\n{shown}\n{chosen.out}")
+    out.with_suffix(".md").write_text(shown)
+    if values["arms"]:
+        showing.plot(values, out.with_suffix(".png"))
+    print(f"\n{shown}\n{out}")
 
 
 def evaluate(folders: Mapping[str, Path], chosen: argparse.Namespace) -> list[str]:

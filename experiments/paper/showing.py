@@ -15,7 +15,7 @@ from adascope_fast.config import Config
 from experiments import runs
 from experiments.paper import measures
 from experiments.paper.declaring import Experiment
-from experiments.paper.figures import COLOURS, INK, inked, signed
+from experiments.paper.figures import COLOURS, INK, header, inked, row, signed, time_of, times
 
 
 def arms_of(experiment: Experiment, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
@@ -157,54 +157,67 @@ def table(values: Mapping[str, Any]) -> str:
     if not values["arms"]:
         heading = [f"{values['paper']}: {values['title']}", "", f"Mean of {len(values['seeds'])} seeds."]
         return "\n".join([*heading, *values["notes"], *values["drawn"]["said"]]) + "\n"
-    limits = {key: one["limit"] for key, one in next(iter(values["arms"].values()))["within"].items()}
-    heads = (
-        "arm", "rate", "gain", "more than", "by", "", "CPU s", "share of its seconds",
-        f"CPU s to {values['gain']:+.2f}", f"best gain in {limits['cpu_seconds']:.0f} CPU s",
-        "pairs", f"best gain in {limits['pairs']:,.0f} pairs", "share of steps", "interval", "largest fall",
-        "diversity",
-    )  # fmt: skip
+    arms = values["arms"]
+    limits = {key: one["limit"] for key, one in next(iter(arms.values()))["within"].items()}
     lines = [
         f"{values['paper']}: {values['title']}",
         "",
         f"Mean of {len(values['seeds'])} seeds; 95 % intervals over seeds and captions, of times and best gains over "
         "seeds.",
         "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
-    for name, arm in values["arms"].items():
-        more, to, spans = arm.get("more"), arm["to_gain"]["cpu_seconds"], [one["interval"] for one in arm["seeds"]]
-        cells = (
-            f"`{name}`",
-            f"{arm['learning_rate']:g}",
-            signed(arm["gain"]),
-            f"`{arm['against']}`" if more else "",
-            signed(more),
-            more["word"] if more else "",
-            f"{arm['cpu_seconds']['mean']:.0f}",
-            f"{arm['share_of_seconds']:.0%}" if more else "",
-            f"{to['value']:.0f}" if to["value"] is not None else f"not within {to['within']:.0f}",
-            signed(arm["within"]["cpu_seconds"]),
-            f"{arm['pairs']['mean']:,.0f}",
-            signed(arm["within"]["pairs"]),
-            f"{arm['fraction']['mean']:.0%}",
-            "" if None in spans else f"[{fmean(one[0] for one in spans):.1f}, {fmean(one[1] for one in spans):.1f})",
-            f"{max(one['fall'] for one in arm['seeds']):.3f}",
-            f"{arm['diversity'][0]:.3f} to {arm['diversity'][1]:.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        *header((
+            "arm", "rate", "gain", "more than", "by", "", f"best gain in {limits['cpu_seconds']:.0f} CPU s",
+            f"best gain in {limits['pairs']:,.0f} pairs", "largest fall", "diversity",
+        )),
+        *(row(_gained(name, arm)) for name, arm in arms.items()),
+        "",
+        *header((
+            "arm", "CPU s", "share of its seconds", f"CPU s to {values['gain']:+.2f}", "times as fast", "pairs",
+            "share of steps", "interval",
+        )),
+        *(row(_cost(name, arm)) for name, arm in arms.items()),
+    ]  # fmt: skip
     lines += ["", *values["notes"]] if values["notes"] else []
     if "evaluated" in values:
         lines += ["", "The metrics of `adascope-fast evaluate` on the first seed:", "", *_of_csv(values["evaluated"])]
     return "\n".join(lines) + "\n"
 
 
+def _gained(name: str, arm: Mapping[str, Any]) -> list[str]:
+    more = arm.get("more")
+    return [
+        f"`{name}`",
+        f"{arm['learning_rate']:g}",
+        signed(arm["gain"]),
+        f"`{arm['against']}`" if more else "",
+        signed(more),
+        more["word"] if more else "",
+        signed(arm["within"]["cpu_seconds"]),
+        signed(arm["within"]["pairs"]),
+        f"{max(one['fall'] for one in arm['seeds']):.3f}",
+        f"{arm['diversity'][0]:.3f} to {arm['diversity'][1]:.3f}",
+    ]
+
+
+def _cost(name: str, arm: Mapping[str, Any]) -> list[str]:
+    to, spans = arm["to_gain"]["cpu_seconds"], [one["interval"] for one in arm["seeds"]]
+    return [
+        f"`{name}`",
+        f"{arm['cpu_seconds']['mean']:.0f}",
+        f"{arm['share_of_seconds']:.0%}" if "more" in arm else "",
+        time_of(to, to["within"]),
+        times(to["times"]) if "times" in to else "",
+        f"{arm['pairs']['mean']:,.0f}",
+        f"{arm['fraction']['mean']:.0%}",
+        "" if None in spans else f"[{fmean(one[0] for one in spans):.1f}, {fmean(one[1] for one in spans):.1f})",
+    ]
+
+
 def _of_csv(rows: Sequence[str]) -> list[str]:
     import csv
 
     heads, *lines = csv.reader(rows)
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *lines)]
+    return [*header(heads), *(row(line) for line in lines)]
 
 
 def plot(values: Mapping[str, Any], path: Path) -> None:

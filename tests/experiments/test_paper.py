@@ -48,7 +48,9 @@ def run(paper: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return script
 
 
-def test_a_control_is_as_long_as_the_interval_it_is_like_and_nothing_is_trained_twice(run: Any, tmp_path: Path):
+def test_a_control_is_as_long_as_the_interval_it_is_like_and_nothing_is_trained_twice(
+    run: Any, paper: Any, tmp_path: Path
+):
     asked = ("ablations", "--quick", "--arms", "control_random_place", "v1")
     code, started = run(*asked)
     assert (code, len(started)) == (0, 3), "adascope, which both are compared with, comes along"
@@ -72,9 +74,12 @@ def test_a_control_is_as_long_as_the_interval_it_is_like_and_nothing_is_trained_
     assert arms["v1"]["more"]["value"] == pytest.approx(arms["v1"]["gain"]["value"] - arms["adascope"]["gain"]["value"])
     assert arms["v1"]["more"]["word"] in ("more", "less", "too noisy to tell")
     table = (tmp_path / "out.md").read_text()
+    (tmp_path / "out.md").unlink()
+    paper.run.main(["ablations", "--redraw", "--out", str(tmp_path / "out.json")])
+    assert (tmp_path / "out.md").read_text() == table
     assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")] == [
         "| `adascope`", "| `v1`", "| `control_random_place`"
-    ]  # fmt: skip
+    ] * 2, "what was gained, and what it cost"  # fmt: skip
     assert (tmp_path / "out.png").stat().st_size > 5000
     assert run(*asked) == (0, []), "what is finished is not repeated"
     code, started = run("fig3", "--quick", "--arms", "backfilled")
