@@ -16,6 +16,8 @@ AXES = {"seconds": "cpu_seconds", "pairs": "pairs"}
 SHOWN = 41
 """Points of a curve in the file."""
 COLOURS = ("#9298a1", "#6b7280", "#4a86e8", "#a06cd5", "#c2a34f", "#d64541", "#e08e3c", "#2aa583")
+OF_ADASCOPE = {"adascope": 5, "adascope_one_pass": 6, "adascope_best_worst": 7}
+"""The colours of these arms, the same in both families."""
 SPREAD = 1.25
 """Of a machine's pace, up to which seconds of its runs are compared."""
 INK = "#808080"  # legible on white and on black: the pages decide what is behind
@@ -210,7 +212,8 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     titles = {"seconds": "CPU seconds of training", "pairs": "(image, step) pairs trained"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for (name, arm), colour in zip(values["arms"].items(), COLOURS[: len(values["arms"])], strict=True):
+        for k, (name, arm) in enumerate(values["arms"].items()):
+            colour = COLOURS[OF_ADASCOPE.get(name, k)]
             curve = arm[key]["curve"]
             axis.plot(curve["x"], curve["gain"], color=colour, label=values["settings"][name]["label"])
             axis.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.12, lw=0)

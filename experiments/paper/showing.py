@@ -220,6 +220,25 @@ def _of_csv(rows: Sequence[str]) -> list[str]:
     return [*header(heads), *(row(line) for line in lines)]
 
 
+BRIGHT = (*COLOURS[2:], *COLOURS[:2])
+
+
+def _lines(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """(colour, line style) of each arm; AdaScope has the colour of what it alone is compared with, dashed there."""
+    compared = Counter(arm["against"] for arm in arms.values())
+    hosts = {
+        name: arm["against"]
+        for name, arm in arms.items()
+        if name.endswith("adascope") and compared[arm["against"]] == 1 and arms[arm["against"]]["against"] is None
+    }
+    own = [name for name in arms if name not in hosts]
+    styles = ("-", "--", ":")
+    found = {name: (BRIGHT[k % len(BRIGHT)], styles[k // len(BRIGHT) % 3]) for k, name in enumerate(own)}
+    for name, host in hosts.items():
+        found[name], found[host] = (found[host][0], "-"), (found[host][0], "--")
+    return {name: found[name] for name in arms}
+
+
 def plot(values: Mapping[str, Any], path: Path) -> None:
     """Gain against CPU seconds and against pairs: a line an arm, its seeds faint behind it."""
     import matplotlib
@@ -229,8 +248,8 @@ def plot(values: Mapping[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for axis, key in zip(axes, ("cpu_seconds", "pairs"), strict=True):
-        for k, (name, arm) in enumerate(values["arms"].items()):
-            colour, style = COLOURS[k % len(COLOURS)], ("-", "--", ":")[k // len(COLOURS) % 3]
+        for name, (colour, style) in _lines(values["arms"]).items():
+            arm = values["arms"][name]
             curves = [_curve(seed, key) for seed in arm["seeds"]]
             for x, gain in curves:
                 axis.plot(x, gain[:, 0], color=colour, alpha=0.25, lw=0.8)
