@@ -1,6 +1,6 @@
 """The judgment of images in pairs by a documented automatic judge, through the command that people and models use.
 
-    python experiments/paper/run.py tab3 && python experiments/paper/judge.py [--num 60]
+    python experiments/paper/run.py tab3 && python experiments/paper/judge.py [--num 180]
 
 Serves an OpenAI-compatible endpoint on this machine and lets `adascope-fast judge` ask it of the images that the
 experiment `tab3` left. It sees the two images and the prompt, as any model would, and answers two of the five
@@ -111,17 +111,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Judge, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=CHECKOUT / "runs" / "paper" / "tab3-evaluated")
-    parser.add_argument("--num", type=int, default=60, help="pairs")
+    parser.add_argument("--arms", nargs="+", default=["ddpo", "ddpo_adascope"], metavar="A", help="whose images")
+    parser.add_argument("--num", type=int, default=180, help="pairs")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "judge.json")
     chosen = parser.parse_args(arguments)
-    if not (chosen.images / "images").is_dir():
+    folders = [chosen.images.resolve() / "images" / arm for arm in chosen.arms]
+    if missing := [folder.name for folder in folders if not folder.is_dir()]:
         parser.error(
-            f"--images is what an evaluation left, and {str(chosen.images)!r} has no images; run "
-            f"experiments/paper/run.py tab3 first"
+            f"--images is what an evaluation left, and {str(chosen.images)!r} has no images of {', '.join(missing)}; "
+            f"run experiments/paper/run.py tab3 first"
         )
     votes = chosen.images.resolve().with_name(f"{chosen.images.name}-judged")
     with served(Automatic()) as address:
-        command = [sys.executable, "-m", "adascope_fast.cli", "judge", str(chosen.images.resolve())]
+        command = [sys.executable, "-m", "adascope_fast.cli", "judge", *map(str, folders)]
         command += ["--out", str(votes), "--num", str(chosen.num), "--questions", ",".join(QUESTIONS)]
         command += ["--model", address, "--model-name", NAME]
         try:

@@ -47,7 +47,19 @@ def test_the_image_that_is_as_the_prompt_says_wins(judge: Any, tmp_path: Path, m
         log.write_text(outcome.out)
 
     monkeypatch.setattr(judge.runs, "call", inside)
-    judge.main(["--images", str(tmp_path / "seen"), "--num", "2", "--out", str(tmp_path / "out.json")])
+    judge.main(
+        [
+            "--images",
+            str(tmp_path / "seen"),
+            "--arms",
+            "right",
+            "wrong",
+            "--num",
+            "2",
+            "--out",
+            str(tmp_path / "out.json"),
+        ]
+    )
     votes = [json.loads(line) for line in (tmp_path / "seen-judged" / "votes.jsonl").read_text().splitlines()]
     pairs = json.loads((tmp_path / "seen-judged" / "pairs.json").read_text())["pairs"]
     assert len(votes) == 2 * 2, "pairs, questions"
@@ -70,4 +82,4 @@ def test_images_must_have_been_left(judge: Any, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         judge.main(["--images", str(tmp_path)])
     assert stopped.value.code == 2
-    assert "has no images; run experiments/paper/run.py tab3 first" in capsys.readouterr().err
+    assert "has no images of ddpo, ddpo_adascope; run experiments/paper/run.py tab3" in capsys.readouterr().err
