@@ -220,6 +220,7 @@ def _of_csv(rows: Sequence[str]) -> list[str]:
     return [*header(heads), *(row(line) for line in lines)]
 
 
+MOST_LINES = 10
 BRIGHT = (*COLOURS[2:], *COLOURS[:2])
 
 
@@ -229,7 +230,10 @@ def _lines(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     hosts = {
         name: arm["against"]
         for name, arm in arms.items()
-        if name.endswith("adascope") and compared[arm["against"]] == 1 and arms[arm["against"]]["against"] is None
+        if name.endswith("adascope")
+        and (host := arms.get(arm["against"] or "")) is not None
+        and host["against"] is None
+        and compared[arm["against"]] == 1
     }
     own = [name for name in arms if name not in hosts]
     styles = ("-", "--", ":")
@@ -239,13 +243,43 @@ def _lines(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
     return {name: found[name] for name in arms}
 
 
+def _in_rows(values: Mapping[str, Any]) -> Any:
+    """A figure with an arm a row: its gain, and the best within the seconds that all have, with their intervals."""
+    from matplotlib import pyplot
+
+    arms = values["arms"]
+    limit = next(iter(arms.values()))["within"]["cpu_seconds"]["limit"]
+    shown = {
+        "gain of the held-out reward after all iterations": [arm["gain"] for arm in arms.values()],
+        f"best gain in {limit:.0f} CPU seconds": [arm["within"]["cpu_seconds"] for arm in arms.values()],
+    }
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.3 * len(arms)), sharey=True, layout="constrained")
+    for axis, (title, found) in zip(axes, shown.items(), strict=True):
+        for place, (name, one) in enumerate(zip(arms, found, strict=True)):
+            colour = BRIGHT[1] if name == "adascope" else BRIGHT[0]
+            axis.plot((one["low"], one["high"]), (place, place), color=colour, lw=2, alpha=0.5)
+            axis.plot(one["value"], place, "o", color=colour)
+        if "adascope" in arms:
+            axis.axvline(found[list(arms).index("adascope")]["value"], color=BRIGHT[1], lw=0.8, ls=":")
+        axis.axvline(0, color=INK, lw=0.6)
+        axis.set(xlabel=title, yticks=range(len(arms)), yticklabels=list(arms))
+        inked(axis)
+    axes[0].invert_yaxis()
+    return figure
+
+
 def plot(values: Mapping[str, Any], path: Path) -> None:
-    """Gain against CPU seconds and against pairs: a line an arm, its seeds faint behind it."""
+    """Gain against CPU seconds and against pairs: a line an arm, its seeds faint behind it; many arms in rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if len(values["arms"]) > MOST_LINES:
+        figure = _in_rows(values)
+        figure.savefig(path, dpi=90, transparent=True)
+        pyplot.close(figure)
+        return
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for axis, key in zip(axes, ("cpu_seconds", "pairs"), strict=True):
         for name, (colour, style) in _lines(values["arms"]).items():

@@ -178,6 +178,23 @@ def test_unseen_captions_are_judged_and_never_trained_on(paper: Any, tmp_path: P
     assert set(held_out) <= set(load("scenes:held_out"))
 
 
+def test_an_arm_has_the_colour_of_its_host_and_many_arms_are_rows(paper: Any, tmp_path: Path):
+    def lines(**against: str | None) -> dict[str, tuple[str, str]]:
+        return paper.showing._lines({name: {"against": other} for name, other in against.items()})
+
+    paired = lines(ddpo=None, ddpo_adascope="ddpo", dpok=None, dpok_adascope="dpok")
+    assert paired["ddpo"] == (paired["ddpo_adascope"][0], "--")
+    assert paired["ddpo_adascope"][1] == "-"
+    assert len({colour for colour, _ in paired.values()}) == 2
+    shared = lines(sparse=None, backfilled="sparse", adascope="backfilled")
+    assert len({colour for colour, _ in shared.values()}) == 3, "its own is compared with another"
+    assert len({colour for colour, _ in lines(adascope=None, a="adascope", b="adascope").values()}) == 3
+    ablations = json.loads((CHECKOUT / "experiments" / "paper" / "results" / "ablations.json").read_text())
+    assert len(ablations["arms"]) > paper.showing.MOST_LINES
+    paper.showing.plot(ablations, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 5000
+
+
 def test_theorem_2_is_that_of_the_schedule(paper: Any):
     """By hand at the last step: what is left clean has correlation sqrt(1 / (1 + 1/SNR)) with what went in."""
     from adascope_fast import backbones
