@@ -213,11 +213,40 @@ def _cost(name: str, arm: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _of_csv(rows: Sequence[str]) -> list[str]:
+def _of_csv(lines: Sequence[str]) -> list[str]:
+    """The metrics as columns, an arm a row: the reward and the paper's thirteen, those besides, and why some lack."""
     import csv
 
-    heads, *lines = csv.reader(rows)
-    return [*header(heads), *(row(line) for line in lines)]
+    found = list(csv.DictReader(lines))
+    arms = list(dict.fromkeys(one["arm"] for one in found))
+    known = [name for name in dict.fromkeys(one["metric"] for one in found) if _values(found, name)]
+    besides = {one["metric"] for one in found if one["group"] == "besides"}
+    shown = []
+    for columns in ([name for name in known if name not in besides], [name for name in known if name in besides]):
+        better = {one["metric"]: one["better"] for one in found}
+        heads = ["", *(f"{name}, {better[name]} is better" for name in columns)]
+        shown += [
+            *header(heads),
+            *(row([f"`{arm}`", *(_cell(found, arm, name) for name in columns)]) for arm in arms),
+            "",
+        ]
+    reasons = {one["metric"]: one["why"] for one in found if one["metric"] not in known}
+    return [*shown, *(f"- {why}" for why in reasons.values())]
+
+
+def _values(found: Sequence[Mapping[str, str]], metric: str) -> dict[str, float]:
+    return {one["arm"]: float(one["value"]) for one in found if one["metric"] == metric and one["value"]}
+
+
+def _cell(found: Sequence[Mapping[str, str]], arm: str, metric: str) -> str:
+    """The value with its interval; bold where it is the best."""
+    values = _values(found, metric)
+    if arm not in values:
+        return ""
+    one = next(one for one in found if (one["arm"], one["metric"]) == (arm, metric))
+    best = (min if one["better"] == "lower" else max)(values, key=lambda name: values[name])
+    value = f"**{values[arm]:.3g}**" if arm == best else f"{values[arm]:.3g}"
+    return f"{value} [{float(one['low']):.3g}, {float(one['high']):.3g}]" if one["low"] else value
 
 
 MOST_LINES = 10

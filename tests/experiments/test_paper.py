@@ -121,7 +121,24 @@ def test_what_learns_from_preferences_gets_a_set_of_its_own(run: Any, tmp_path: 
     assert started[-1] == "out-evaluated"
     values = json.loads((tmp_path / "out.json").read_text())
     assert list(values["arms"]) == ["ddpo", "diffusion_kto"]
-    assert len(values["evaluated"]) > 3
+    table = (tmp_path / "out.md").read_text().splitlines()
+    heads = next(line for line in table if line.startswith("|  | scene_attributes, higher is better"))
+    rows = [line for line in table if line.count("|") == heads.count("|") and line.startswith("| `")]
+    assert [line.split("`")[1] for line in rows] == ["base", "ddpo", "diffusion_kto"]
+    assert any(line.startswith("- FID needs the weights of inception") for line in table), "what is missing is said"
+
+
+def test_the_best_value_of_a_metric_is_bold(paper: Any):
+    lines = [
+        "arm,group,metric,better,value,low,high,why",
+        "base,quality,BRI,lower,48.51,47,49,", "mine,quality,BRI,lower,44.83,43,46,",
+        "base,besides,RMSD,higher,0.3356,,,", "mine,besides,RMSD,higher,,,,", "base,fidelity,FID,lower,,,,FID needs x",
+        "mine,fidelity,FID,lower,,,,FID needs x",
+    ]  # fmt: skip
+    assert paper.showing._of_csv(lines) == [
+        "|  | BRI, lower is better |", "|---|---|", "| `base` | 48.5 [47, 49] |", "| `mine` | **44.8** [43, 46] |", "",
+        "|  | RMSD, higher is better |", "|---|---|", "| `base` | **0.336** |", "| `mine` |  |", "", "- FID needs x",
+    ]  # fmt: skip
 
 
 def test_mistakes_are_told_with_the_next_step(run: Any, capsys: pytest.CaptureFixture[str]):
