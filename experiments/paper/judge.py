@@ -140,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(values, indent=1) + "\n")
-    print((votes.with_suffix(".log")).read_text())
+    said = votes.with_suffix(".log").read_text().splitlines()
+    print("\n".join(line for line in said if not line.startswith("pairs:")))
     print(chosen.out)
 
 

