@@ -331,6 +331,7 @@ def evaluate(folders: Mapping[str, Path], chosen: argparse.Namespace) -> list[st
     command += ["--num-prompts", "4", "--num", "2"] if chosen.quick else ["--num", "4"]
     log = out.with_suffix(".log")
     runs.call(command, log)
+    showing.images(out / "images", ["base", *folders], chosen.out.with_name(f"{chosen.out.stem}_images.png"))
     return (out / "table.csv").read_text().splitlines()
 
 

@@ -297,6 +297,34 @@ def _in_rows(values: Mapping[str, Any]) -> Any:
     return figure
 
 
+def images(folder: Path, arms: Sequence[str], path: Path, *, captions: int = 8, each: int = 3) -> None:
+    """A grid: captions from the first to the last as rows, an arm's images on the same seeds as a group of columns."""
+    import matplotlib
+    from PIL import Image
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    listed = [json.loads(line) for line in (folder / arms[0] / "metadata.jsonl").read_text().splitlines()]
+    of_caption: dict[str, list[str]] = {}
+    for one in listed:
+        of_caption.setdefault(one["prompt"], []).append(one["file_name"])
+    chosen = [list(of_caption)[int(place)] for place in np.linspace(0, len(of_caption) - 1, captions)]
+    figure, axes = pyplot.subplots(
+        captions, len(arms), figsize=(1.7 * len(arms), 0.75 * captions), squeeze=False, layout="constrained"
+    )
+    for row_of_axes, caption in zip(axes, chosen, strict=True):
+        for axis, arm in zip(row_of_axes, arms, strict=True):
+            shown = [np.asarray(Image.open(folder / arm / name)) for name in of_caption[caption][:each]]
+            axis.imshow(np.concatenate(shown, 1))
+            axis.set_axis_off()
+        row_of_axes[0].set_title(caption, loc="left", fontsize=6, color=INK)
+    for axis, arm in zip(axes[-1], arms, strict=True):
+        axis.text(0.5, -0.12, arm, transform=axis.transAxes, ha="center", va="top", fontsize=7, color=INK)
+    figure.savefig(path, dpi=80, transparent=True)
+    pyplot.close(figure)
+
+
 def plot(values: Mapping[str, Any], path: Path) -> None:
     """Gain against CPU seconds and against pairs: a line an arm, its seeds faint behind it; many arms in rows."""
     import matplotlib

@@ -121,6 +121,7 @@ def test_what_learns_from_preferences_gets_a_set_of_its_own(run: Any, tmp_path: 
     assert started[-1] == "out-evaluated"
     values = json.loads((tmp_path / "out.json").read_text())
     assert list(values["arms"]) == ["ddpo", "diffusion_kto"]
+    assert (tmp_path / "out_images.png").stat().st_size > 5000
     table = (tmp_path / "out.md").read_text().splitlines()
     heads = next(line for line in table if line.startswith("|  | scene_attributes, higher is better"))
     rows = [line for line in table if line.count("|") == heads.count("|") and line.startswith("| `")]
