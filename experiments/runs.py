@@ -13,6 +13,12 @@ from typing import Any
 from adascope_fast.config import Config
 
 CHECKOUT = Path(__file__).parents[1]
+TUNING_SEED = 1000
+"""Of the runs that settings are tuned on, which are not reported."""
+TUNING_CAPTIONS, NUM_TUNING_CAPTIONS = "experiments/algorithms/tuning_captions.txt", 32
+"""What these are judged on, within the checkout: neither trained on nor reported."""
+NUM_PAIRS, QUICK_PAIRS = 240, 4
+"""Of a set of preferences, and of one that is as small as it can be."""
 
 
 class RunFailedError(RuntimeError):

@@ -37,21 +37,18 @@ CHECKOUT = HERE.parents[1]
 sys.path.insert(0, str(CHECKOUT))  # a script finds what lies beside it, and no more
 from experiments import runs  # noqa: E402
 from experiments.algorithms.entries import ALGORITHMS, Entry  # noqa: E402
+from experiments.runs import NUM_PAIRS, NUM_TUNING_CAPTIONS, QUICK_PAIRS, TUNING_CAPTIONS, TUNING_SEED  # noqa: E402
 
 ARMS = ("original", "adascope")
 STAGES = ("tune", "run")
-TUNING_SEED = 1000
-TUNING_CAPTIONS = "experiments/algorithms/tuning_captions.txt"
 NORMAL_95 = 1.959964
 
 
-NUM_TUNING_CAPTIONS = 32
-NUM_PAIRS = 240
 QUICK = (
     "sampler.num_steps=6", "train.iterations=2", "train.prompts_per_iteration=1", "train.samples_per_prompt=2",
     "evaluation.num_prompts=2",
 )  # fmt: skip
-QUICK_RATES, QUICK_PAIRS = 2, 4
+QUICK_RATES = 2
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ from typing import Any
 
 from adascope_fast.config import Config
 from experiments.paper.arms import ADASCOPE, CHECKOUT, HERE
+from experiments.runs import NUM_TUNING_CAPTIONS, TUNING_CAPTIONS
 
 DDPO = ("algorithm.clip_range=5e-3", "algorithm.min_count=8")
 BALANCED = ("algorithm.step_weight=balanced",)
 EVERY_STEP = ("selector.name=every_step",)
 RATES = (3e-3, 1e-2)
-
-TUNING_SEED, NUM_TUNING_CAPTIONS = 1000, 32
-TUNING_CAPTIONS = CHECKOUT / "experiments" / "algorithms" / "tuning_captions.txt"
 
 FORWARD_S, UPDATE_S, RECORD_S, START_S = 0.0031, 0.0063, 0.016, 12.0
 """CPU seconds of a rollout's and of an update's row (an image's step), of a record of a set of preferences, and of a
@@ -67,7 +65,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     common: tuple[str, ...] = ()
     """Changes of every arm."""
-    tuning_captions: Path = TUNING_CAPTIONS
+    tuning_captions: Path = CHECKOUT / TUNING_CAPTIONS
     rates: tuple[float, ...] = ()
     """Learning rates, of which each arm gets the best of a tuning of its own; without, all have the configuration's."""
     gain: float = 0.05

@@ -32,7 +32,6 @@ from experiments.paper import showing, time_to_reward  # noqa: E402
 from experiments.paper.arms import FAMILIES  # noqa: E402
 from experiments.paper.declaring import (  # noqa: E402
     QUICK,
-    TUNING_SEED,
     Arm,
     Experiment,
     captions_file,
@@ -45,8 +44,6 @@ from experiments.paper.declaring import (  # noqa: E402
     tuning_changes,
 )
 
-NUM_PAIRS, QUICK_PAIRS = 240, 4
-"""Of a set of preferences."""
 TUNED = (
     "Each arm has the best of {} learning rates, by a run of half the iterations on a seed of its own and captions "
     "that are neither trained on nor reported."
@@ -71,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true", help="everything as small as it can be: it learns nothing")
     parser.add_argument("--redraw", action="store_true", help="the table and the curves again, from the figures alone")
-    parser.add_argument("--config", type=Path, help="of your own, in place of the embedded model's; --work is its own")
+    parser.add_argument("--config", type=Path, help="of your own, in place of the embedded model's")
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("KAPPA", "PHI_END"), help="that suit --config")
     parser.add_argument(
         "--tuning", type=Path, help="with --config: captions to tune on, neither trained on nor held out"
@@ -231,7 +228,7 @@ def tune(experiment: Experiment, chosen: argparse.Namespace, doing: Runs) -> dic
     def attempt(case: tuple[str, float]) -> None:
         name, rate = case
         changes = tuning_changes(experiment, name, rate, quick_of(experiment, name) if chosen.quick else ())
-        made = settings_of(experiment, name, TUNING_SEED, chosen.work, changes=changes)
+        made = settings_of(experiment, name, runs.TUNING_SEED, chosen.work, changes=changes)
         if doing.make(f"tuning of {name} at {rate:g}", *made):
             first, *_, last = runs.history_of(made[0])
             found[case] = last["reward"] - first["reward"]
@@ -260,7 +257,7 @@ def make_preferences(experiment: Experiment, name: str, chosen: argparse.Namespa
     if arm.preferences is not None:
         changes = quick_of(experiment, name) if chosen.quick else []
         folder = preferences_folder(chosen.work, arm, changes)
-        num_pairs = QUICK_PAIRS if chosen.quick else NUM_PAIRS
+        num_pairs = runs.QUICK_PAIRS if chosen.quick else runs.NUM_PAIRS
         runs.make_preferences(folder, HERE / arm.config, [*experiment.common, *changes], num_pairs, arm.preferences)
 
 

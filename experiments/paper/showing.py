@@ -221,9 +221,9 @@ def _of_csv(lines: Sequence[str]) -> list[str]:
     arms = list(dict.fromkeys(one["arm"] for one in found))
     known = [name for name in dict.fromkeys(one["metric"] for one in found) if _values(found, name)]
     besides = {one["metric"] for one in found if one["group"] == "besides"}
+    better = {one["metric"]: one["better"] for one in found}
     shown = []
     for columns in ([name for name in known if name not in besides], [name for name in known if name in besides]):
-        better = {one["metric"]: one["better"] for one in found}
         heads = ["", *(f"{name}, {better[name]} is better" for name in columns)]
         shown += [
             *header(heads),

@@ -38,8 +38,7 @@ from experiments import runs  # noqa: E402
 from experiments.paper import figures, held_out, records  # noqa: E402
 from experiments.paper.arms import FAMILIES, PEERS, Arm, Family, python_of  # noqa: E402
 
-TUNING_SEED = 1000
-TUNING_CAPTIONS = CHECKOUT / "experiments" / "algorithms" / "tuning_captions.txt"
+TUNING_CAPTIONS = CHECKOUT / runs.TUNING_CAPTIONS
 NUM_CAPTIONS, NUM_TUNING, SAMPLES = 48, 32, 2
 QUICK: dict[str, Any] = {
     "max_iterations": 2, "marks": 1, "num_steps": 6, "groups": 1, "group_size": 4, "min_count": 2,
@@ -206,7 +205,7 @@ def setting_of(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
 def tuning_cases(arm: Arm, chosen: argparse.Namespace) -> list[Case]:
     """A run for each point of an arm's grid."""
     grid = arm.grid[:QUICK_GRID] if chosen.quick else arm.grid
-    return [Case(arm, TUNING_SEED, rate, updates, is_tuning=True) for rate, updates in grid]
+    return [Case(arm, runs.TUNING_SEED, rate, updates, is_tuning=True) for rate, updates in grid]
 
 
 def tuned(arm: Arm, chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], Case | None]:

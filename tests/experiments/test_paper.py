@@ -98,7 +98,7 @@ def test_each_arm_gets_the_best_of_its_own_tuning(run: Any, paper: Any, tmp_path
         assert values["arms"][name]["learning_rate"] == best
         assert values["arms"][name]["within"]["cpu_seconds"]["limit"] <= values["arms"][name]["cpu_seconds"]["low"]
     made = [Config.load(one / "config.toml") for one in (tmp_path / "work").iterdir() if one.is_dir()]
-    tunings = [one for one in made if one.run.seed == paper.declaring.TUNING_SEED]
+    tunings = [one for one in made if one.run.seed == paper.run.runs.TUNING_SEED]
     assert len(tunings) == 4
     assert {one.prompts.held_out for one in tunings} == {"experiments/algorithms/tuning_captions.txt"}
     assert all(one.prompts.held_out == "scenes:held_out" for one in made if one not in tunings)
